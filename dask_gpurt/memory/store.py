@@ -1,0 +1,100 @@
+"""Where a shuffle keeps the shards it has received until they are unpacked: the protocol, and a fake of it.
+
+Covers: :class:`BufferStore`, which the memory manager implements over its tiers, and :class:`DictBufferStore`, which
+holds everything in a dict (tests, and workers on which the tiers cannot start).
+Does not cover: the values of Dask's own keys; see :mod:`dask_gpurt.memory.mapping`.
+
+All methods are called on the event loop of the worker. None of them blocks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+__all__ = ["Buffer", "BufferStore", "DictBufferStore", "Reservation"]
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Reservation(Protocol):
+    """The right to hold so many bytes. It is given back by :meth:`release`, or with the data that it became."""
+
+    nbytes: int
+
+    def release(self) -> None:
+        """Give back what is left of the reservation; calling it again does nothing."""
+
+
+class BufferStore(Protocol):
+    """A store of byte buffers by name that goes down the tiers under pressure."""
+
+    async def reserve(self, nbytes: int) -> Reservation:
+        """Wait until ``nbytes`` may be held, spilling if need be.
+
+        A single request that is larger than the limit is granted once nothing else can be moved away: a worker whose
+        limit is too small becomes slow, and does not hang.
+        """
+
+    def put(self, name: str, buffers: Sequence[Buffer], reservation: Reservation, *, rank: int = 0) -> None:
+        """Hold ``buffers`` under ``name``, appended to what is there. The reservation is consumed.
+
+        ``rank`` orders the names by next use: of two names, the one with the higher rank is needed later, and is
+        spilled first.
+        """
+
+    async def take(self, name: str) -> list[Buffer]:
+        """Remove ``name`` and return all its buffers in the order in which they were put; empty if there are none.
+
+        Raises
+        ------
+        SpillError
+            If a buffer cannot be read back, or is not what was written (:class:`CorruptDataError`).
+        """
+
+    def discard(self, name: str) -> None:
+        """Forget ``name``, wherever it lies."""
+
+
+class _Token:
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+    def release(self) -> None:
+        self.nbytes = 0
+
+
+class DictBufferStore:
+    """A :class:`BufferStore` without tiers and without a limit.
+
+    Examples
+    --------
+    >>> import asyncio
+    >>> async def main():
+    ...     store = DictBufferStore()
+    ...     store.put("a", [b"x"], await store.reserve(1))
+    ...     store.put("a", [b"y"], await store.reserve(1))
+    ...     return await store.take("a"), await store.take("a")
+    >>> asyncio.run(main())
+    ([b'x', b'y'], [])
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, list[Buffer]] = {}
+
+    async def reserve(self, nbytes: int) -> Reservation:
+        """Grant at once."""
+        return _Token(nbytes)
+
+    def put(self, name: str, buffers: Sequence[Buffer], reservation: Reservation, *, rank: int = 0) -> None:  # noqa: ARG002
+        """Hold the buffers in memory."""
+        self._held.setdefault(name, []).extend(buffers)
+        reservation.release()
+
+    async def take(self, name: str) -> list[Buffer]:
+        """Hand the buffers out."""
+        return self._held.pop(name, [])
+
+    def discard(self, name: str) -> None:
+        """Forget the buffers."""
+        self._held.pop(name, None)
