@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self
 
 import dask
 import dask.config
@@ -28,23 +28,21 @@ __all__ = ["PARTS", "MemorySettings", "PlacementSettings", "Settings", "ShuffleS
 #: The parts of dask-gpurt, in the order in which they are started.
 PARTS = ("memory", "shuffle", "placement")
 
-_T = TypeVar("_T")
 
-
-class _Refused(Exception):
+class _RefusedError(Exception):
     """A parser's way to say no; turned into a ConfigError that names the key."""
 
 
 def _boolean(value: object) -> bool:
     if isinstance(value, bool):
         return value
-    raise _Refused
+    raise _RefusedError
 
 
 def _count(minimum: int) -> Callable[[object], int]:
     def parse(value: object) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise _Refused
+            raise _RefusedError
         return value
 
     return parse
@@ -53,7 +51,7 @@ def _count(minimum: int) -> Callable[[object], int]:
 def _number(minimum: float) -> Callable[[object], float]:
     def parse(value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not value >= minimum:
-            raise _Refused
+            raise _RefusedError
         return float(value)
 
     return parse
@@ -61,13 +59,13 @@ def _number(minimum: float) -> Callable[[object], float]:
 
 def _size(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise _Refused
+        raise _RefusedError
     try:
         nbytes = dask.utils.parse_bytes(value)
     except (ValueError, TypeError) as error:
-        raise _Refused from error
+        raise _RefusedError from error
     if nbytes <= 0:
-        raise _Refused
+        raise _RefusedError
     return int(nbytes)
 
 
@@ -79,7 +77,7 @@ def _limit(value: object) -> int | float | None:
         if 0 < value <= 1:
             return value
         if value < 1:
-            raise _Refused
+            raise _RefusedError
     return _size(value)
 
 
@@ -92,7 +90,7 @@ def _folder(value: object) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str) or not value or "\0" in value:
-        raise _Refused
+        raise _RefusedError
     return os.path.abspath(os.path.expanduser(value))
 
 
@@ -109,8 +107,8 @@ class _Section:
     section: ClassVar[str]
 
     @classmethod
-    def parse(cls: type[_T], values: Mapping[str, object], prefix: str) -> _T:
-        fields = {f.name.replace("_", "-"): f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    def parse(cls, values: Mapping[str, object], prefix: str) -> Self:
+        fields = {f.name.replace("_", "-"): f for f in dataclasses.fields(cls)}
         parsed = {}
         for key, value in values.items():
             name = key.replace("_", "-")
@@ -119,7 +117,7 @@ class _Section:
             field = fields[name]
             try:
                 parsed[field.name] = field.metadata["parse"](value)
-            except _Refused as error:
+            except _RefusedError as error:
                 raise ConfigError(f"{prefix}.{name}", value, field.metadata["allowed"]) from error
         return cls(**parsed)
 
