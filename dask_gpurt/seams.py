@@ -11,12 +11,13 @@ there, with a warning that names the seam; the other parts are installed.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["MEMORY", "PLACEMENT", "SEAMS", "SHUFFLE", "SUPPORTED", "Seam", "broken"]
+__all__ = ["DEMO", "MEMORY", "PLACEMENT", "SEAMS", "SHUFFLE", "SUPPORTED", "Seam", "broken"]
 
 #: Dask and distributed versions that the seams were tried with: lowest (included), highest (excluded).
 SUPPORTED = ("2026.7.1", "2026.9")
@@ -90,3 +91,17 @@ def broken(part: str, side: Side, server: object | None = None) -> list[str]:
 
 def _of(part: str, side: Side) -> Iterator[Seam]:
     return (seam for seam in SEAMS[part] if seam.side == side)
+
+
+# --- DEMO: what the demonstration and the benchmarks measure with ---------------------------------------------------
+
+#: Names the meter uses. Not a part that is installed: a broken one fails the demo's own tests, and nothing else.
+DEMO: tuple[Seam, ...] = (Seam("worker", "distributed.comm.tcp:TCP.write", ("msg", "serializers", "on_error")),)
+
+
+def comm_classes() -> tuple[Any, ...]:
+    """Classes of comms whose ``write`` returns the bytes that it sent: TCP, of which TLS derives, and UCX if present."""
+    classes = [importlib.import_module("distributed.comm.tcp").TCP]
+    if importlib.util.find_spec("distributed_ucxx") is not None:
+        classes.append(importlib.import_module("distributed_ucxx").UCXX)
+    return tuple(classes)
