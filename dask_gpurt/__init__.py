@@ -1,6 +1,60 @@
-"""dask-gpurt: placement, spilling and shuffling for Dask clusters, with and without GPUs."""
+"""dask-gpurt: placement, spilling and shuffling for Dask clusters, with and without GPUs.
+
+>>> import dask_gpurt
+>>> dask_gpurt.install(client)  # doctest: +SKIP
+dask-gpurt 0.1.0 on 2 workers
+  memory     installed on all workers
+  shuffle    installed on all workers
+  placement  installed on the scheduler
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dask_gpurt.config import Settings
+    from dask_gpurt.errors import ConfigError, GpurtError, InstallError
+    from dask_gpurt.installation import Installation
+    from dask_gpurt.installer import install, status, uninstall
+
 __version__ = "0.1.0"
-__all__ = ["__version__"]
+__all__ = [
+    "ConfigError",
+    "GpurtError",
+    "InstallError",
+    "Installation",
+    "Settings",
+    "__version__",
+    "dask_setup",
+    "install",
+    "status",
+    "uninstall",
+]
+
+# Loaded on first use: `import dask_gpurt` alone must not import distributed.
+_HOMES = {
+    "ConfigError": "errors",
+    "GpurtError": "errors",
+    "InstallError": "errors",
+    "Installation": "installation",
+    "Settings": "config",
+    "install": "installer",
+    "status": "installer",
+    "uninstall": "installer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Not kept in this module's globals: `dask_gpurt.installer` the function must win over the submodule of that name.
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+async def dask_setup(server: Any) -> None:
+    """Install on a scheduler or worker that was started with ``--preload dask_gpurt``."""
+    from dask_gpurt.preload import set_up_server
+
+    await set_up_server(server)

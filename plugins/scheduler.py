@@ -1,0 +1,132 @@
+"""The scheduler plugin: starts the parts that live on the scheduler, and knows which workers have theirs.
+
+Covers: :class:`GpurtSchedulerPlugin`; setting up and taking away a whole installation from the scheduler
+(:func:`set_up`, :func:`take_away`), which ``install`` and the preload share.
+Does not cover: the placement policy (:mod:`dask_gpurt.plugins.placement`), the choice of the data plane of a shuffle
+run (:mod:`dask_gpurt.shuffle.scheduler`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from distributed.diagnostics.plugin import SchedulerPlugin
+from distributed.protocol.pickle import dumps
+
+from dask_gpurt.installation import PartStatus
+from dask_gpurt.plugins.parts import Parts
+from dask_gpurt.plugins.worker import GpurtWorkerPlugin
+
+if TYPE_CHECKING:
+    from distributed.scheduler import Scheduler
+
+    from dask_gpurt.config import Settings
+    from dask_gpurt.plugins.placement import Placement
+    from dask_gpurt.shuffle.scheduler import ShuffleScheduler
+
+__all__ = ["NAME", "GpurtSchedulerPlugin", "set_up", "take_away"]
+
+#: Name of the scheduler plugin and of the worker plugin.
+NAME = "gpurt"
+_READY = "gpurt_worker_ready"
+
+
+class GpurtSchedulerPlugin(SchedulerPlugin):
+    """Bring dask-gpurt to a scheduler.
+
+    Attributes
+    ----------
+    parts
+        Part to its status on the scheduler.
+    workers
+        Address of a worker to its parts, as the worker reported them.
+    """
+
+    name = NAME
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.parts: dict[str, PartStatus] = {}
+        self.workers: dict[str, dict[str, PartStatus]] = {}
+        self.placement: Placement | None = None
+        self.shuffle: ShuffleScheduler | None = None
+        self._scheduler: Scheduler | None = None
+
+    async def start(self, scheduler: Scheduler) -> None:
+        """Start what is enabled. The second of two calls does nothing (a preload's plugin is started twice)."""
+        if self._scheduler is not None:
+            return
+        self._scheduler = scheduler
+        scheduler.handlers[_READY] = self.worker_ready
+        from dask_gpurt.plugins.placement import Placement
+        from dask_gpurt.shuffle.scheduler import ShuffleScheduler
+
+        parts = Parts("scheduler", scheduler, self.settings)
+        self.parts = parts.statuses
+        if parts.startable("shuffle"):
+            with parts.starting("shuffle"):
+                shuffle = ShuffleScheduler(scheduler, self.settings.shuffle)
+                shuffle.start()
+                self.shuffle = shuffle
+        if parts.startable("placement"):
+            with parts.starting("placement"):
+                placement = Placement(scheduler, self.settings.placement)
+                placement.start()
+                self.placement = placement
+
+    def stop(self) -> None:
+        """Put stock Dask back on the scheduler. Calling it again does nothing."""
+        if self._scheduler is None:
+            return
+        if self.placement is not None:
+            self.placement.stop()
+            self.placement = None
+        if self.shuffle is not None:
+            self.shuffle.stop()
+            self.shuffle = None
+        if self._scheduler.handlers.get(_READY) == self.worker_ready:
+            del self._scheduler.handlers[_READY]
+        self._scheduler = None
+
+    async def worker_ready(self, worker: str, parts: dict[str, dict[str, Any]]) -> None:
+        """Take the report of a worker whose parts have started."""
+        statuses = {part: PartStatus(bool(p["installed"]), str(p["remark"])) for part, p in parts.items()}
+        self.workers[worker] = statuses
+        if self.shuffle is not None:
+            shuffle = statuses.get("shuffle")
+            self.shuffle.set_capable(worker, shuffle is not None and shuffle.installed)
+
+    def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:  # noqa: ARG002
+        """Forget a worker that left; a worker that returns on the same address reports anew."""
+        self.workers.pop(worker, None)
+        if self.shuffle is not None:
+            self.shuffle.remove_worker(worker)
+
+
+async def set_up(scheduler: Scheduler, settings: Settings) -> GpurtSchedulerPlugin:
+    """Install on ``scheduler`` and on all its workers, now and later. An earlier installation is replaced."""
+    await take_away(scheduler)
+    plugin = GpurtSchedulerPlugin(settings)
+    await scheduler.register_scheduler_plugin(plugin, name=NAME, idempotent=False)
+    await scheduler.register_worker_plugin(None, dumps(GpurtWorkerPlugin(settings)), name=NAME, idempotent=False)
+    return plugin
+
+
+async def take_away(scheduler: Scheduler) -> bool:
+    """Uninstall from ``scheduler`` and its workers; False if there was nothing to uninstall."""
+    plugin = scheduler.plugins.get(NAME)
+    if isinstance(plugin, GpurtSchedulerPlugin):
+        # First the scheduler, so that no shuffle run begins on a worker that is about to lose its data plane.
+        plugin.stop()
+        scheduler.remove_plugin(NAME)
+    scheduler.worker_plugins.pop(NAME, None)
+    # Workers that were given a preload have the plugin without the scheduler knowing.
+    removed = await scheduler.broadcast(msg={"op": "run", "function": dumps(_remove_from_worker)}, on_error="return")
+    return plugin is not None or any(isinstance(r, dict) and r.get("result") for r in removed.values())
+
+
+async def _remove_from_worker(dask_worker: Any) -> bool:
+    if NAME not in dask_worker.plugins:
+        return False
+    await dask_worker.plugin_remove(NAME)
+    return True

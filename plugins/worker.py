@@ -1,0 +1,114 @@
+"""The worker plugin: starts the parts that live on a worker, and takes them away again.
+
+Covers: :class:`GpurtWorkerPlugin` (travels to every worker, those that join later included) and
+:class:`WorkerRuntime` (what stands behind ``worker.extensions["gpurt"]``).
+Does not cover: what the parts do; see :mod:`dask_gpurt.memory` and :mod:`dask_gpurt.shuffle`.
+
+A part that cannot start leaves the worker with stock Dask for that part; the reason travels to the scheduler and from
+there into the answer of ``install``. It must never keep a worker from starting.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from distributed.core import Status
+from distributed.diagnostics.plugin import WorkerPlugin
+
+from dask_gpurt.installation import PartStatus
+from dask_gpurt.memory.store import BufferStore, DictBufferStore
+from dask_gpurt.plugins.parts import Parts
+
+if TYPE_CHECKING:
+    from distributed.worker import Worker
+
+    from dask_gpurt.config import Settings
+    from dask_gpurt.memory.manager import MemoryManager
+    from dask_gpurt.shuffle.worker import ShuffleWorker
+
+__all__ = ["GpurtWorkerPlugin", "WorkerRuntime"]
+
+
+class WorkerRuntime:
+    """The parts on one worker, found under ``worker.extensions["gpurt"]``.
+
+    Attributes
+    ----------
+    memory
+        The tiered store, or None where it was left stock.
+    shuffle
+        The data plane of the shuffle, or None where it was left stock.
+    parts
+        Part to its status.
+    """
+
+    def __init__(self) -> None:
+        self.memory: MemoryManager | None = None
+        self.shuffle: ShuffleWorker | None = None
+        self.parts: dict[str, PartStatus] = {}
+
+    async def start(self, worker: Worker, settings: Settings) -> None:
+        """Start what is enabled. Never raises for a part that cannot start; see :attr:`parts`."""
+        from dask_gpurt.memory.manager import MemoryManager
+        from dask_gpurt.shuffle.worker import ShuffleWorker
+
+        parts = Parts("worker", worker, settings)
+        self.parts = parts.statuses
+        if parts.startable("memory"):
+            with parts.starting("memory"):
+                memory = MemoryManager(worker, settings.memory)
+                await memory.start()
+                self.memory = memory
+        if parts.startable("shuffle"):
+            with parts.starting("shuffle"):
+                store: BufferStore = self.memory.store if self.memory is not None else DictBufferStore()
+                shuffle = ShuffleWorker(worker, settings.shuffle, store)
+                shuffle.start()
+                self.shuffle = shuffle
+
+    async def stop(self, *, closing: bool) -> None:
+        """Put stock Dask back; with ``closing``, data is let go instead of being moved back."""
+        if self.shuffle is not None:
+            await self.shuffle.stop()
+            self.shuffle = None
+        if self.memory is not None:
+            if closing:
+                await self.memory.close()
+            else:
+                await self.memory.stop()
+            self.memory = None
+
+
+class GpurtWorkerPlugin(WorkerPlugin):
+    """Bring dask-gpurt to a worker.
+
+    Parameters
+    ----------
+    settings
+        What to install.
+    report
+        Whether the scheduler runs dask-gpurt too and waits for the status of this worker.
+    """
+
+    name = "gpurt"
+
+    def __init__(self, settings: Settings, *, report: bool = True) -> None:
+        self.settings = settings
+        self.report = report
+
+    async def setup(self, worker: Worker) -> None:
+        """Start the parts on ``worker`` and report them to the scheduler."""
+        runtime = WorkerRuntime()
+        # The runtime is in place before the parts are: a shuffle run may arrive as soon as the scheduler knows.
+        worker.extensions["gpurt"] = runtime
+        await runtime.start(worker, self.settings)
+        if self.report:
+            await worker.scheduler.gpurt_worker_ready(
+                worker=worker.address, parts={part: status.to_message() for part, status in runtime.parts.items()}
+            )
+
+    async def teardown(self, worker: Worker) -> None:
+        """Put stock Dask back on ``worker``."""
+        runtime = worker.extensions.pop("gpurt", None)
+        if runtime is not None:
+            await runtime.stop(closing=worker.status in (Status.closing, Status.closed))
