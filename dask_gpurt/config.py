@@ -12,6 +12,7 @@ workers agree even where their own configuration differs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
@@ -188,10 +189,13 @@ class Settings:
         ConfigError
             If a key is unknown or a value is not allowed.
         """
-        ensure_defaults()
         tree: dict[str, dict[str, object]] = {}
-        configured = dask.config.get("gpurt")
         sections = {f.name for f in dataclasses.fields(cls)}
+        # Looked at before the defaults are merged in, which would paper over a value that is no mapping.
+        configured = dask.config.get("gpurt", {})
+        if isinstance(configured, Mapping):
+            ensure_defaults()
+            configured = dask.config.get("gpurt")
         if not isinstance(configured, Mapping):
             raise ConfigError("gpurt", configured, "a mapping with the keys " + ", ".join(sorted(sections)))
         for section, values in configured.items():
@@ -217,6 +221,7 @@ class Settings:
         return bool(section.enabled)
 
 
+@functools.cache  # dask.config keeps every mapping of defaults that it is given
 def ensure_defaults() -> None:
     """Put the defaults of ``gpurt.yaml`` into Dask's configuration, below what the user set."""
     path = os.path.join(os.path.dirname(__file__), "gpurt.yaml")

@@ -1,0 +1,49 @@
+"""What all tests share: clusters on the loopback address, and the rule for GPU tests."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+import dask
+import pytest
+from distributed import Client, LocalCluster
+
+
+def _gpus() -> int:
+    """Count the CUDA devices of this machine without loading CUDA."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False, timeout=30)
+    return listed.stdout.count("GPU ") if listed.returncode == 0 else 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    wanting = [item for item in items if item.get_closest_marker("gpu")]
+    if wanting and not _gpus():
+        for item in wanting:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine (nvidia-smi lists none)"))
+
+
+@pytest.fixture
+def cluster() -> Iterator[LocalCluster]:
+    """Two worker processes with one thread and 512 MiB each, validating their state machines."""
+    with (
+        dask.config.set({"distributed.scheduler.validate": True, "distributed.worker.validate": True}),
+        LocalCluster(
+            n_workers=2,
+            threads_per_worker=1,
+            memory_limit="512 MiB",
+            host="127.0.0.1",
+            dashboard_address=None,
+            silence_logs=False,
+        ) as cluster,
+    ):
+        yield cluster
+
+
+@pytest.fixture
+def client(cluster: LocalCluster) -> Iterator[Client]:
+    with Client(cluster) as client:
+        yield client

@@ -1,0 +1,47 @@
+"""The answer of install: what it says, and that it says so in a notebook too."""
+
+from __future__ import annotations
+
+from dask_gpurt.installation import Installation, PartStatus
+
+READY = PartStatus(True)
+STOCK = PartStatus(False, "OSError: no <room>")
+
+
+def test_where_all_is_well_it_says_so() -> None:
+    answer = Installation("1.0", {"placement": READY, "shuffle": READY}, {"a": {"memory": READY, "shuffle": READY}})
+    assert all(answer.installed(part) for part in ("placement", "shuffle", "memory"))
+    assert str(answer).splitlines() == [
+        "dask-gpurt 1.0 on 1 worker",
+        "  memory     installed on all workers",
+        "  shuffle    installed on all workers",
+        "  placement  installed on the scheduler",
+    ]
+
+
+def test_a_worker_left_stock_is_named_with_the_reason() -> None:
+    answer = Installation(
+        "1.0", {"shuffle": READY}, {"a": {"memory": READY, "shuffle": READY}, "b": {"memory": STOCK, "shuffle": READY}}
+    )
+    assert not answer.installed("memory")
+    assert answer.installed("shuffle")
+    assert "installed on 1 of 2 workers, stock on 1 (OSError: no <room>: b)" in str(answer)
+    assert "no &lt;room&gt;" in answer._repr_html_()
+
+
+def test_many_stock_workers_are_counted_not_listed() -> None:
+    workers = {f"w{i}": {"memory": STOCK if i < 9 else READY} for i in range(10)}
+    assert "stock on 9 (OSError: no <room>: w0, w1, w2, w3 and 5 more)" in str(Installation("1.0", {}, workers))
+
+
+def test_a_cluster_without_workers_is_not_called_installed() -> None:
+    answer = Installation("1.0", {"placement": READY, "shuffle": READY}, {})
+    assert answer.installed("placement")
+    assert not answer.installed("memory")
+    assert "waits for workers" in str(answer)
+
+
+def test_what_the_scheduler_left_stock_is_said() -> None:
+    answer = Installation("1.0", {"shuffle": PartStatus(False, "left out")}, {"a": {"shuffle": READY}})
+    assert not answer.installed("shuffle")
+    assert "stock on the scheduler (left out)" in str(answer)

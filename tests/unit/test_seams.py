@@ -1,0 +1,92 @@
+"""Private names of Dask: each is there, each is checked, and none is used outside of seams.py."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+from distributed import Scheduler, Worker
+
+import dask_gpurt
+from dask_gpurt import seams
+
+ROOT = pathlib.Path(dask_gpurt.__file__).parent
+SOURCES = sorted(
+    path for folder in (ROOT, ROOT / "plugins", ROOT / "shuffle") for path in folder.glob("*.py")
+) + sorted(path for folder in (ROOT / "memory", ROOT / "demo") for path in folder.glob("*.py"))
+ALL = [(part, seam) for part, of_part in seams.SEAMS.items() for seam in of_part]
+
+
+@pytest.mark.parametrize(("part", "seam"), ALL, ids=lambda value: getattr(value, "path", value))
+def test_every_seam_of_a_class_or_module_is_there(part: str, seam: seams.Seam) -> None:
+    assert seam.problem() is None
+
+
+def test_every_part_has_seams() -> None:
+    assert all(seams.SEAMS[part] for part in ("memory", "shuffle", "placement"))
+
+
+def test_a_name_that_has_moved_is_found() -> None:
+    assert "no 'gone'" in str(seams.Seam("scheduler", "distributed.scheduler:Scheduler.gone").problem())
+    assert "no_such" in str(seams.Seam("scheduler", "distributed.no_such:Thing").problem())
+    assert "no 'gone'" in str(seams.Seam("worker", ".gone").problem(object()))
+
+
+def test_a_signature_that_has_changed_is_found() -> None:
+    class Server:
+        def decide(self, task: object) -> object:
+            return task
+
+    assert seams.Seam("scheduler", ".decide", ("task",)).problem(Server()) is None
+    assert "expected ('ts',)" in str(seams.Seam("scheduler", ".decide", ("ts",)).problem(Server()))
+
+
+def test_broken_seams_are_those_of_the_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = seams.Seam("worker", "distributed.worker:Worker.gone")
+    monkeypatch.setitem(seams.SEAMS, "memory", (gone, dataclasses.replace(gone, side="scheduler")))
+    assert len(seams.broken("memory", "worker")) == 1
+
+
+def _private_uses(path: pathlib.Path) -> Iterator[str]:
+    """Attributes with a leading underscore, taken from anything but ``self`` and ``cls``."""
+    tree = ast.parse(path.read_text())
+    own = {
+        node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    own |= {
+        target.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == "self"
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.endswith("__"):
+            if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
+                continue
+            if node.attr not in own:  # a private name of a class of this very module is its own business
+                yield f"{path.name}:{node.lineno}: {ast.unparse(node)}"
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("dask", "distributed"):
+            names = [*node.module.split("."), *(alias.name for alias in node.names)]
+            if private := [name for name in names if name.startswith("_") and name != "_task_spec"]:
+                yield f"{path.name}:{node.lineno}: from {node.module} import {private}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_private_names_of_others_stand_in_seams_alone(path: pathlib.Path) -> None:
+    if path.name != "seams.py":
+        assert not list(_private_uses(path))
+
+
+def test_the_check_finds_a_private_use(tmp_path: pathlib.Path) -> None:
+    bad = tmp_path / "bad.py"
+    bad.write_text("from distributed.shuffle._core import ShuffleRun\nscheduler._transition(1)\n")
+    assert len(list(_private_uses(bad))) == 2
+
+
+def test_scheduler_and_worker_are_what_the_seams_think() -> None:
+    assert Scheduler.__module__ == "distributed.scheduler"
+    assert Worker.__module__ == "distributed.worker"
