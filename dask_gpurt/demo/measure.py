@@ -81,7 +81,7 @@ class Usage:
     lost_workers: int = 0
 
 
-class Meter(WorkerPlugin):  # type: ignore[misc]
+class Meter(WorkerPlugin):
     """A worker plugin that counts what the process sends.
 
     Installing costs about a microsecond a message. Removing it puts the comms back as they were.

@@ -1,0 +1,87 @@
+"""The TPC-H tables: real Parquet files, made once and kept.
+
+Covers: where the files lie, how they are made (``tpchgen-cli``, from PyPI) and how they are opened.
+Does not cover: the queries; see :mod:`dask_gpurt.demo.tpch`.
+
+A scale factor's tables are made in a folder beside the final one, which is renamed when it is complete: a folder that
+bears the final name is whole, and of two processes that make the same one, the second finds the work done.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from dask_gpurt.errors import GpurtError
+
+__all__ = ["SMALL_TABLES", "TABLES", "DataError", "default_cache", "ensure_tables"]
+
+#: Tables whose size follows the scale factor.
+LARGE_TABLES = ("customer", "lineitem", "orders", "part", "partsupp", "supplier")
+#: Tables of 5 and 25 rows.
+SMALL_TABLES = ("nation", "region")
+TABLES = (*LARGE_TABLES, *SMALL_TABLES)
+
+#: Files per table and scale factor. A file of lineitem has 750,000 rows then, about 100 MB in memory: the size of
+#: partition that Dask's documentation recommends.
+FILES_PER_SCALE = 8
+
+#: Goes into the folder's name: another layout of the files is another folder.
+LAYOUT = 1
+
+
+class DataError(GpurtError, RuntimeError):
+    """The tables cannot be made."""
+
+
+def default_cache() -> Path:
+    """Return the folder for what can be made again: ``$XDG_CACHE_HOME/dask-gpurt``, or ``~/.cache/dask-gpurt``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dask-gpurt"
+
+
+def ensure_tables(scale: float, cache: Path) -> Path:
+    """Return the folder that holds the tables of a scale factor, one folder of Parquet files a table.
+
+    Raises
+    ------
+    DataError
+        If the generator is not there or fails, or the folder can't be written.
+    """
+    target = cache / f"tpch-{scale:g}-v{LAYOUT}"
+    if target.is_dir():
+        return target
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=cache))
+    except OSError as error:
+        raise DataError(f"The cache folder {cache} can't be written: {error.strerror}") from error
+    try:
+        parts = max(2, math.ceil(FILES_PER_SCALE * scale))
+        _generate(scale, parts, LARGE_TABLES, unfinished)
+        _generate(scale, 1, SMALL_TABLES, unfinished)
+        try:
+            unfinished.rename(target)
+        except OSError:
+            # Another process was faster: a folder that is not empty is never replaced.
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return target
+
+
+def _generate(scale: float, parts: int, tables: tuple[str, ...], folder: Path) -> None:
+    # The console script stands beside the interpreter, which need not be on the PATH.
+    program = shutil.which("tpchgen-cli", path=os.path.dirname(sys.executable)) or shutil.which("tpchgen-cli")
+    if program is None:
+        raise DataError("tpchgen-cli is not there; pip install 'dask-gpurt[demo]' brings it")
+    command = [program, "parquet", f"--scale-factor={scale:g}", f"--output-dir={folder}", f"--parts={parts}"]
+    command += [f"--tables={','.join(tables)}", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode != 0:
+        raise DataError(f"{' '.join(command)} failed with status {done.returncode}: {done.stderr.strip()}")
