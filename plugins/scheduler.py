@@ -92,6 +92,9 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
         """Take the report of a worker whose parts have started."""
         statuses = {part: PartStatus(bool(p["installed"]), str(p["remark"])) for part, p in parts.items()}
         self.workers[worker] = statuses
+        if self._scheduler is not None:
+            # Under the topic "gpurt" of Dask's events: whoever waits for a worker to be ready needs no polling.
+            self._scheduler.log_event(NAME, {"action": "worker-ready", "worker": worker, "parts": parts})
         if self.shuffle is not None:
             shuffle = statuses.get("shuffle")
             self.shuffle.set_capable(worker, shuffle is not None and shuffle.installed)
