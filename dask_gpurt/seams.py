@@ -13,9 +13,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from dask_gpurt.errors import SeamError
 
 __all__ = ["DEMO", "MEMORY", "PLACEMENT", "SEAMS", "SHUFFLE", "SUPPORTED", "Seam", "broken"]
 
@@ -72,13 +74,64 @@ class Seam:
 
 
 #: Names the placement uses.
-PLACEMENT: tuple[Seam, ...] = ()
+PLACEMENT: tuple[Seam, ...] = (
+    Seam("scheduler", "distributed.scheduler:SchedulerState._TRANSITIONS_TABLE"),
+    Seam("scheduler", "distributed.scheduler:SchedulerState._add_to_processing", ("ts", "ws", "stimulus_id")),
+    Seam("scheduler", "distributed.scheduler:SchedulerState._validate_ready", ("ts",)),
+    Seam("scheduler", "distributed.scheduler:SchedulerState.is_rootish", ("ts",)),
+    Seam("scheduler", "distributed.scheduler:SchedulerState.queued"),
+    Seam("scheduler", "distributed.scheduler:SchedulerState.running"),
+    Seam("scheduler", "distributed.scheduler:SchedulerState.idle_task_count"),
+    Seam("scheduler", "distributed.scheduler:SchedulerState.WORKER_SATURATION"),
+    Seam("scheduler", "distributed.scheduler:Scheduler.stimulus_queue_slots_maybe_opened", ("stimulus_id",)),
+    Seam("scheduler", "distributed.scheduler:Scheduler.transitions", ("recommendations", "stimulus_id")),
+    Seam("scheduler", "distributed.scheduler:TaskState._queueable"),
+    Seam("scheduler", "distributed.scheduler:TaskState.get_nbytes", ()),
+    Seam("scheduler", "distributed.scheduler:TaskPrefix.duration_average"),
+    Seam("scheduler", "distributed.scheduler:TaskPrefix.max_exec_time"),
+    Seam("scheduler", "distributed.scheduler:WorkerState.long_running"),
+    Seam("scheduler", "distributed.scheduler:WorkerState.needs_what"),
+    Seam("scheduler", "distributed.scheduler:_task_slots_available", ("ws", "saturation_factor")),
+    Seam(
+        "scheduler",
+        "distributed.stealing:WorkStealing._get_thief",
+        ("scheduler", "ts", "potential_thieves", "occupancies"),
+    ),
+)
 
 #: Names the shuffle uses.
 SHUFFLE: tuple[Seam, ...] = ()
 
 #: Names the tiered store uses.
-MEMORY: tuple[Seam, ...] = ()
+MEMORY: tuple[Seam, ...] = (
+    Seam("worker", "distributed.worker:Worker.execute", ("key", "stimulus_id")),
+    Seam("worker", "distributed.worker:Worker.get_data", ("comm", "keys", "who", "serializers")),
+    Seam("worker", "distributed.worker:Worker.data"),
+    Seam("worker", "distributed.worker:Worker.handle_stimulus", ("stims",)),
+    Seam("worker", "distributed.worker_memory:WorkerMemoryManager.data"),
+    Seam("worker", "distributed.worker_memory:WorkerMemoryManager.memory_limit"),
+    Seam("worker", "distributed.worker_memory:WorkerMemoryManager.memory_target_fraction"),
+    Seam("worker", "distributed.worker_memory:WorkerMemoryManager.memory_spill_fraction"),
+    Seam("worker", "distributed.worker_memory:WorkerMemoryManager.max_spill"),
+    Seam("worker", "distributed.worker_state_machine:WorkerState.data"),
+    Seam("worker", "distributed.worker_state_machine:WorkerState.tasks"),
+    Seam("worker", "distributed.worker_state_machine:WorkerState.actors"),
+    Seam("worker", "distributed.worker_state_machine:WorkerState.ready"),
+    Seam("worker", "distributed.worker_state_machine:WorkerState.executing"),
+    Seam("worker", "distributed.worker_state_machine:WorkerState.has_what"),
+    Seam("worker", "distributed.worker_state_machine:TaskState.dependents"),
+    Seam("worker", "distributed.worker_state_machine:TaskState.dependencies"),
+    Seam("worker", "distributed.worker_state_machine:TaskState.priority"),
+    Seam("worker", "distributed.worker_state_machine:FreeKeysEvent", ("stimulus_id", "keys")),
+    Seam("worker", "distributed.worker_state_machine:RescheduleEvent", ("stimulus_id", "key")),
+    Seam("worker", "distributed.worker_state_machine:ExecuteFailureEvent.from_exception"),
+    Seam("worker", "distributed.spill:SpillBuffer"),
+    Seam("worker", "distributed.protocol:Serialized"),
+    Seam("worker", ".memory_manager.data"),
+    Seam("worker", ".state.data"),
+    Seam("worker", ".handlers"),
+    Seam("worker", ".monitor.get_process_memory"),
+)
 
 #: Part to its seams.
 SEAMS: dict[str, tuple[Seam, ...]] = {"memory": MEMORY, "shuffle": SHUFFLE, "placement": PLACEMENT}
@@ -93,6 +146,102 @@ def _of(part: str, side: Side) -> Iterator[Seam]:
     return (seam for seam in SEAMS[part] if seam.side == side)
 
 
+# --- PLACEMENT: how the scheduler chooses a worker -------------------------------------------------------------------
+
+#: What a transition of the scheduler answers: recommendations, messages to clients, messages to workers.
+Answer = tuple[dict[Any, str], dict[str, list[Any]], dict[str, list[Any]]]
+#: A transition function: scheduler, key, stimulus_id.
+TransitionFunction = Callable[[Any, Any, str], Answer]
+
+_WAITING_PROCESSING = ("waiting", "processing")
+_WAITING_QUEUED = ("waiting", "queued")
+_QUEUED_PROCESSING = ("queued", "processing")
+
+
+@dataclass(frozen=True)
+class ChoiceOverrides:
+    """What the placement puts in the place of the scheduler's own, or the scheduler's own in the same form."""
+
+    waiting_processing: TransitionFunction
+    waiting_queued: TransitionFunction
+    queued_processing: TransitionFunction
+    #: Called with ``stimulus_id`` as keyword whenever a worker may have become free.
+    slots_opened: Callable[..., None]
+    #: ``WorkStealing._get_thief``; None where the cluster steals no work.
+    get_thief: Callable[..., Any] | None
+
+
+def stock_choice(scheduler: Any) -> ChoiceOverrides:
+    """Return the functions with which ``scheduler`` chooses workers now.
+
+    Raises
+    ------
+    SeamError
+        If they have been replaced already, or Dask has none of that name.
+    """
+    replaced = {"_TRANSITIONS_TABLE", "stimulus_queue_slots_maybe_opened"} & vars(scheduler).keys()
+    if replaced:
+        raise SeamError(f"the scheduler's {', '.join(sorted(replaced))} has been replaced already")
+    table = scheduler._TRANSITIONS_TABLE
+    missing = [entry for entry in (_WAITING_PROCESSING, _WAITING_QUEUED, _QUEUED_PROCESSING) if entry not in table]
+    if missing:
+        raise SeamError(f"the scheduler has no transition {missing}")
+    stealing = scheduler.extensions.get("stealing")
+    return ChoiceOverrides(
+        waiting_processing=table[_WAITING_PROCESSING],
+        waiting_queued=table[_WAITING_QUEUED],
+        queued_processing=table[_QUEUED_PROCESSING],
+        slots_opened=scheduler.stimulus_queue_slots_maybe_opened,
+        get_thief=None if stealing is None else stealing._get_thief,
+    )
+
+
+def override_choice(scheduler: Any, overrides: ChoiceOverrides) -> None:
+    """Let ``scheduler``, this instance alone, choose workers by ``overrides``."""
+    # Dispatch goes through the table, so overriding the methods themselves would do nothing.
+    scheduler._TRANSITIONS_TABLE = {
+        **type(scheduler)._TRANSITIONS_TABLE,
+        _WAITING_PROCESSING: overrides.waiting_processing,
+        _WAITING_QUEUED: overrides.waiting_queued,
+        _QUEUED_PROCESSING: overrides.queued_processing,
+    }
+    scheduler.stimulus_queue_slots_maybe_opened = overrides.slots_opened
+    stealing = scheduler.extensions.get("stealing")
+    if stealing is not None and overrides.get_thief is not None:
+        stealing._get_thief = overrides.get_thief
+
+
+def restore_choice(scheduler: Any) -> None:
+    """Take back what :func:`override_choice` did; the class's own functions show again."""
+    vars(scheduler).pop("_TRANSITIONS_TABLE", None)
+    vars(scheduler).pop("stimulus_queue_slots_maybe_opened", None)
+    stealing = scheduler.extensions.get("stealing")
+    if stealing is not None:
+        vars(stealing).pop("_get_thief", None)
+
+
+def add_to_processing(scheduler: Any) -> Callable[[Any, Any, str], Answer]:
+    """Return the function that gives a task to a worker: task, worker, stimulus_id."""
+    bound: Callable[[Any, Any, str], Answer] = scheduler._add_to_processing
+    return bound
+
+
+def assert_ready(scheduler: Any, ts: Any) -> None:
+    """Assert what a validating scheduler asserts of a task that is ready to run."""
+    scheduler._validate_ready(ts)
+
+
+def is_queueable(ts: Any) -> bool:
+    """Whether the task may wait in the scheduler's queue."""
+    return bool(ts._queueable)
+
+
+def task_slots_available() -> Callable[[Any, float], int]:
+    """Return the function that counts the tasks a worker may be sent at a given saturation."""
+    function: Callable[[Any, float], int] = importlib.import_module("distributed.scheduler")._task_slots_available
+    return function
+
+
 # --- DEMO: what the demonstration and the benchmarks measure with ---------------------------------------------------
 
 #: Names the meter uses. Not a part that is installed: a broken one fails the demo's own tests, and nothing else.
@@ -105,3 +254,169 @@ def comm_classes() -> tuple[Any, ...]:
     if importlib.util.find_spec("distributed_ucxx") is not None:
         classes.append(importlib.import_module("distributed_ucxx").UCXX)
     return tuple(classes)
+
+
+# --- MEMORY: the store behind worker.data, and what a worker has ahead of it -----------------------------------------
+
+
+@dataclass(frozen=True)
+class MemoryLimits:
+    """What a worker was told about its memory."""
+
+    #: Bytes the process may take; None: no limit.
+    limit_nbytes: int | None
+    #: Bytes of values above which stock spills; None: it does not, by that measure.
+    target_nbytes: int | None
+    #: Bytes of the process above which stock spills; None: it does not, by that measure.
+    spill_nbytes: int | None
+    #: Bytes on disk at most; None: no limit.
+    disk_nbytes: int | None
+
+
+def memory_limits(worker: Any) -> MemoryLimits:
+    """Return the limits of ``worker``."""
+    manager = worker.memory_manager
+    limit = manager.memory_limit or None
+
+    def part(fraction: float | Literal[False]) -> int | None:
+        return None if limit is None or fraction is False else int(limit * fraction)
+
+    return MemoryLimits(
+        limit_nbytes=limit,
+        target_nbytes=part(manager.memory_target_fraction),
+        spill_nbytes=part(manager.memory_spill_fraction),
+        disk_nbytes=None if manager.max_spill is False else int(manager.max_spill),
+    )
+
+
+def process_memory_nbytes(worker: Any) -> int:
+    """Return the bytes that the process of ``worker`` takes, by the measure that stock's memory monitor goes by."""
+    nbytes: int = worker.monitor.get_process_memory()
+    return nbytes
+
+
+def worker_store(worker: Any) -> MutableMapping[Any, Any]:
+    """Return the mapping behind ``worker.data``."""
+    store: MutableMapping[Any, Any] = worker.memory_manager.data
+    return store
+
+
+def set_worker_store(worker: Any, store: MutableMapping[Any, Any]) -> None:
+    """Put ``store`` behind ``worker.data``; both places that refer to it change."""
+    worker.memory_manager.data = store
+    worker.state.data = store
+
+
+def stock_copy_below(store: Any, key: Any) -> bool:
+    """Whether a stock store has ``key`` on disk and not in memory."""
+    from distributed.spill import SpillBuffer
+
+    return isinstance(store, SpillBuffer) and key not in store.fast and key in store.slow
+
+
+def load_from_stock(store: Any, key: Any) -> Any:
+    """Return a value from a stock store, leaving it on disk there if it is."""
+    from distributed.spill import SpillBuffer
+
+    if isinstance(store, SpillBuffer) and key not in store.fast:
+        try:
+            return store.slow[key]
+        except KeyError:
+            # It went up meanwhile.
+            return store[key]
+    return store[key]
+
+
+def keep_in_stock(store: Any, key: Any, value: Any) -> None:
+    """Put a value into a stock store that refused it: it stays in memory there, however large it is."""
+    from distributed.spill import SpillBuffer
+
+    if not isinstance(store, SpillBuffer):
+        raise TypeError(f"{type(store).__name__} refused {key!r}")
+    store.set_noevict(key, value)
+
+
+@dataclass(frozen=True)
+class WorkerHooks:
+    """The two entries of a worker that the tiered store stands before."""
+
+    #: key, stimulus_id -> coroutine of a state machine event.
+    execute: Callable[..., Any]
+    #: comm, keys, who, serializers -> coroutine of an answer.
+    get_data: Callable[..., Any]
+
+
+def worker_hooks(worker: Any) -> WorkerHooks:
+    """Return the entries as they are now.
+
+    Raises
+    ------
+    SeamError
+        If they have been replaced already.
+    """
+    if "execute" in vars(worker):
+        raise SeamError("the worker's execute has been replaced already")
+    return WorkerHooks(execute=worker.execute, get_data=worker.handlers["get_data"])
+
+
+def set_worker_hooks(worker: Any, hooks: WorkerHooks) -> None:
+    """Put ``hooks`` into ``worker``, this instance alone."""
+    worker.execute = hooks.execute
+    worker.handlers["get_data"] = hooks.get_data
+
+
+def restore_worker_hooks(worker: Any, hooks: WorkerHooks) -> None:
+    """Take back :func:`set_worker_hooks`; ``hooks`` are those that were there before."""
+    vars(worker).pop("execute", None)
+    worker.handlers["get_data"] = hooks.get_data
+
+
+def worker_task(worker: Any, key: Any) -> Any:
+    """Return the worker's state of the task ``key``, or None."""
+    return worker.state.tasks.get(key)
+
+
+def input_keys(worker: Any, task: Any) -> list[Any]:
+    """Return the keys that a worker's task takes from the store."""
+    actors = worker.state.actors
+    return [dep.key for dep in task.dependencies if dep.key not in actors]
+
+
+def dependents_of(worker: Any, key: Any) -> list[tuple[str, Any]]:
+    """Return (state, priority) of the tasks that the worker knows to depend on ``key``."""
+    task = worker.state.tasks.get(key)
+    return [] if task is None else [(d.state, d.priority) for d in task.dependents]
+
+
+def next_ready(worker: Any) -> Any:
+    """Return the task that the worker starts next, or None."""
+    ready = worker.state.ready
+    return ready.peek() if ready else None
+
+
+def ahead(worker: Any) -> tuple[Any, list[Any], int]:
+    """Return the lowest priority that is executing (or None), those that are ready, sorted, and known workers."""
+    state = worker.state
+    now = min((task.priority for task in state.executing if task.priority is not None), default=None)
+    return now, sorted(task.priority for task in state.ready), 1 + len(state.has_what)
+
+
+def forget_replica(worker: Any, key: Any, stimulus_id: str) -> None:
+    """Let ``worker`` tell the scheduler that it has no value of ``key`` any more; it recomputes it if it can."""
+    from distributed.worker_state_machine import FreeKeysEvent
+
+    worker.handle_stimulus(FreeKeysEvent(keys=[key], stimulus_id=stimulus_id))
+
+
+def reschedule_event(key: Any, stimulus_id: str) -> Any:
+    """Return the event that says: this task was not run here, run it somewhere."""
+    from distributed.worker_state_machine import RescheduleEvent
+
+    return RescheduleEvent(key=key, stimulus_id=stimulus_id)
+
+
+def failure_event(key: Any, run_id: int, error: BaseException, stimulus_id: str) -> Any:
+    """Return the event that says: this task failed."""
+    from distributed.worker_state_machine import ExecuteFailureEvent
+
+    return ExecuteFailureEvent.from_exception(error, key=key, run_id=run_id, stimulus_id=stimulus_id)

@@ -1,0 +1,681 @@
+"""The placement: lets the policy choose workers on a running scheduler, and takes it back.
+
+Covers: :class:`Placement`, which plans root tasks as graphs arrive, keeps planned tasks in order for
+their workers, chooses workers for tasks whose inputs are in memory, and balances what waits.
+Does not cover: the decisions themselves, which are pure: :mod:`dask_gpurt.plugins.families` (who belongs together, and
+where), :mod:`dask_gpurt.plugins.policy` (where a task with inputs goes), :mod:`dask_gpurt.plugins.stealing` (when to
+leave a plan).
+See also: :mod:`dask_gpurt.seams`, which replaces and restores the scheduler's functions.
+
+Theory of operation
+-------------------
+Dask asks for a worker when a task becomes ready (``waiting -> processing``) and when a worker may have become free
+(``stimulus_queue_slots_maybe_opened``). Both go through here first:
+
+=====================  ================================================================================================
+task                   what happens
+=====================  ================================================================================================
+planned                it goes to the worker of its family if that has a free slot, in the sense of Dask's
+                       ``worker-saturation``; else it is ``queued``, as in stock Dask, and in the queue of that worker
+with inputs            it stays with its input bytes, see the policy
+anything else          Dask's own decision: roots that were not planned, restrictions of any kind, actors
+=====================  ================================================================================================
+
+Dask's own set of queued tasks stays the truth: every task that waits here is in ``scheduler.queued`` and in the state
+``queued``, so that its timeouts, its dashboard, its adaptive scaling and its validation go on to hold. The queues here are
+an order over it: one heap a worker, and one for queued tasks that were not planned, which exists only while planned
+tasks wait. Entries of the heaps are not removed but skipped when they no longer hold. So uninstalling loses nothing: the
+order goes, the tasks stay queued.
+
+What cannot happen: a planned task that waits for a worker that is gone or paused stays there no longer than one turn
+of the balancer (:data:`BALANCE_INTERVAL_S`), which also lets an idle worker take over families of a busy one.
+
+An exception in a decision is counted, logged once, and answered with Dask's own decision.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import math
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator
+from itertools import islice
+from time import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from distributed.diagnostics.plugin import SchedulerPlugin
+from tornado.ioloop import PeriodicCallback
+
+from dask_gpurt import seams
+from dask_gpurt.plugins import families, policy, stealing
+from dask_gpurt.plugins.families import Family
+from dask_gpurt.plugins.view import Backlog, Candidate, Share, Tail
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from distributed.scheduler import Scheduler, TaskState, WorkerState
+
+    from dask_gpurt.config import PlacementSettings
+
+__all__ = ["BALANCE_INTERVAL_S", "Decision", "Placement"]
+
+logger = logging.getLogger(__name__)
+
+#: How often idle workers are compared with what waits for others; the interval of Dask's own stealing.
+BALANCE_INTERVAL_S = 0.1
+#: Decisions that are remembered for :meth:`Placement.explain`.
+REMEMBERED = 10_000
+#: Idle workers that are helped in one turn of the balancer, so that a turn stays short on a large cluster.
+HELPED = 32
+#: Families that are looked at for one idle worker.
+LOOKED_AT = 64
+#: Task prefixes whose sizes are remembered.
+PREFIXES = 10_000
+
+_NAME = "gpurt-placement"
+
+
+class Decision(NamedTuple):
+    """Where a task was sent, and why."""
+
+    key: Any
+    reason: str
+    #: Address of the worker; None where the decision was left to Dask.
+    worker: str | None
+
+
+class _Queued:
+    """The answer "not now": the task waits for its planned worker."""
+
+
+_QUEUED = _Queued()
+
+
+class _Hooks(SchedulerPlugin):
+    """Lead the scheduler's events to a placement.
+
+    A plugin's own ``start`` is a coroutine that a starting scheduler awaits; the placement's is not, so the two are two
+    objects. The hooks are set on the instance because Dask calls ``transition`` several times for each task.
+    """
+
+    name = _NAME
+
+    def __init__(self, placement: Placement) -> None:
+        for hook in ("update_graph", "transition", "add_worker", "remove_worker", "restart"):
+            setattr(self, hook, getattr(placement, hook))
+
+
+class Placement:
+    """Choose workers on ``scheduler`` from :meth:`start` to :meth:`stop`.
+
+    Parameters
+    ----------
+    scheduler
+        The running scheduler.
+    settings
+        The part's settings.
+    """
+
+    def __init__(self, scheduler: Scheduler, settings: PlacementSettings) -> None:
+        self.scheduler = scheduler
+        self.settings = settings
+        self._stock: seams.ChoiceOverrides | None = None
+        self._add_to_processing = seams.add_to_processing(scheduler)
+        self._slots_available = seams.task_slots_available()
+        # The scheduler changes these three in place and never replaces them.
+        self._running: set[WorkerState] = scheduler.running
+        self._with_slots: set[WorkerState] = scheduler.idle_task_count
+        self._tasks: dict[Any, TaskState] = scheduler.tasks
+        #: Key of a planned task to its family, until its result is in memory or it is gone.
+        self._plan: dict[Any, Family] = {}
+        #: Key of a planned task in the state "queued" to its family.
+        self._waiting: dict[Any, Family] = {}
+        #: Worker to a heap of (priority, counter, key) of the tasks that wait for it.
+        self._heaps: defaultdict[WorkerState, list[tuple[Any, int, Any]]] = defaultdict(list)
+        #: The same for queued tasks that were not planned; None while no planned task waits.
+        self._unplanned: list[tuple[Any, int, Any]] | None = None
+        #: Worker to the number of planned tasks that wait for it.
+        self._backlog: Counter[WorkerState] = Counter()
+        #: Worker to its families that have waited, in the order in which they came.
+        self._dealt: defaultdict[WorkerState, list[Family]] = defaultdict(list)
+        self._pushed = 0
+        #: The task that is being dequeued, and for which worker.
+        self._dequeuing: tuple[Any, WorkerState] | None = None
+        #: Task group to whether it is root-like, for as long as neither graph nor cluster change.
+        self._rootish: dict[Any, bool] = {}
+        #: Task prefix to the size of its latest planned result.
+        self._output_nbytes: dict[str, int] = {}
+        self._counts: Counter[str] = Counter()
+        self._errors = 0
+        self._decisions: deque[Decision] = deque(maxlen=REMEMBERED)
+        self._hooks = _Hooks(self)
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to choose. The second of two calls does nothing.
+
+        Raises
+        ------
+        SeamError
+            If something else has replaced the scheduler's choice; nothing was changed then.
+        """
+        if self._stock is not None:
+            return
+        stock = seams.stock_choice(self.scheduler)
+        callback = PeriodicCallback(self._balance, BALANCE_INTERVAL_S * 1000)
+        self._stock = stock
+        seams.override_choice(
+            self.scheduler,
+            seams.ChoiceOverrides(
+                waiting_processing=self._waiting_processing,
+                waiting_queued=self._waiting_queued,
+                queued_processing=self._queued_processing,
+                slots_opened=self._slots_opened,
+                get_thief=None if stock.get_thief is None else self._get_thief,
+            ),
+        )
+        self.scheduler.add_plugin(self._hooks, name=_NAME)
+        self.scheduler.periodic_callbacks[_NAME] = callback
+        callback.start()
+
+    def stop(self) -> None:
+        """Leave all choices to Dask again; what waits here waits in Dask's queue. Calling it again does nothing."""
+        if self._stock is None:
+            return
+        self._stock = None
+        seams.restore_choice(self.scheduler)
+        callback = self.scheduler.periodic_callbacks.pop(_NAME, None)
+        if callback is not None:
+            callback.stop()
+        if self.scheduler.plugins.get(_NAME) is self._hooks:
+            self.scheduler.remove_plugin(_NAME)
+        self._forget()
+        # Workers may be free whose planned tasks were all done, while others' tasks waited.
+        self.scheduler.stimulus_queue_slots_maybe_opened(stimulus_id=f"{_NAME}-stop-{time()}")
+
+    def metrics(self) -> dict[str, Any]:
+        """Count the decisions by reason.
+
+        Returns
+        -------
+        ``decisions``: reason to count; ``errors``: decisions that fell to Dask because of an exception; ``planned``:
+        tasks with a plan that are not done; ``waiting``: those of them that wait in the scheduler.
+        """
+        return {
+            "decisions": dict(self._counts),
+            "errors": self._errors,
+            "planned": len(self._plan),
+            "waiting": len(self._waiting),
+        }
+
+    def explain(self, key: Any) -> list[Decision]:
+        """Return what is remembered of the decisions about ``key``, latest first."""
+        return [decision for decision in reversed(self._decisions) if decision.key == key]
+
+    # --- hooks of a SchedulerPlugin -----------------------------------------------------------------------------------
+
+    def update_graph(self, scheduler: Scheduler, *, tasks: Sequence[Any], **kwargs: Any) -> None:  # noqa: ARG002
+        """Plan the roots of a graph that has arrived, before its first transition."""
+        self._rootish.clear()
+        try:
+            self._plan_graph(tasks)
+        except Exception as error:  # noqa: BLE001 - a plan is a luxury: without one, the graph runs as in stock Dask
+            self._failed("a graph could not be planned", error)
+
+    def transition(self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Follow the planned tasks: out of the queue, and out of the plan when they are done or gone."""
+        if not self._plan:
+            return
+        if start == "queued" and self._waiting:
+            self._leave(key)
+        if finish == "memory":
+            if self._plan.pop(key, None) is not None and len(self._output_nbytes) < PREFIXES:
+                self._output_nbytes[self._tasks[key].prefix.name] = kwargs.get("nbytes") or 0
+        elif finish in ("forgotten", "erred"):
+            self._plan.pop(key, None)
+
+    def add_worker(self, scheduler: Scheduler, worker: str) -> None:  # noqa: ARG002
+        """Give a worker that joins what waits for workers that are gone; the balancer gives it the rest."""
+        self._rootish.clear()
+        self._rehome_all()
+
+    def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:  # noqa: ARG002
+        """Deal what waits for a worker that has left to the others."""
+        self._rootish.clear()
+        if self._rehome_all():
+            self._dispatch(f"{_NAME}-remove-worker-{time()}")
+
+    def restart(self, scheduler: Scheduler) -> None:  # noqa: ARG002
+        """Forget all plans: the scheduler has forgotten all tasks."""
+        self._forget()
+        self._output_nbytes.clear()
+
+    # --- planning -----------------------------------------------------------------------------------------------------
+
+    def _plan_graph(self, keys: Sequence[Any]) -> None:
+        if len(keys) < 2:
+            return
+        shares = [Share(ws, ws.nthreads) for ws in self.scheduler.workers.values() if ws in self._running]
+        if len(shares) < 2:
+            return
+        roots: dict[Any, TaskState] = {}
+        others: list[TaskState] = []
+        leads_on = False
+        for key in keys:
+            ts = self._tasks[key]
+            if ts.state != "released":
+                continue
+            dependents = ts.dependents
+            if ts.dependencies:
+                if not self._is_rootish(ts):
+                    if dependents:
+                        others.append(ts)
+                    continue
+            elif not dependents and type(key) is not tuple:
+                continue  # nothing can be known about a lone task, such as one of Client.map
+            if _is_unusual(ts) or ts.run_spec is None:
+                continue
+            leads_on = leads_on or bool(dependents)
+            roots[key] = ts
+        if len(roots) < 2:
+            return
+        self._write(self._families(roots, others, shares, leads_on))
+
+    def _families(
+        self, roots: dict[Any, TaskState], others: list[TaskState], shares: list[Share], leads_on: bool
+    ) -> Iterator[Family]:
+        meets: dict[Any, Any] = {}
+        ends: dict[Any, Any] = roots
+        if leads_on:
+            meets, ends = families.meetings([*roots.values(), *others], roots)
+        meeting = [ts for key, ts in roots.items() if key in meets]
+        if meeting:
+            meeting.sort(key=_priority)
+            yield from families.by_meeting(meeting, meets, shares, self._holder_of)
+        collections: defaultdict[str, list[tuple[Any, tuple[int, ...]]]] = defaultdict(list)
+        for key in roots:
+            if key not in meets:
+                block = families.index_of(ends[key].key) or families.index_of(key)
+                if block is not None:
+                    collections[block[0]].append((key, block[1]))
+        for blocks in collections.values():
+            if len(blocks) > 1:
+                yield from families.by_position(blocks, shares)
+
+    def _write(self, dealt: Iterator[Family]) -> None:
+        plan = self._plan
+        for family in dealt:
+            for key in family.keys:
+                plan[key] = family
+
+    def _holder_of(self, meeting: Any) -> Any | None:
+        """Find the worker that holds most of what ``meeting`` takes and that is in memory."""
+        present = [dts for dts in meeting.dependencies if dts.who_has]
+        if not present:
+            return None
+        held, _ = policy.holdings(present)
+        best = policy.best_holders(held, self._running, limit=1)
+        return best[0] if best else None
+
+    def _is_rootish(self, ts: TaskState) -> bool:
+        """Answer as the scheduler does, by group: it counts the group's tasks anew for each of them."""
+        if _is_unusual(ts):
+            return False
+        group = ts.group
+        known = self._rootish.get(group)
+        if known is None:
+            known = self._rootish[group] = bool(self.scheduler.is_rootish(ts))
+        if known or ts.run_spec is None:
+            return known
+        return bool(ts.run_spec.data_producer)
+
+    # --- choosing -----------------------------------------------------------------------------------------------------
+
+    def _waiting_processing(self, scheduler: Any, key: Any, stimulus_id: str) -> seams.Answer:
+        assert self._stock is not None
+        ts = self._tasks[key]
+        if ts.dependencies or key in self._plan:
+            try:
+                answer = self._decide(ts)
+            except Exception as error:  # noqa: BLE001 - an error in the policy must not stall a graph
+                self._plan.pop(key, None)
+                self._failed("a choice failed", error)
+                answer = None
+            if answer is _QUEUED:
+                return {key: "queued"}, {}, {}
+            if answer is not None:
+                return self._add_to_processing(ts, answer, stimulus_id)
+        return self._stock.waiting_processing(scheduler, key, stimulus_id)
+
+    def _waiting_queued(self, scheduler: Any, key: Any, stimulus_id: str) -> seams.Answer:
+        assert self._stock is not None
+        family = self._plan.get(key)
+        ts = self._tasks[key]
+        if family is None:
+            answer = self._stock.waiting_queued(scheduler, key, stimulus_id)
+            if self._unplanned is not None:
+                self._push(self._unplanned, ts)
+            return answer
+        if scheduler.validate:
+            seams.assert_ready(scheduler, ts)
+        ts.state = "queued"
+        scheduler.queued.add(ts)
+        self._enter(ts, family)
+        return {}, {}, {}
+
+    def _queued_processing(self, scheduler: Any, key: Any, stimulus_id: str) -> seams.Answer:
+        assert self._stock is not None
+        if self._dequeuing is None or self._dequeuing[0] != key:
+            return self._stock.queued_processing(scheduler, key, stimulus_id)
+        ws = self._dequeuing[1]
+        ts = self._tasks[key]
+        if ws not in self._with_slots:
+            return {}, {}, {}
+        scheduler.queued.discard(ts)
+        return self._add_to_processing(ts, ws, stimulus_id)
+
+    def _decide(self, ts: TaskState) -> Any:
+        """Choose a worker; _QUEUED for a planned task that has to wait, None to leave the choice to Dask."""
+        if _is_unusual(ts):
+            return None
+        family = self._plan.get(ts.key) if self._plan else None
+        if family is not None:
+            return self._decide_planned(ts, family)
+        if self._is_rootish(ts):
+            return None
+        return self._decide_by_inputs(ts)
+
+    def _decide_planned(self, ts: TaskState, family: Family) -> Any:
+        if family.home not in self._running and not self._rehome(family):
+            del self._plan[ts.key]
+            return None
+        ws: Any = family.home
+        if ts.dependencies and not self._pays_to_fetch(ts, ws):
+            del self._plan[ts.key]
+            return self._decide_by_inputs(ts)
+        if ws in self._with_slots or math.isinf(self.scheduler.WORKER_SATURATION) or not seams.is_queueable(ts):
+            return self._decided(ts, ws, "planned")
+        return _QUEUED
+
+    def _pays_to_fetch(self, ts: TaskState, ws: WorkerState) -> bool:
+        held, total = policy.holdings(ts.dependencies)
+        coming = ws.needs_what
+        missing = sum(d.get_nbytes() for d in ts.dependencies if ws not in (d.who_has or ()) and d not in coming)
+        output_nbytes = self._output_nbytes.get(ts.prefix.name)
+        if not missing or output_nbytes is None:
+            return True
+        best = total - max(held.values(), default=0)
+        return policy.accepts(missing, self._backlog[ws] + 1, best, output_nbytes)
+
+    def _decide_by_inputs(self, ts: TaskState) -> Any:
+        inputs = ts.dependencies
+        running = self._running
+        if len(inputs) == 1:
+            (dts,) = inputs
+            holders = dts.who_has or ()
+            if len(holders) == 1:
+                (ws,) = holders
+                return self._decided(ts, ws, "only-holder") if ws in running else None
+        held, total = policy.holdings(inputs)
+        workers = policy.best_holders(held, running)
+        if not workers:
+            return None
+        if len(workers) == 1:
+            return self._decided(ts, workers[0], "only-holder")
+        candidates = []
+        for ws in workers:
+            missing = total - held[ws]
+            coming = ws.needs_what
+            if missing and coming:
+                missing -= sum(d.get_nbytes() for d in inputs if d in coming)
+            candidates.append(Candidate(ws, missing, ws.occupancy / ws.nthreads))
+        choice = policy.choose(candidates, self.scheduler.bandwidth)
+        return self._decided(ts, choice.worker, choice.reason)
+
+    def _decided(self, ts: TaskState, ws: Any, reason: str) -> Any:
+        self._counts[reason] += 1
+        self._decisions.append(Decision(ts.key, reason, ws.address))
+        return ws
+
+    def _failed(self, what: str, error: Exception) -> None:
+        """Count an exception, and show the first one."""
+        self._errors += 1
+        if self._errors == 1:
+            again = "here and if it happens again (counted, not shown)"
+            logger.error("%s; Dask decides instead, %s", what, again, exc_info=error)
+
+    # --- queues -------------------------------------------------------------------------------------------------------
+
+    def _push(self, heap: list[tuple[Any, int, Any]], ts: TaskState) -> None:
+        self._pushed += 1
+        heapq.heappush(heap, (ts.priority, self._pushed, ts.key))
+
+    def _enter(self, ts: TaskState, family: Family) -> None:
+        """Let a task wait for the worker of its family."""
+        if self._unplanned is None:
+            self._unplanned = []
+            for queued in self.scheduler.queued:
+                if queued is not ts:
+                    self._push(self._unplanned, queued)
+        home: Any = family.home
+        self._waiting[ts.key] = family
+        self._backlog[home] += 1
+        self._push(self._heaps[home], ts)
+        dealt = self._dealt[home]
+        if not dealt or dealt[-1] is not family:
+            dealt.append(family)
+
+    def _leave(self, key: Any) -> None:
+        """Let a task wait no longer, for whatever reason."""
+        family = self._waiting.pop(key, None)
+        if family is None:
+            return
+        home: Any = family.home
+        self._backlog[home] -= 1
+        if not self._waiting:
+            self._forget_queues()
+
+    def _forget_queues(self) -> None:
+        self._waiting.clear()
+        self._heaps.clear()
+        self._unplanned = None
+        self._backlog.clear()
+        self._dealt.clear()
+
+    def _forget(self) -> None:
+        self._plan.clear()
+        self._rootish.clear()
+        self._forget_queues()
+
+    def _slots_opened(self, *, stimulus_id: str) -> None:
+        """Stand in for ``stimulus_queue_slots_maybe_opened``."""
+        assert self._stock is not None
+        if self._waiting:
+            self._dispatch(stimulus_id)
+        else:
+            self._stock.slots_opened(stimulus_id=stimulus_id)
+
+    def _dispatch(self, stimulus_id: str) -> None:
+        """Send queued tasks to the workers that have free slots, a task a worker and round."""
+        assert self._stock is not None
+        scheduler = self.scheduler
+        # We take tasks out of the middle of Dask's heap. Looking at its top drops what is no longer there.
+        if scheduler.queued:
+            scheduler.queued.peek()
+        free = list(self._with_slots)
+        if len(free) > 1:
+            free.sort(key=_load)
+        while free and self._waiting:
+            served = []
+            for ws in free:
+                key = self._next_for(ws) if ws in self._with_slots else None
+                if key is None:
+                    continue
+                if key in self._waiting:
+                    self._decided(self._tasks[key], ws, "planned")
+                self._dequeuing = (key, ws)
+                try:
+                    scheduler.transitions({key: "processing"}, stimulus_id)
+                finally:
+                    self._dequeuing = None
+                served.append(ws)
+            free = served
+        if not self._waiting:
+            self._stock.slots_opened(stimulus_id=stimulus_id)
+
+    def _next_for(self, ws: WorkerState) -> Any | None:
+        """Find the task that ``ws`` should run next, out of its own queue and that of the tasks without a plan."""
+        heap = self._heaps.get(ws)
+        own = None
+        while heap:
+            key = heap[0][2]
+            family = self._waiting.get(key)
+            if family is not None and family.home is ws:
+                own = heap[0]
+                break
+            heapq.heappop(heap)
+        others = self._unplanned
+        while others:
+            key = others[0][2]
+            ts = self._tasks.get(key)
+            if ts is None or ts.state != "queued" or key in self._waiting:
+                heapq.heappop(others)
+                continue
+            if own is None or others[0] < own:
+                return key
+            break
+        return None if own is None else own[2]
+
+    # --- balance ------------------------------------------------------------------------------------------------------
+
+    def _rehome(self, family: Family) -> bool:
+        """Give a family whose home is gone or paused to the running worker with the least waiting for it."""
+        able = [ws for ws in self.scheduler.workers.values() if ws in self._running]
+        if not able:
+            return False
+        self._move(family, min(able, key=lambda ws: self._backlog[ws] / ws.nthreads))
+        self._counts["rehomed"] += 1
+        return True
+
+    def _rehome_all(self) -> bool:
+        """Give away everything that waits for workers that are gone or paused; False if there was nothing."""
+        gone = [ws for ws in self._dealt if ws not in self._running]
+        moved = False
+        for ws in gone:
+            for family in self._dealt.pop(ws):
+                if family.home is ws and any(self._waiting.get(key) is family for key in family.keys):
+                    if not self._rehome(family):
+                        self._dealt[ws].append(family)
+                    else:
+                        moved = True
+        return moved
+
+    def _move(self, family: Family, home: WorkerState) -> None:
+        waiting = [key for key in family.keys if self._waiting.get(key) is family]
+        previous: Any = family.home
+        family.home = home
+        if not waiting:
+            return
+        self._backlog[previous] -= len(waiting)
+        self._backlog[home] += len(waiting)
+        heap = self._heaps[home]
+        for key in waiting:
+            self._push(heap, self._tasks[key])
+        self._dealt[home].append(family)
+
+    def _balance(self) -> None:
+        """Let paused workers' families go elsewhere, and idle workers take over families of busy ones."""
+        if not self._waiting or self._stock is None:
+            return
+        try:
+            moved = self._rehome_all()
+            for thief in self._idle_workers():
+                moved = self._relieve(thief) or moved
+        except Exception as error:  # noqa: BLE001 - without balance, plans are carried out as they are
+            self._failed("balancing failed", error)
+            return
+        if moved:
+            self._dispatch(f"{_NAME}-balance-{time()}")
+
+    def _idle_workers(self) -> list[WorkerState]:
+        """List workers with a thread that has nothing to do and nothing to wait for."""
+        idle = (
+            ws
+            for ws in self._with_slots
+            if len(ws.processing) - len(ws.long_running) < ws.nthreads and not self._backlog[ws]
+        )
+        return list(islice(idle, HELPED))
+
+    def _relieve(self, thief: WorkerState) -> bool:
+        victim = max(self._dealt, key=lambda ws: self._backlog[ws] / ws.nthreads, default=None)
+        if victim is None or victim is thief or not self._backlog[victim]:
+            return False
+        tails: list[Tail] = []
+        found: list[Family] = []
+        dealt = self._dealt[victim]
+        duration_s = 0.0
+        for family in islice(reversed(dealt), LOOKED_AT):
+            ntasks = 0
+            nbytes = 0
+            for key in family.keys:
+                if self._waiting.get(key) is family:
+                    prefix = self._tasks[key].prefix
+                    ntasks += 1
+                    nbytes += self._output_nbytes.get(prefix.name, 0)
+                    duration_s = _duration_s(prefix)
+            if ntasks and family.home is victim and family not in found:
+                tails.append(Tail(ntasks, nbytes))
+                found.append(family)
+        taken = stealing.relief(
+            Backlog(self._backlog[victim], victim.nthreads, duration_s),
+            Backlog(0, thief.nthreads, duration_s),
+            tails,
+            self.scheduler.bandwidth,
+        )
+        for family in found[:taken]:
+            self._move(family, thief)
+            self._counts["relieved"] += 1
+        if len(dealt) > LOOKED_AT and not found:
+            del dealt[-LOOKED_AT:]  # all of them are done, or live elsewhere by now
+        return taken > 0
+
+    def _get_thief(self, scheduler: Any, ts: TaskState, potential_thieves: Any, *, occupancies: Any) -> Any:
+        """Stand in for ``WorkStealing._get_thief``: no thief for a planned task whose plan still pays."""
+        assert self._stock is not None
+        assert self._stock.get_thief is not None
+        thief = self._stock.get_thief(scheduler, ts, potential_thieves, occupancies=occupancies)
+        family = self._plan.get(ts.key) if self._plan else None
+        victim = ts.processing_on
+        if thief is None or family is None or victim is None or family.home is not victim:
+            return thief
+        ahead = len(victim.processing) - len(victim.long_running) - victim.nthreads
+        wait_s = max(ahead, 1) * _duration_s(ts.prefix) / victim.nthreads
+        nbytes = self._output_nbytes.get(ts.prefix.name, 0)
+        if stealing.pays(wait_s, nbytes, self.scheduler.bandwidth):
+            self._counts["stolen"] += 1
+            return thief
+        self._counts["steal-refused"] += 1
+        return None
+
+
+def _is_unusual(ts: TaskState) -> Collection[Any] | bool | None:
+    """Whether someone has said where the task may run: Dask decides about those."""
+    return ts.worker_restrictions or ts.host_restrictions or ts.resource_restrictions or ts.actor
+
+
+def _priority(ts: TaskState) -> Any:
+    return ts.priority
+
+
+def _load(ws: WorkerState) -> float:
+    return float(len(ws.processing) / ws.nthreads)
+
+
+def _duration_s(prefix: Any) -> float:
+    """Expected duration of a task; 0 if nothing is known, unlike in Dask, which then assumes half a second."""
+    if prefix.duration_average >= 0:
+        return float(prefix.duration_average)
+    return float(max(2 * prefix.max_exec_time, 0))

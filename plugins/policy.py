@@ -1,0 +1,140 @@
+"""Where a task goes whose inputs are in memory, and whether a planned worker is worth what it misses.
+
+Covers: :func:`holdings`, :func:`choose`, :func:`accepts`.
+Does not cover: roots; see :mod:`dask_gpurt.plugins.families`. Restrictions, actors: those decisions stay Dask's.
+
+Theory of operation
+-------------------
+*Stay put*: a task runs where most of its input bytes lie, unless it would start sooner elsewhere by more than
+twice what moving costs. The factor is there because a move is paid by others, too (both links are busy, and
+the next task finds its inputs apart), and because a queue is a guess while bytes are facts.
+
+Only workers that hold an input are looked at, and of inputs with many replicas only if there is nothing else to go by:
+a broadcast that is everywhere says nothing, and walking all its holders is what makes a scheduler slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from itertools import islice
+from typing import Any, Protocol
+
+from dask_gpurt.plugins.view import Candidate, Choice
+
+__all__ = ["CANDIDATES", "GUARD", "MANY", "STAY_PUT", "accepts", "choose", "holdings"]
+
+#: How much later a task may start where its inputs lie, in units of what moving them costs.
+STAY_PUT = 2.0
+#: A planned worker is refused if the bytes it misses, a share of them for each consumer there, exceed so many times
+#: what it saves.
+GUARD = 2.0
+#: Workers that are compared at most.
+CANDIDATES = 4
+#: An input with more replicas than this is counted only for workers that are candidates for another reason.
+MANY = 8
+#: What it costs to start a transfer, whatever its size: a round trip and a turn of two event loops.
+MOVE_LATENCY_S = 0.005
+
+
+class Held(Protocol):
+    """An input in memory."""
+
+    @property
+    def who_has(self) -> Collection[Any] | None:
+        """Workers that hold it."""
+
+    def get_nbytes(self) -> int:
+        """Return its size, or a guess."""
+
+
+def holdings(inputs: Iterable[Held], *, many: int = MANY) -> tuple[dict[Any, int], int]:
+    """Count the bytes of ``inputs`` by the worker that holds them.
+
+    Returns
+    -------
+    Worker to bytes, for the workers worth looking at, and the bytes of all inputs.
+    """
+    held: dict[Any, int] = {}
+    total = 0
+    everywhere: list[tuple[int, Collection[Any]]] = []
+    for dep in inputs:
+        nbytes = dep.get_nbytes()
+        total += nbytes
+        holders = dep.who_has or ()
+        if len(holders) > many:
+            everywhere.append((nbytes, holders))
+            continue
+        for worker in holders:
+            held[worker] = held.get(worker, 0) + nbytes
+    if everywhere:
+        if not held:
+            _, holders = max(everywhere, key=lambda dep: dep[0])
+            held = dict.fromkeys(islice(holders, many), 0)
+        for nbytes, holders in everywhere:
+            for worker in held:
+                if worker in holders:
+                    held[worker] += nbytes
+    return held, total
+
+
+def choose(candidates: Sequence[Candidate], bandwidth: float) -> Choice:
+    """Choose among workers.
+
+    Parameters
+    ----------
+    candidates
+        At least one worker.
+    bandwidth
+        Bytes per second between workers.
+
+    Examples
+    --------
+    >>> here, there = Candidate("here", 0, 1.0), Candidate("there", 100, 0.0)
+    >>> choose([here, there], bandwidth=1e9)
+    Choice(worker='there', reason='earlier-elsewhere')
+    >>> choose([here, there], bandwidth=100.0)
+    Choice(worker='here', reason='most-bytes')
+    """
+    fewest = min(candidate.missing_nbytes for candidate in candidates)
+
+    def cost_s(candidate: Candidate) -> tuple[float, int]:
+        extra = candidate.missing_nbytes - fewest
+        move_s = extra / bandwidth + MOVE_LATENCY_S if extra else 0.0
+        return candidate.wait_s + STAY_PUT * move_s, candidate.missing_nbytes
+
+    best = min(candidates, key=cost_s)
+    return Choice(best.worker, "most-bytes" if best.missing_nbytes == fewest else "earlier-elsewhere")
+
+
+def accepts(missing_nbytes: int, consumers: int, best_missing_nbytes: int, output_nbytes: int) -> bool:
+    """Say whether a planned worker is worth the bytes it misses.
+
+    What one worker fetches serves all tasks that were planned there. The plan saves moving their results.
+
+    Parameters
+    ----------
+    missing_nbytes
+        Bytes of the task's inputs that the planned worker misses.
+    consumers
+        Tasks planned there that take these inputs, this one included.
+    best_missing_nbytes
+        The same bytes for the worker that misses the fewest.
+    output_nbytes
+        Expected size of the task's result; 0 if it is not known.
+
+    Examples
+    --------
+    >>> accepts(8_000_000, consumers=100, best_missing_nbytes=0, output_nbytes=1_000_000)
+    True
+    >>> accepts(8_000_000, consumers=2, best_missing_nbytes=0, output_nbytes=1_000_000)
+    False
+    """
+    return missing_nbytes <= GUARD * max(best_missing_nbytes, output_nbytes) * max(consumers, 1)
+
+
+def best_holders(held: dict[Any, int], running: Collection[Any], limit: int = CANDIDATES) -> list[Any]:
+    """List the running workers that hold the most, most first, ``limit`` at most."""
+    able = [worker for worker in held if worker in running]
+    if len(able) > 1:
+        able.sort(key=held.__getitem__, reverse=True)
+    return able[:limit]
