@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -100,7 +101,50 @@ PLACEMENT: tuple[Seam, ...] = (
 )
 
 #: Names the shuffle uses.
-SHUFFLE: tuple[Seam, ...] = ()
+SHUFFLE: tuple[Seam, ...] = (
+    Seam("scheduler", "distributed.shuffle:ShuffleSchedulerPlugin._retrieve_spec", ("shuffle_id",)),
+    Seam("scheduler", "distributed.shuffle:ShuffleSchedulerPlugin._create", ("shuffle_id", "key", "worker")),
+    Seam(
+        "scheduler", "distributed.shuffle:ShuffleSchedulerPlugin._restart_shuffle", ("id", "scheduler", "stimulus_id")
+    ),
+    Seam("scheduler", "distributed.shuffle:ShuffleSchedulerPlugin.active_shuffles"),
+    Seam("scheduler", "distributed.shuffle._shuffle:DataFrameShuffleSpec.create_run_on_worker"),
+    Seam("scheduler", "distributed.shuffle._rechunk:ArrayRechunkSpec.create_run_on_worker"),
+    Seam("scheduler", ".plugins"),
+    Seam("worker", "distributed.shuffle:ShuffleWorkerPlugin.setup", ("worker",)),
+    Seam("worker", "distributed.shuffle:ShuffleWorkerPlugin.shuffle_receive", ("shuffle_id", "run_id", "data")),
+    Seam("worker", "distributed.shuffle._worker_plugin:_ShuffleRunManager.close", ("shuffle_run",)),
+    Seam("worker", "distributed.shuffle._core:id_from_key", ("key",)),
+    Seam("worker", "distributed.shuffle._core:ShuffleRun.barrier", ("run_ids",)),
+    Seam("worker", "distributed.shuffle._core:ShuffleRun.receive", ("data",)),
+    Seam("worker", "distributed.shuffle._core:ShuffleRun.add_partition", ("data", "partition_id")),
+    Seam("worker", "distributed.shuffle._core:ShuffleRun.get_output_partition", ("partition_id", "key", "kwargs")),
+    Seam("worker", "distributed.shuffle._core:ShuffleRun.inputs_done", ()),
+    Seam("worker", "distributed.shuffle._core:ShuffleRun.raise_if_closed", ()),
+    Seam("worker", "distributed.shuffle._core:ShuffleRun.fail", ("exception",)),
+    Seam("worker", "distributed.shuffle._core:ShuffleRun.heartbeat", ()),
+    Seam("worker", "distributed.shuffle._core:ShuffleRun.offload", ("func", "args", "kwargs")),
+    Seam("worker", "distributed.shuffle._core:ShuffleRun._capture_metrics", ("where",)),
+    Seam("worker", "distributed.shuffle._core:ShuffleRun._ensure_output_worker", ("i", "key")),
+    Seam("worker", "distributed.shuffle._core:ShuffleRun._exception"),
+    Seam(
+        "worker",
+        "distributed.shuffle._shuffle:DataFrameShuffleSpec.create_run_on_worker",
+        ("run_id", "span_id", "worker_for", "plugin"),
+    ),
+    Seam(
+        "worker",
+        "distributed.shuffle._rechunk:ArrayRechunkSpec.create_run_on_worker",
+        ("run_id", "span_id", "worker_for", "plugin"),
+    ),
+    Seam("worker", "distributed.shuffle._rechunk:split_axes", ("old", "new")),
+    Seam("worker", "distributed.shuffle._exceptions:P2PConsistencyError"),
+    Seam("worker", "distributed.shuffle._exceptions:P2POutOfDiskError"),
+    Seam("worker", "distributed.shuffle._exceptions:ShuffleClosedError"),
+    Seam("worker", "distributed.shuffle._exceptions:DataUnavailable"),
+    Seam("worker", ".extensions"),
+    Seam("worker", ".state.tasks"),
+)
 
 #: Names the tiered store uses.
 MEMORY: tuple[Seam, ...] = (
@@ -420,3 +464,57 @@ def failure_event(key: Any, run_id: int, error: BaseException, stimulus_id: str)
     from distributed.worker_state_machine import ExecuteFailureEvent
 
     return ExecuteFailureEvent.from_exception(error, key=key, run_id=run_id, stimulus_id=stimulus_id)
+
+
+# --- SHUFFLE: the data plane of distributed's p2p --------------------------------------------------------------------
+
+
+def override_shuffle_spec(plugin: Any, choose: Callable[[Any], Any]) -> Callable[[], None]:
+    """Let ``choose`` answer the spec for each new run of a scheduler's shuffle plugin; returns how to undo it."""
+    before = vars(plugin).get("_retrieve_spec")
+    stock = plugin._retrieve_spec
+
+    def retrieve(shuffle_id: Any) -> Any:
+        return choose(stock(shuffle_id))
+
+    def restore() -> None:
+        # Whoever has put another layer on top of this one keeps it.
+        if vars(plugin).get("_retrieve_spec") is not retrieve:
+            return
+        if before is None:
+            del plugin._retrieve_spec
+        else:
+            plugin._retrieve_spec = before
+
+    plugin._retrieve_spec = retrieve
+    return restore
+
+
+def restart_shuffle(scheduler: Any, shuffle_id: str, run_id: int) -> bool:
+    """Restart a shuffle if this run of it is active; says whether it was."""
+    plugin = scheduler.plugins["shuffle"]
+    active = plugin.active_shuffles.get(shuffle_id)
+    if active is None or active.run_id != run_id:
+        return False
+    plugin._restart_shuffle(shuffle_id, scheduler, stimulus_id=f"gpurt-shuffle-declined-{time.time()}")
+    return True
+
+
+def shuffle_executor(plugin: Any) -> Any:
+    """Return the threads of a worker's shuffle plugin."""
+    return plugin._executor
+
+
+def worker_task_state(worker: Any, key: Any) -> str | None:
+    """Return the state of a worker's task, or None if it knows of none."""
+    task = worker.state.tasks.get(key)
+    return None if task is None else str(task.state)
+
+
+def worker_task_shuffles(worker: Any, key: Any) -> set[str]:
+    """Return the ids of the shuffles that a worker's task reads."""
+    from distributed.shuffle._core import id_from_key
+
+    task = worker.state.tasks.get(key)
+    found = () if task is None else (id_from_key(dependency.key) for dependency in task.dependencies)
+    return {str(shuffle_id) for shuffle_id in found if shuffle_id is not None}

@@ -1,0 +1,195 @@
+"""Array chunks as shards: split by output chunk, pack, unpack.
+
+Covers: NumPy arrays of plain dtypes. All functions are pure and run in threads.
+Does not cover: object arrays and arrays of other libraries; :func:`dtype_token` says no to them, and they go stock.
+See also: :mod:`dask_gpurt.shuffle.frames`, the same for data frames; the theory of rechunking in
+:mod:`distributed.shuffle._rechunk`, whose ``split_axes`` says how an input chunk is cut.
+
+Theory of operation: the shards of a chunk that go to one peer are copied once, one behind the other, into one body of
+raw elements. A segment is (output chunk, place among the shards of that chunk, shape), a number for each dimension each.
+Packed for the store, a body holds shards of one output chunk; its segments are (place, shape). The output is allocated
+once, and every shard is copied to where its place says.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dask_gpurt.memory.store import Buffer
+from dask_gpurt.shuffle.shelf import Parcel
+from dask_gpurt.shuffle.wire import Header, Kind, WireError, decode, encode
+
+__all__ = ["check_parcel", "dtype_of", "dtype_token", "pack", "split", "unpack"]
+
+Index = tuple[int, ...]
+#: For each axis, for each input chunk: (output chunk, place, slice) of its pieces.
+SplitAxes = Sequence[Sequence[Sequence[tuple[int, int, slice]]]]
+
+
+def dtype_token(dtype: np.dtype[Any]) -> bytes | None:
+    """Describe a dtype in the way of the ``.npy`` format; None if elements of it are not plain bytes."""
+    plain = (
+        dtype.kind in "biufcmMSUV"
+        and not dtype.hasobject
+        and dtype.itemsize > 0
+        and dtype.isbuiltin != 2
+        and dtype.metadata is None
+    )
+    if not plain:
+        return None
+    token = repr(np.lib.format.dtype_to_descr(dtype)).encode()
+    return token if dtype_of(token) == dtype else None
+
+
+def dtype_of(token: bytes) -> np.dtype[Any]:
+    """Invert :func:`dtype_token`.
+
+    Raises
+    ------
+    WireError
+        If this is no description of a plain dtype.
+
+    Examples
+    --------
+    >>> dtype_of(dtype_token(np.dtype("M8[ms]")))
+    dtype('<M8[ms]')
+    """
+    try:
+        dtype: np.dtype[Any] = np.lib.format.descr_to_dtype(ast.literal_eval(token.decode()))
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError, IndexError, KeyError) as error:
+        raise WireError(f"this does not describe a dtype: {token[:100]!r}") from error
+    if dtype.hasobject or not dtype.itemsize:
+        raise WireError(f"elements of {dtype} are not plain bytes")
+    return dtype
+
+
+def split(
+    chunk: npt.NDArray[Any], index: Index, axes: SplitAxes, worker_for: Mapping[Index, str]
+) -> list[tuple[str, Header, memoryview]]:
+    """Cut a chunk: for each peer a header and a body.
+
+    Raises
+    ------
+    TypeError
+        If the elements of ``chunk`` are not plain bytes.
+    """
+    token = dtype_token(chunk.dtype)
+    if token is None:
+        raise TypeError(f"elements of {chunk.dtype} are not plain bytes")
+    cuts: dict[str, list[tuple[Index, Index, npt.NDArray[Any]]]] = {}
+    for pieces in itertools.product(*(axis[i] for axis, i in zip(axes, index, strict=True))):
+        target, place, where = zip(*pieces, strict=True)
+        cuts.setdefault(worker_for[target], []).append((target, place, chunk[where]))
+    parts = []
+    for address, shards in cuts.items():
+        segments = np.array([target + place + shard.shape for target, place, shard in shards], dtype=np.int64)
+        body = np.empty(sum(shard.size for _, _, shard in shards), dtype=chunk.dtype)
+        offset = 0
+        for _, _, shard in shards:
+            body[offset : offset + shard.size].reshape(shard.shape)[...] = shard
+            offset += shard.size
+        data = _bytes_of(body.view(np.uint8).data)
+        parts.append((address, Header(Kind.BRICK, index, segments, data.nbytes, token), data))
+    return parts
+
+
+def check_parcel(header: Header, wanted: Callable[[Hashable], bool]) -> None:
+    """Check what a peer has sent before it is taken in.
+
+    Raises
+    ------
+    WireError
+        If it is no array, for chunks that nobody unpacks here, or not of the size that its shapes say.
+    """
+    ndim = len(header.input_id)
+    if header.kind is not Kind.BRICK or not ndim or header.segments.shape[1] != 3 * ndim:
+        raise WireError(f"shards of an array were expected, got {header.kind!r} for {header.input_id}")
+    size = 0
+    for segment in header.segments.tolist():
+        if not wanted(tuple(segment[:ndim])):
+            raise WireError(f"output chunk {tuple(segment[:ndim])} is not held here")
+        size += math.prod(segment[2 * ndim :])
+    if size * dtype_of(header.extra).itemsize != header.body_nbytes:
+        raise WireError(f"shards of {size} elements were expected, got {header.body_nbytes} bytes")
+
+
+def pack(parcels: Sequence[Parcel]) -> dict[Hashable, list[Buffer]]:
+    """Regroup parcels by output chunk. Parcels of different dtypes stay apart."""
+    groups: dict[tuple[Index, bytes], list[tuple[list[int], memoryview, bool]]] = {}
+    for parcel in parcels:
+        header = parcel.header
+        ndim = len(header.input_id)
+        itemsize = dtype_of(header.extra).itemsize
+        body = _bytes_of(parcel.body)
+        offset = 0
+        for segment in header.segments.tolist():
+            nbytes = math.prod(segment[2 * ndim :]) * itemsize
+            shards = groups.setdefault((tuple(segment[:ndim]), header.extra), [])
+            shards.append((segment[ndim:], body[offset : offset + nbytes], len(header.segments) == 1))
+            offset += nbytes
+    packed: dict[Hashable, list[Buffer]] = {}
+    for (target, token), shards in groups.items():
+        # Joined, they own their memory; a body that is this one shard already does.
+        whole = len(shards) == 1 and shards[0][2]
+        joined: Buffer = shards[0][1] if whole else b"".join(view for _, view, _ in shards)
+        segments = np.array([segment for segment, _, _ in shards], dtype=np.int64)
+        header = Header(Kind.BRICK, target, segments, memoryview(joined).nbytes, token)
+        packed.setdefault(target, []).extend((encode(header), joined))
+    return packed
+
+
+def unpack(buffers: Sequence[Buffer]) -> npt.NDArray[Any]:
+    """Put the packed shards of one output chunk together."""
+    if not buffers or len(buffers) % 2:
+        raise WireError(f"headers and bodies alternate, got {len(buffers)} buffers")
+    shards: dict[Index, npt.NDArray[Any]] = {}
+    for head, body in zip(buffers[::2], buffers[1::2], strict=True):
+        header = decode(head, body)
+        ndim = len(header.input_id)
+        if header.kind is not Kind.BRICK or header.segments.shape[1] != 2 * ndim:
+            raise WireError(f"shards of an array were expected, got {header.kind!r}")
+        elements = np.frombuffer(_bytes_of(body), dtype=dtype_of(header.extra))
+        offset = 0
+        for segment in header.segments.tolist():
+            shape = tuple(segment[ndim:])
+            size = math.prod(shape)
+            shards[tuple(segment[:ndim])] = elements[offset : offset + size].reshape(shape)
+            offset += size
+    ndim = len(next(iter(shards)))
+    # The length of a place along an axis is the same in all shards that have it.
+    lengths: list[dict[int, int]] = [{} for _ in range(ndim)]
+    for place, shard in shards.items():
+        for axis, (number, length) in enumerate(zip(place, shard.shape, strict=True)):
+            if lengths[axis].setdefault(number, length) != length:
+                raise WireError(
+                    f"shards at place {number} of axis {axis} have lengths {lengths[axis][number]} and {length}"
+                )
+    if math.prod(map(len, lengths)) != len(shards):
+        raise WireError(f"{math.prod(map(len, lengths))} shards were expected, got {len(shards)}")
+    offsets = [
+        dict(
+            zip(sorted(axis), itertools.accumulate((axis[number] for number in sorted(axis)), initial=0), strict=False)
+        )
+        for axis in lengths
+    ]
+    output = np.empty([sum(axis.values()) for axis in lengths], dtype=shards[min(shards)].dtype)
+    for place, shard in shards.items():
+        where = tuple(
+            slice(offsets[axis][number], offsets[axis][number] + length)
+            for axis, (number, length) in enumerate(zip(place, shard.shape, strict=True))
+        )
+        output[where] = shard
+    return output
+
+
+def _bytes_of(buffer: Buffer) -> memoryview:
+    view = memoryview(buffer)
+    # A view with a zero in its shape cannot be cast.
+    return view.cast("B") if view.nbytes else memoryview(b"")

@@ -1,0 +1,120 @@
+"""Data frame shuffles over our data plane.
+
+Covers: the run, and the spec by which the scheduler asks for it.
+Does not cover: the splitting and joining, which is :mod:`dask_gpurt.shuffle.frames`.
+See also: :mod:`dask_gpurt.shuffle.run`, the part that arrays share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from distributed.shuffle._shuffle import DataFrameShuffleSpec
+
+from dask_gpurt.memory.store import Buffer
+from dask_gpurt.shuffle import frames
+from dask_gpurt.shuffle.plan import PartitionPlan
+from dask_gpurt.shuffle.run import Declined, Message, Run
+from dask_gpurt.shuffle.shelf import Parcel
+from dask_gpurt.shuffle.wire import Header, Kind
+from dask_gpurt.shuffle.worker import part_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from distributed.shuffle import ShuffleWorkerPlugin
+
+__all__ = ["FrameRun", "FrameSpec", "supports"]
+
+
+def supports(spec: object) -> bool:
+    """Whether our data plane can do this shuffle, as far as its spec says.
+
+    Frames of other libraries and of subclasses of pandas' have conversions of their own, and duplicate column names
+    have none.
+    """
+    import pandas as pd
+
+    return type(spec) is DataFrameShuffleSpec and type(spec.meta) is pd.DataFrame and spec.meta.columns.is_unique
+
+
+class FrameRun(Run):
+    """A run that shuffles pandas frames.
+
+    Parameters
+    ----------
+    column
+        Column that holds the output partition of each row.
+    meta
+        Empty frame with the columns and types of the input.
+    drop_column
+        Whether ``column`` is missing in the output.
+    """
+
+    def __init__(self, *, column: Hashable, meta: pd.DataFrame, drop_column: bool, **common: Any) -> None:
+        self.column = column
+        self.meta = meta
+        self.drop_column = drop_column
+        self._plan = PartitionPlan.build(common["worker_for"])
+        super().__init__(**common)
+
+    def validate_data(self, data: Any) -> None:
+        """Refuse what stock refuses."""
+        from dask.utils import is_dataframe_like
+
+        if not is_dataframe_like(data):
+            raise TypeError(f"Expected {data=} to be a DataFrame, got {type(data)}.")
+        if set(data.columns) != set(self.meta.columns):
+            raise ValueError(f"Expected {self.meta.columns=} to match {data.columns=}.")
+
+    def _split(self, data: Any, partition_id: int) -> tuple[list[Message], Parcel | None]:
+        import pandas as pd
+
+        if type(data) is not pd.DataFrame or not data.columns.is_unique:
+            raise Declined(f"input partition {partition_id} is a {type(data).__name__} with {list(data.columns)}")
+        messages: list[Message] = []
+        own = None
+        for address, segments, table in frames.split(data, self.column, self._plan, drop_column=self.drop_column):
+            if address == self.local_address:
+                own = frames.parcel_of(partition_id, segments, table)
+            else:
+                body = memoryview(frames.encode_table(table))
+                messages.append((address, Header(Kind.FRAME, (partition_id,), segments, body.nbytes), body))
+        return messages, own
+
+    def _pack(self, parcels: Sequence[Parcel]) -> dict[Hashable, list[Buffer]]:
+        return frames.pack(parcels)
+
+    def _check(self, header: Header) -> None:
+        frames.check_parcel(header, self._own.__contains__)
+
+    def _join(self, partition_id: int, buffers: list[Buffer]) -> pd.DataFrame:  # noqa: ARG002
+        meta = self.meta.drop(columns=[self.column]) if self.drop_column else self.meta
+        return frames.to_frame(frames.unpack(buffers), meta) if buffers else meta.copy()
+
+
+@dataclass(frozen=True)
+class FrameSpec(DataFrameShuffleSpec):
+    """Stock's spec, with a run over our data plane."""
+
+    @classmethod
+    def of(cls, spec: DataFrameShuffleSpec) -> FrameSpec:
+        """Ask for our data plane instead of stock's."""
+        return cls(**{field.name: getattr(spec, field.name) for field in fields(spec)})
+
+    def create_run_on_worker(
+        self, run_id: int, span_id: str | None, worker_for: dict[int, str], plugin: ShuffleWorkerPlugin
+    ) -> FrameRun:
+        """Make the run; called by distributed on each worker that takes part."""
+        return FrameRun(
+            column=self.column,
+            meta=self.meta,
+            drop_column=self.drop_column,
+            id=self.id,
+            run_id=run_id,
+            span_id=span_id,
+            worker_for=worker_for,
+            plugin=plugin,
+            part=part_of(plugin.worker),
+        )

@@ -1,0 +1,135 @@
+"""Messages on their way to the peers of one run.
+
+Covers: a queue a peer, the joining of small messages, the limit on bytes under way, and what happens when a message
+cannot be delivered.
+Does not cover: how a message is sent; that is the ``send`` given to the constructor. What a peer does with it.
+See also: :class:`dask_gpurt.shuffle.credits.ByteWindow`.
+
+Theory of operation: :meth:`Outbox.post` takes bytes from the window before a message is queued, so the queues need no
+limit of their own; the bytes return when the peer has answered. A peer has at most :data:`SENDERS` messages in flight:
+one on the wire while another is being taken in. What is queued meanwhile goes together into the next one. The first
+failure ends the outbox: it is kept, and raised by every later call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+
+from dask_gpurt.memory.store import Buffer
+from dask_gpurt.shuffle.credits import ByteWindow
+
+__all__ = ["JOIN_NBYTES", "SENDERS", "Outbox"]
+
+#: Messages in flight to one peer.
+SENDERS = 2
+#: Queued messages go together until they have so many bytes: an exchange costs about a millisecond, in which a
+#: megabyte and more goes over the wire.
+JOIN_NBYTES = 8 * 2**20
+
+
+class Outbox:
+    """Sends in the background. Used on one event loop only.
+
+    Parameters
+    ----------
+    send
+        Delivers buffers to an address, and returns when the peer has taken them in.
+    window
+        The limit on bytes under way.
+    """
+
+    def __init__(self, send: Callable[[str, list[Buffer]], Awaitable[None]], window: ByteWindow) -> None:
+        self._send = send
+        self._window = window
+        self._queues: dict[str, deque[tuple[Sequence[Buffer], int]]] = {}
+        self._senders: dict[str, set[asyncio.Task[None]]] = {}
+        self._closed = False
+        #: What went wrong first.
+        self.error: BaseException | None = None
+        #: Bytes posted and not yet answered.
+        self.pending_nbytes = 0
+        #: Bytes that peers have taken in.
+        self.sent_nbytes = 0
+        #: Exchanges with peers.
+        self.messages = 0
+
+    def __repr__(self) -> str:
+        queued = sum(map(len, self._queues.values()))
+        return f"<Outbox {queued} queued, {self.pending_nbytes} bytes pending, {self.sent_nbytes} sent>"
+
+    @property
+    def peers(self) -> int:
+        """Peers that something is under way to."""
+        return sum(1 for senders in self._senders.values() if senders)
+
+    async def post(self, address: str, buffers: Sequence[Buffer], nbytes: int) -> None:
+        """Queue a message of ``nbytes``; waits while the limit on bytes under way is reached."""
+        self._check()
+        await self._window.acquire(nbytes)
+        try:
+            self._check()
+        except BaseException:
+            self._window.release(nbytes)
+            raise
+        self.pending_nbytes += nbytes
+        self._queues.setdefault(address, deque()).append((buffers, nbytes))
+        senders = self._senders.setdefault(address, set())
+        if len(senders) < SENDERS:
+            task = asyncio.create_task(self._drain(address), name=f"gpurt-shuffle-send-{address}")
+            senders.add(task)
+            task.add_done_callback(senders.discard)
+
+    async def flush(self) -> None:
+        """Wait until all that was posted is delivered, and raise what went wrong."""
+        while tasks := [task for senders in self._senders.values() for task in senders]:
+            await asyncio.wait(tasks)
+        self._check()
+
+    async def close(self) -> None:
+        """Drop what is under way."""
+        self._closed = True
+        tasks = [task for senders in self._senders.values() for task in senders]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        self._drop()
+
+    def _check(self) -> None:
+        if self.error is not None:
+            raise self.error
+        if self._closed:
+            raise RuntimeError(f"{self!r} is closed")
+
+    def _drop(self) -> None:
+        for queue in self._queues.values():
+            while queue:
+                self._delivered(queue.popleft()[1])
+
+    def _delivered(self, nbytes: int) -> None:
+        self.pending_nbytes -= nbytes
+        self._window.release(nbytes)
+
+    async def _drain(self, address: str) -> None:
+        queue = self._queues[address]
+        while queue:
+            joined: list[Buffer] = []
+            nbytes = 0
+            while queue and (not joined or nbytes + queue[0][1] <= JOIN_NBYTES):
+                buffers, size = queue.popleft()
+                joined.extend(buffers)
+                nbytes += size
+            try:
+                await self._send(address, joined)
+                self.sent_nbytes += nbytes
+                self.messages += 1
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:  # noqa: BLE001  kept, and raised by whoever waits for the delivery
+                if self.error is None:
+                    self.error = error
+                self._drop()
+            finally:
+                self._delivered(nbytes)

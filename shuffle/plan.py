@@ -1,0 +1,130 @@
+"""Which rows of an input partition go where: a pure decision over arrays.
+
+Covers: the order of output partitions in which those of one peer lie side by side, and the stable sort of an input
+partition's rows into that order.
+Does not cover: the choice of a worker for an output partition, which is the scheduler's (``ShuffleSpec.pick_worker``).
+See also: :mod:`dask_gpurt.shuffle.dataframe`, which takes the rows.
+
+Theory of operation: an output partition has a *position*: its rank when all output partitions are ordered by worker,
+then by id. One stable sort of the rows by position therefore groups them by peer and by partition at once, and a peer's
+rows are a contiguous range of the sorted rows. Positions are small integers, for which NumPy's stable sort is a radix
+sort: linear in the number of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["PartitionPlan", "Peer", "RowSplit", "gather_ranges"]
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A worker and the positions of the output partitions that it holds, ``start`` included, ``stop`` excluded."""
+
+    address: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class RowSplit:
+    """The rows of one input partition in the order of the plan.
+
+    Parameters
+    ----------
+    rows
+        Row numbers, ordered by position, and by row within a position. Rows that no output wants are missing.
+    bounds
+        ``rows[bounds[p]:bounds[p + 1]]`` are the rows of position ``p``.
+    """
+
+    rows: npt.NDArray[np.intp]
+    bounds: Ints
+
+
+@dataclass(frozen=True)
+class PartitionPlan:
+    """The output partitions of one run, by position.
+
+    Parameters
+    ----------
+    partitions
+        Position to output partition.
+    peers
+        The workers, in the order of their positions, which they share out without a gap.
+
+    Examples
+    --------
+    >>> plan = PartitionPlan.build({0: "b", 1: "a", 2: "b"})
+    >>> plan.partitions.tolist(), plan.peers
+    ([1, 0, 2], (Peer(address='a', start=0, stop=1), Peer(address='b', start=1, stop=3)))
+    >>> split = plan.split(np.array([2, 1, 7, 2, 0]))
+    >>> split.rows.tolist(), split.bounds.tolist()
+    ([1, 4, 0, 3], [0, 1, 2, 4])
+    """
+
+    partitions: Ints
+    peers: tuple[Peer, ...]
+
+    @classmethod
+    def build(cls, worker_for: Mapping[int, str]) -> PartitionPlan:
+        """Order the output partitions of ``worker_for`` (output partition to worker's address)."""
+        ordered = sorted(worker_for, key=lambda partition: (worker_for[partition], partition))
+        peers: list[Peer] = []
+        for position, partition in enumerate(ordered):
+            address = worker_for[partition]
+            start = position
+            if peers and peers[-1].address == address:
+                start = peers.pop().start
+            peers.append(Peer(address, start, position + 1))
+        return cls(np.array(ordered, dtype=np.int64), tuple(peers))
+
+    def positions(self, values: npt.NDArray[Any]) -> npt.NDArray[np.uint8 | np.uint16 | np.uint32]:
+        """Position of each of the partition ids ``values`` (integers or floats); ``len(partitions)`` for the others.
+
+        The result has the narrowest unsigned type that fits, because the cost of a radix sort is in its width.
+        """
+        count = len(self.partitions)
+        narrow = np.uint8 if count < 2**8 else np.uint16 if count < 2**16 else np.uint32
+        if not len(values) or not count:
+            return np.full(len(values), count, dtype=narrow)
+        identity = (
+            self.partitions[0] == 0 and self.partitions[-1] == count - 1 and bool((np.diff(self.partitions) == 1).all())
+        )
+        if identity and values.dtype.kind in "iu" and values.min() >= 0 and values.max() < count:
+            return values.astype(narrow)
+        # searchsorted compares by value, as a join would: 1.0 is partition 1; 1.5 and NaN are none.
+        by_id = np.argsort(self.partitions)
+        ids = self.partitions[by_id]
+        found = np.minimum(np.searchsorted(ids, values), count - 1)
+        return np.where(ids[found] == values, by_id[found], count).astype(narrow)
+
+    def split(self, values: npt.NDArray[Any]) -> RowSplit:
+        """Order the rows whose partition ids are ``values``."""
+        positions = self.positions(values)
+        count = len(self.partitions)
+        sizes = np.bincount(positions, minlength=count + 1)[:count]
+        bounds = np.zeros(count + 1, dtype=np.int64)
+        np.cumsum(sizes, out=bounds[1:])
+        # Unwanted rows have the highest position, so that they are the tail.
+        return RowSplit(np.argsort(positions, kind="stable")[: bounds[-1]], bounds)
+
+
+def gather_ranges(starts: Ints, lengths: Ints) -> Ints:
+    """Concatenate the ranges ``[start, start + length)``.
+
+    Examples
+    --------
+    >>> gather_ranges(np.array([5, 0]), np.array([2, 3])).tolist()
+    [5, 6, 0, 1, 2]
+    """
+    offsets = np.cumsum(lengths) - lengths
+    return np.repeat(starts - offsets, lengths) + np.arange(int(lengths.sum()), dtype=np.int64)

@@ -1,0 +1,98 @@
+"""Array rechunks over our data plane.
+
+Covers: the run, and the spec by which the scheduler asks for it.
+Does not cover: the cutting and joining, which is :mod:`dask_gpurt.shuffle.bricks`.
+See also: :mod:`dask_gpurt.shuffle.run`, the part that data frames share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from distributed.shuffle._exceptions import DataUnavailable
+from distributed.shuffle._rechunk import ArrayRechunkSpec, split_axes
+
+from dask_gpurt.memory.store import Buffer
+from dask_gpurt.shuffle import bricks
+from dask_gpurt.shuffle.run import Declined, Message, Run
+from dask_gpurt.shuffle.shelf import Parcel
+from dask_gpurt.shuffle.wire import Header
+from dask_gpurt.shuffle.worker import part_of
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from distributed.shuffle import ShuffleWorkerPlugin
+
+__all__ = ["BrickRun", "BrickSpec", "supports"]
+
+Index = tuple[int, ...]
+
+
+def supports(spec: object) -> bool:
+    """Whether our data plane can do this rechunk, as far as its spec says, which knows no dtype."""
+    return type(spec) is ArrayRechunkSpec
+
+
+class BrickRun(Run):
+    """A run that rechunks NumPy arrays.
+
+    Parameters
+    ----------
+    old, new
+        Chunks along each axis, of the input and the output.
+    """
+
+    def __init__(self, *, old: Any, new: Any, **common: Any) -> None:
+        self._axes = split_axes(old, new)
+        super().__init__(**common)
+
+    def _split(self, data: Any, partition_id: Index) -> tuple[list[Message], Parcel | None]:
+        if type(data) is not np.ndarray or bricks.dtype_token(data.dtype) is None:
+            raise Declined(f"chunk {partition_id} is a {type(data).__name__} of {getattr(data, 'dtype', 'no dtype')}")
+        messages: list[Message] = []
+        own = None
+        for address, header, body in bricks.split(data, partition_id, self._axes, self.worker_for):
+            if address == self.local_address:
+                own = Parcel(header, body, body.nbytes)
+            else:
+                messages.append((address, header, body))
+        return messages, own
+
+    def _pack(self, parcels: Sequence[Parcel]) -> dict[Hashable, list[Buffer]]:
+        return bricks.pack(parcels)
+
+    def _check(self, header: Header) -> None:
+        bricks.check_parcel(header, self._own.__contains__)
+
+    def _join(self, partition_id: Index, buffers: list[Buffer]) -> npt.NDArray[Any]:
+        if not buffers:
+            raise DataUnavailable(partition_id)
+        return bricks.unpack(buffers)
+
+
+@dataclass(frozen=True)
+class BrickSpec(ArrayRechunkSpec):
+    """Stock's spec, with a run over our data plane."""
+
+    @classmethod
+    def of(cls, spec: ArrayRechunkSpec) -> BrickSpec:
+        """Ask for our data plane instead of stock's."""
+        return cls(**{field.name: getattr(spec, field.name) for field in fields(spec)})
+
+    def create_run_on_worker(
+        self, run_id: int, span_id: str | None, worker_for: dict[Index, str], plugin: ShuffleWorkerPlugin
+    ) -> BrickRun:
+        """Make the run; called by distributed on each worker that takes part."""
+        return BrickRun(
+            old=self.old,
+            new=self.new,
+            id=self.id,
+            run_id=run_id,
+            span_id=span_id,
+            worker_for=worker_for,
+            plugin=plugin,
+            part=part_of(plugin.worker),
+        )

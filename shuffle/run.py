@@ -1,0 +1,424 @@
+"""One execution of a shuffle on one worker, over our data plane.
+
+Covers: what data frames and arrays have in common: the way of a partition through split, outbox, shelf and unpack; the
+answers to peers; what happens when shards are needed twice.
+Does not cover: run ids, barrier and restart, which are distributed's own and call this class as they call theirs.
+See also: :class:`distributed.shuffle._core.ShuffleRun`, whose contract this fulfils; :mod:`dask_gpurt.shuffle.dataframe`
+and :mod:`dask_gpurt.shuffle.rechunk`, the two kinds of run.
+
+Theory of operation
+    *Transfer* (a task's thread): the partition is split; messages for peers are posted, which waits while too many bytes
+    are under way; own shards go onto the shelf without a detour. *Receive* (event loop): a message is checked, and its
+    parcels go onto the shelf before it is answered. A parcel that is sent again, after a connection broke, is
+    known by its input partition and not taken in twice; its sender is answered when the first is in. *Barrier*: when all
+    messages are answered. *Unpack* (a task's thread): the shards of one output partition leave the store.
+
+    Shards are kept until the task that asked for them has its result in memory: a task that is
+    run again finds them again. When they are needed later than that (the result was lost with another worker), the
+    shuffle is restarted, together with the others that the same task reads. So stock's rule holds that shards can be
+    read again, without keeping all of them to the end.
+
+    What our plane does not support is found out when data is seen. Then the run is *declined*: the scheduler
+    restarts the shuffle, and the next run is stock's.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import logging
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import dask.config
+from dask.typing import Key
+from dask.utils import parse_timedelta
+from distributed.core import ErrorMessage, OKMessage, clean_exception, error_message
+from distributed.exceptions import Reschedule
+from distributed.metrics import context_meter, thread_time
+from distributed.protocol import to_serialize
+from distributed.shuffle._core import ShuffleRun
+from distributed.shuffle._exceptions import P2PConsistencyError, P2POutOfDiskError, ShuffleClosedError
+from distributed.utils import sync
+from distributed.utils_comm import retry
+
+from dask_gpurt import seams
+from dask_gpurt.errors import CorruptDataError
+from dask_gpurt.memory.store import Buffer
+from dask_gpurt.shuffle.outbox import Outbox
+from dask_gpurt.shuffle.shelf import Parcel, Shelf
+from dask_gpurt.shuffle.wire import Header, WireError, decode, encode
+
+if TYPE_CHECKING:
+    from distributed.shuffle import ShuffleWorkerPlugin
+
+    from dask_gpurt.shuffle.worker import ShuffleWorker
+
+__all__ = ["MAX_RESTARTS", "Declined", "Run"]
+
+logger = logging.getLogger(__name__)
+
+#: How often one run asks for its restart before it is an error. Once is enough where the scheduler can do it.
+MAX_RESTARTS = 3
+
+Message = tuple[str, Header, Buffer]
+
+
+class Declined(Exception):  # noqa: N818  a decision, not an error
+    """This data is for stock's data plane."""
+
+
+class Run(ShuffleRun[Any, Any]):
+    """State of one run on one worker.
+
+    Parameters
+    ----------
+    id, run_id, span_id
+        Identity, as distributed gives it.
+    worker_for
+        Output partition to the address of its worker.
+    plugin
+        distributed's plugin, which owns the run.
+    part
+        Our part of the worker: the store, the limits and the counters.
+    """
+
+    def __init__(  # the base's own makes the buffers that this class replaces
+        self,
+        *,
+        id: str,  # noqa: A002
+        run_id: int,
+        span_id: str | None,
+        worker_for: Mapping[Any, str],
+        plugin: ShuffleWorkerPlugin,
+        part: ShuffleWorker,
+    ) -> None:
+        worker = plugin.worker
+        self.id = id  # type: ignore[assignment]
+        self.run_id = run_id
+        self.span_id = span_id
+        self.local_address = worker.address
+        self.executor = seams.shuffle_executor(plugin)
+        self.rpc = worker.rpc
+        self.digest_metric = worker.digest_metric
+        self.scheduler = worker.scheduler
+        self.closed = False
+        self.transferred = False
+        self.received = set()
+        self.total_recvd = 0
+        self.start_time = time.time()
+        self._exception = None
+        self._closed_event = asyncio.Event()
+        self._loop = worker.loop
+        self.RETRY_COUNT = dask.config.get("distributed.p2p.comm.retry.count")
+        self.RETRY_DELAY_MIN = parse_timedelta(dask.config.get("distributed.p2p.comm.retry.delay.min"), default="s")
+        self.RETRY_DELAY_MAX = parse_timedelta(dask.config.get("distributed.p2p.comm.retry.delay.max"), default="s")
+
+        self.worker_for = worker_for
+        self.part = part
+        self._worker = worker
+        own = [partition for partition, address in worker_for.items() if address == self.local_address]
+        self._outbox = Outbox(self._deliver, part.window)
+        self._shelf = Shelf(
+            store=part.store,
+            pack=self._pack,
+            offload=self._offload_pack,
+            name=f"{id}-{run_id}",
+            ranks={partition: rank for rank, partition in enumerate(own)},
+        )
+        self._own = frozenset(own)
+        #: Input partition to what is done when its parcel is in.
+        self._arrivals: dict[tuple[int, ...], asyncio.Future[None]] = {}
+        #: Output partition to the task that asked for it, and its buffers.
+        self._handed: dict[Any, tuple[Key, list[Buffer]]] = {}
+        #: Output partitions whose shards are no more.
+        self._gone: set[Any] = set()
+        self._restarts = 0
+        part.opened(self)
+
+    # What the two kinds of run define
+
+    @abc.abstractmethod
+    def _split(self, data: Any, partition_id: Any) -> tuple[list[Message], Parcel | None]:
+        """Split an input partition: messages for peers, and what stays here. Raises :class:`Declined`."""
+
+    @abc.abstractmethod
+    def _pack(self, parcels: Sequence[Parcel]) -> dict[Hashable, list[Buffer]]:
+        """Regroup parcels by output partition."""
+
+    @abc.abstractmethod
+    def _check(self, header: Header) -> None:
+        """Check the header of a peer. Raises :class:`WireError`."""
+
+    @abc.abstractmethod
+    def _join(self, partition_id: Any, buffers: list[Buffer]) -> Any:
+        """Make an output partition of its shards."""
+
+    # Transfer
+
+    def add_partition(self, data: Any, partition_id: Any) -> int:
+        """Split and send an input partition. Called in a task's thread."""
+        self.raise_if_closed()
+        if self.transferred:
+            raise RuntimeError(f"Cannot add more partitions to {self}")
+        self.validate_data(data)
+        with self._capture_metrics("foreground"):
+            started = time.perf_counter()
+            with (
+                context_meter.meter("p2p-shard-partition-noncpu"),
+                context_meter.meter("p2p-shard-partition-cpu", func=thread_time),
+            ):
+                try:
+                    messages, own = self._split(data, partition_id)
+                except Declined as reason:
+                    messages, own = [], None
+                    declined = str(reason)
+                else:
+                    declined = ""
+            if declined:
+                sync(self._loop, self._decline, declined)
+                raise ShuffleClosedError(f"{self} goes to stock's data plane: {declined}")
+            self.part.split_s += time.perf_counter() - started
+            nbytes = sum(header.body_nbytes for _, header, _ in messages) + (own.nbytes if own else 0)
+            context_meter.digest_metric("p2p-shards", nbytes, "bytes")
+            context_meter.digest_metric("p2p-shards", len(messages) + (own is not None), "count")
+            del data
+            sync(self._loop, self._dispatch, messages, own)
+        return self.run_id
+
+    async def _dispatch(self, messages: list[Message], own: Parcel | None) -> None:
+        self.raise_if_closed()
+        # Peers first: they can begin while own shards are packed.
+        while messages:
+            address, header, body = messages.pop()
+            head = encode(header)
+            await self._post(address, [head, body], len(head) + header.body_nbytes)
+        if own is not None:
+            await self._take_in(own)
+            self.part.local_nbytes += own.nbytes
+
+    async def _post(self, address: str, buffers: list[Buffer], nbytes: int) -> None:
+        try:
+            await self._outbox.post(address, buffers, nbytes)
+        except RuntimeError:
+            # Closed while this waited for its turn.
+            self.raise_if_closed()
+            raise
+
+    async def _deliver(self, address: str, buffers: list[Buffer]) -> None:
+        async def attempt() -> OKMessage | ErrorMessage:
+            self.raise_if_closed()
+            reply: OKMessage | ErrorMessage = await self.rpc(address).shuffle_receive(
+                data=to_serialize(buffers), shuffle_id=self.id, run_id=self.run_id
+            )
+            return reply
+
+        reply = await retry(
+            attempt, count=self.RETRY_COUNT, delay_min=self.RETRY_DELAY_MIN, delay_max=self.RETRY_DELAY_MAX
+        )
+        if reply["status"] == "error":
+            _, error, traceback = clean_exception(**reply)
+            assert error is not None
+            raise error.with_traceback(traceback)
+        self.part.sent_nbytes += sum(memoryview(buffer).nbytes for buffer in buffers)
+        self.part.messages += 1
+
+    async def inputs_done(self) -> None:
+        """Say that all input partitions were added; returns when peers have what was sent to them."""
+        self.raise_if_closed()
+        self.transferred = True
+        try:
+            await self._outbox.flush()
+        except Exception as error:
+            self.raise_if_closed()
+            self._exception = error
+            raise
+
+    # Receive
+
+    async def receive(self, data: Sequence[Buffer]) -> OKMessage | ErrorMessage:
+        """Take in what a peer has sent: headers and bodies alternate."""
+        try:
+            self.raise_if_closed()
+            if len(data) % 2:
+                raise WireError(f"headers and bodies alternate, got {len(data)} buffers")
+            parcels = []
+            for head, body in zip(data[::2], data[1::2], strict=True):
+                header = decode(head, body)
+                self._check(header)
+                parcels.append(Parcel(header, body, header.body_nbytes))
+            del data
+            for parcel in parcels:
+                await self._take_in(parcel)
+                self.total_recvd += parcel.nbytes
+                self.part.received_nbytes += parcel.nbytes
+        except (P2PConsistencyError, P2POutOfDiskError) as error:
+            # Answered, not raised: a sender tries again after an OSError.
+            return error_message(error)
+        return {"status": "OK"}
+
+    async def _take_in(self, parcel: Parcel) -> None:
+        identity = parcel.header.input_id
+        if (arrival := self._arrivals.get(identity)) is not None:
+            # The same again, because its answer was lost or the task ran twice. It is in when the first is in.
+            await asyncio.shield(arrival)
+            return
+        arrival = self._arrivals[identity] = asyncio.get_running_loop().create_future()
+        self.received.add(identity)
+        try:
+            await self._shelf.add(parcel)
+        except BaseException as error:
+            if isinstance(error, Exception):
+                self._exception = error
+            # Nobody has to be waiting, and whoever is must hear of it as of their own.
+            arrival.set_exception(error if isinstance(error, Exception) else ShuffleClosedError(str(self)))
+            arrival.exception()
+            raise
+        arrival.set_result(None)
+        # While it was taken in, the run may have been closed, and have thrown it away.
+        self.raise_if_closed()
+
+    async def _offload_pack(self, *args: Any) -> Any:
+        with context_meter.clear_callbacks(), self._capture_metrics("background-comms"):
+            return await self.offload(*args)
+
+    # Unpack
+
+    def get_output_partition(self, partition_id: Any, key: Key, **kwargs: Any) -> Any:  # noqa: ARG002  stock's signature
+        """Make an output partition of its shards. Called in a task's thread."""
+        self.raise_if_closed()
+        buffers = sync(self._loop, self._collect, partition_id, key)
+        with (
+            self._capture_metrics("foreground"),
+            context_meter.meter("p2p-get-output-noncpu"),
+            context_meter.meter("p2p-get-output-cpu", func=thread_time),
+        ):
+            started = time.perf_counter()
+            output = self._join(partition_id, buffers)
+            self.part.unpack_s += time.perf_counter() - started
+        return output
+
+    async def _collect(self, partition_id: Any, key: Key) -> list[Buffer]:
+        await self._ensure_output_worker(partition_id, key)
+        if not self.transferred:
+            raise RuntimeError("`get_output_partition` called before barrier task")
+        self.raise_if_closed()
+        for partition, (task, _) in list(self._handed.items()):
+            if partition != partition_id and seams.worker_task_state(self._worker, task) in (None, "memory"):
+                del self._handed[partition]
+                self._gone.add(partition)
+        if partition_id in self._handed:
+            _, buffers = self._handed[partition_id]
+            self._handed[partition_id] = (key, buffers)
+            return buffers
+        if partition_id in self._gone:
+            await self._restart(key, f"the shards of output partition {partition_id} are needed again")
+        try:
+            await self._shelf.flush()
+            buffers = await self._shelf.take(partition_id)
+        except CorruptDataError as error:
+            await self._restart(key, str(error))
+        except Exception as error:
+            self.raise_if_closed()
+            self._exception = error
+            raise
+        self.raise_if_closed()
+        self._handed[partition_id] = (key, buffers)
+        return buffers
+
+    async def _restart(self, key: Key, reason: str) -> None:
+        """Have the scheduler restart this shuffle and those of ours that the task ``key`` reads too."""
+        if self._restarts == MAX_RESTARTS:
+            raise RuntimeError(f"{self} was not restarted, though {reason}")
+        self._restarts += 1
+        logger.warning("%s is restarted: %s", self, reason)
+        ids = seams.worker_task_shuffles(self._worker, key) | {str(self.id)}
+        # One alone would need the shards of the others again, and they those of this one, and so on without an end.
+        for run in self.part.runs_of(ids):
+            await run.ask_for_restart()
+        raise Reschedule
+
+    async def ask_for_restart(self) -> None:
+        """Have the scheduler restart this shuffle, unless it did already."""
+        try:
+            await self.scheduler.shuffle_barrier(id=self.id, run_id=self.run_id, consistent=False)
+        except (KeyError, ValueError) as error:
+            logger.debug("%s is not active any more: %s", self, error)
+
+    async def _decline(self, reason: str) -> None:
+        reply = await self.scheduler.gpurt_shuffle_decline(id=self.id, run_id=self.run_id, reason=reason)
+        if reply is None:
+            # The scheduler has our part no more: every new run is stock's.
+            await self.ask_for_restart()
+
+    # Life
+
+    async def close(self) -> None:
+        """Stop, and forget all data."""
+        if self.closed:
+            await self._closed_event.wait()
+            return
+        self.closed = True
+        await self._outbox.close()
+        await self._shelf.close()
+        self._handed.clear()
+        self.part.ended(self)
+        self._closed_event.set()
+
+    async def move(self) -> None:
+        """Take the data over to the store that the part has now."""
+        await self._shelf.move(self.part.store)
+
+    def heartbeat(self) -> dict[str, Any]:
+        """Report in the form that the dashboard knows."""
+        outbox, shelf = self._outbox, self._shelf
+        return {
+            "disk": {
+                "memory": shelf.staged_nbytes,
+                "total": shelf.staged_nbytes + shelf.put_nbytes,
+                "buckets": shelf.partitions,
+                "written": shelf.put_nbytes,
+                "read": shelf.taken_nbytes,
+                "avg_size": 0.0,
+                "avg_duration": 0.0,
+                "memory_limit": None,
+            },
+            "comm": {
+                "memory": outbox.pending_nbytes,
+                "total": outbox.pending_nbytes + outbox.sent_nbytes,
+                "buckets": outbox.peers,
+                "written": outbox.sent_nbytes,
+                "read": self.total_recvd,
+                "avg_size": outbox.sent_nbytes / outbox.messages if outbox.messages else 0.0,
+                "avg_duration": 0.0,
+                "memory_limit": self.part.window.limit_nbytes,
+            },
+            "start": self.start_time,
+        }
+
+    # What the base declares for its own buffers, which are not here
+
+    def _get_assigned_worker(self, i: Any) -> str:
+        return self.worker_for[i]
+
+    async def _receive(self, data: Any) -> None:
+        await self.receive(data)
+
+    def _shard_partition(self, data: Any, partition_id: Any) -> Any:
+        return self._split(data, partition_id)
+
+    def _get_output_partition(self, partition_id: Any, key: Key, **kwargs: Any) -> Any:
+        return self.get_output_partition(partition_id, key, **kwargs)
+
+    async def flush_receive(self) -> None:
+        """Put all that has arrived into the store."""
+        await self._shelf.flush()
+
+    def read(self, path: Any) -> Any:
+        """Stock's disk buffer is not used."""
+        raise NotImplementedError(path)
+
+    def deserialize(self, buffer: Any) -> Any:
+        """Stock's memory buffer is not used."""
+        raise NotImplementedError(type(buffer))

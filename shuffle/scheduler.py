@@ -1,0 +1,99 @@
+"""The shuffle's part of the scheduler: which data plane a run uses.
+
+Covers: the decision, once for each new run, by the class of the spec that all workers of the run receive. So they agree
+by construction, and runs that exist when this is installed or removed end on the plane on which they began.
+Does not cover: everything else; run ids, the assignment of outputs, barrier and restart are distributed's.
+See also: :mod:`dask_gpurt.shuffle.run`, which asks for a run to be declined.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from dask_gpurt import seams
+from dask_gpurt.config import ShuffleSettings
+from dask_gpurt.shuffle import dataframe, rechunk
+
+if TYPE_CHECKING:
+    from distributed import Scheduler
+    from distributed.shuffle import ShuffleSchedulerPlugin
+
+__all__ = ["DECLINED_LIMIT", "ShuffleScheduler", "supports"]
+
+logger = logging.getLogger(__name__)
+
+#: Shuffles that are remembered as declined; an older one that is forgotten is declined once more.
+DECLINED_LIMIT = 10_000
+
+
+def supports(spec: object) -> bool:
+    """Whether our data plane can do what this spec of stock's asks for."""
+    return rechunk.supports(spec) or dataframe.supports(spec)
+
+
+class ShuffleScheduler:
+    """Gives our spec to new runs that our data plane can do, on a cluster whose workers all can.
+
+    Parameters
+    ----------
+    scheduler
+        The scheduler.
+    settings
+        Its settings.
+    """
+
+    def __init__(self, scheduler: Scheduler, settings: ShuffleSettings) -> None:
+        self.scheduler = scheduler
+        self.settings = settings
+        self._capable: set[str] = set()
+        # Ordered, for the oldest to be dropped.
+        self._declined: dict[str, str] = {}
+        self._restore: Callable[[], None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<ShuffleScheduler {len(self._capable)} workers capable, {len(self._declined)} shuffles declined>"
+
+    def start(self) -> None:
+        """Decide for new runs from now on."""
+        if self._restore is not None:
+            return
+        plugin: ShuffleSchedulerPlugin = self.scheduler.plugins["shuffle"]  # type: ignore[assignment]
+        self._restore = seams.override_shuffle_spec(plugin, self.choose)
+        self.scheduler.handlers["gpurt_shuffle_decline"] = self.decline
+
+    def stop(self) -> None:
+        """Leave new runs to stock."""
+        if self._restore is None:
+            return
+        self._restore()
+        self._restore = None
+        self.scheduler.handlers.pop("gpurt_shuffle_decline", None)
+
+    def set_capable(self, address: str, capable: bool) -> None:
+        """Note whether a worker has our part."""
+        if capable:
+            self._capable.add(address)
+        else:
+            self._capable.discard(address)
+
+    def remove_worker(self, address: str) -> None:
+        """Forget a worker that has left."""
+        self._capable.discard(address)
+
+    def choose(self, spec: Any) -> Any:
+        """Answer stock's spec for a new run with ours, where we can."""
+        if str(spec.id) in self._declined or not self._capable.issuperset(self.scheduler.workers) or not supports(spec):
+            return spec
+        return rechunk.BrickSpec.of(spec) if rechunk.supports(spec) else dataframe.FrameSpec.of(spec)
+
+    def decline(self, id: str, run_id: int, reason: str) -> bool:  # noqa: A002  the worker's message
+        """Restart a shuffle on stock's data plane. Handler for workers; the answer says whether it was still active."""
+        self._declined[id] = reason
+        while len(self._declined) > DECLINED_LIMIT:
+            del self._declined[next(iter(self._declined))]
+        restarted = seams.restart_shuffle(self.scheduler, id, run_id)
+        if restarted:
+            logger.info("Shuffle %s is done by Dask's own data plane: %s", id, reason)
+        return restarted

@@ -1,0 +1,218 @@
+"""Shards that have arrived, until their output partition is unpacked.
+
+Covers: the way of a parcel (what one input partition holds for this worker) into the buffer store, where its shards lie
+by output partition.
+Does not cover: the store and its tiers; see :mod:`dask_gpurt.memory.store`. The packing itself is given to the
+constructor; see :mod:`dask_gpurt.shuffle.frames` and :mod:`dask_gpurt.shuffle.bricks`.
+
+Theory of operation: parcels are *staged* until they have :data:`STAGE_NBYTES`, then *packed* together, off the event
+loop: one buffer for each output partition. So a partition has few buffers however many inputs there are, each owns its
+memory (a partition that is unpacked or spilled frees what it held), and a large parcel is packed at once. Bytes are
+reserved in the store before they are staged, and given back right before the packed bytes are reserved: nothing waits
+for a reservation while it holds another one, so that no two of them can wait for each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distributed.shuffle._exceptions import P2POutOfDiskError
+
+from dask_gpurt.errors import SpillError
+from dask_gpurt.memory.store import Buffer, BufferStore, Reservation
+from dask_gpurt.shuffle.wire import Header
+
+__all__ = ["STAGE_NBYTES", "Pack", "Parcel", "Shelf"]
+
+#: Parcels are packed once so much is staged. With 500 output partitions a packed buffer still has some ten kilobytes.
+STAGE_NBYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class Parcel:
+    """What one input partition holds for this worker.
+
+    Parameters
+    ----------
+    header
+        Its shards.
+    body
+        A buffer, or for a worker's own shards what the packing can use without decoding.
+    nbytes
+        Size of the body in memory.
+    """
+
+    header: Header
+    body: Any
+    nbytes: int
+
+
+#: Packs parcels by output partition: for each, the buffers that go into the store. Runs in a thread.
+Pack = Callable[[Sequence[Parcel]], dict[Hashable, list[Buffer]]]
+
+
+class Shelf:
+    """The arrived shards of one run. Used on one event loop only.
+
+    Parameters
+    ----------
+    store
+        Where packed shards lie.
+    pack
+        How parcels are packed.
+    offload
+        Runs a function in a thread.
+    name
+        Prefix of the names in the store.
+    ranks
+        Output partition to the order in which it will be unpacked.
+    """
+
+    def __init__(
+        self,
+        store: BufferStore,
+        pack: Pack,
+        offload: Callable[..., Awaitable[Any]],
+        name: str,
+        ranks: dict[Any, int],
+    ) -> None:
+        self._store = store
+        self._pack = pack
+        self._offload = offload
+        self._name = name
+        self._ranks = ranks
+        self._staged: list[tuple[Parcel, Reservation]] = []
+        self._held: set[Any] = set()
+        # Adding and taking go side by side; whoever needs all of it at rest holds the lock, and waits for the others.
+        self._busy = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._alone = asyncio.Lock()
+        self._closed = False
+        self.staged_nbytes = 0
+        #: Bytes ever put into the store, and taken from it.
+        self.put_nbytes = 0
+        self.taken_nbytes = 0
+
+    def __repr__(self) -> str:
+        return f"<Shelf {self._name}: {len(self._staged)} parcels staged, {len(self._held)} partitions held>"
+
+    @property
+    def partitions(self) -> int:
+        """Output partitions of which something is held."""
+        return len(self._held)
+
+    async def add(self, parcel: Parcel) -> None:
+        """Take a parcel in; when this returns, its bytes are the store's, or staged and reserved."""
+        async with self._shared():
+            with _out_of_disk():
+                reservation = await self._store.reserve(parcel.nbytes)
+            if self._closed:
+                reservation.release()
+                return
+            self._staged.append((parcel, reservation))
+            self.staged_nbytes += parcel.nbytes
+            if self.staged_nbytes >= STAGE_NBYTES:
+                await self._pack_staged()
+
+    async def flush(self) -> None:
+        """Pack all that is staged."""
+        if not self._staged and not self._busy and not self._alone.locked():
+            return
+        async with self._at_rest():
+            await self._pack_staged()
+
+    async def take(self, partition: Any) -> list[Buffer]:
+        """Remove the shards of an output partition; header and body alternate. Call :meth:`flush` before."""
+        async with self._shared():
+            self._held.discard(partition)
+            with _out_of_disk():
+                buffers = await self._store.take(self._name_of(partition))
+        self.taken_nbytes += sum(memoryview(buffer).nbytes for buffer in buffers)
+        return buffers
+
+    async def move(self, store: BufferStore) -> None:
+        """Move everything to another store."""
+        async with self._at_rest():
+            await self._pack_staged()
+            for partition in sorted(self._held, key=lambda partition: self._ranks[partition]):
+                name = self._name_of(partition)
+                buffers = await self._store.take(name)
+                nbytes = sum(memoryview(buffer).nbytes for buffer in buffers)
+                store.put(name, buffers, await store.reserve(nbytes), rank=self._ranks[partition])
+            self._store = store
+
+    async def close(self) -> None:
+        """Forget everything."""
+        self._closed = True
+        for _, reservation in self._staged:
+            reservation.release()
+        self._staged.clear()
+        self.staged_nbytes = 0
+        async with self._at_rest():
+            for partition in self._held:
+                self._store.discard(self._name_of(partition))
+            self._held.clear()
+
+    def _name_of(self, partition: Any) -> str:
+        part = "_".join(map(str, partition)) if isinstance(partition, tuple) else str(partition)
+        return f"{self._name}-{part}"
+
+    @contextlib.asynccontextmanager
+    async def _shared(self) -> AsyncGenerator[None]:
+        async with self._alone:
+            self._busy += 1
+            self._idle.clear()
+        try:
+            yield
+        finally:
+            self._busy -= 1
+            if not self._busy:
+                self._idle.set()
+
+    @contextlib.asynccontextmanager
+    async def _at_rest(self) -> AsyncGenerator[None]:
+        async with self._alone:
+            # Newcomers wait for the lock; those who are at it need nothing that is held here.
+            await self._idle.wait()
+            yield
+
+    async def _pack_staged(self) -> None:
+        staged, self._staged = self._staged, []
+        self.staged_nbytes = 0
+        if not staged:
+            return
+        try:
+            packed = await self._offload(self._pack, [parcel for parcel, _ in staged])
+        finally:
+            for _, reservation in staged:
+                reservation.release()
+        staged.clear()
+        while packed:
+            partition, buffers = packed.popitem()
+            nbytes = sum(memoryview(buffer).nbytes for buffer in buffers)
+            with _out_of_disk():
+                reservation = await self._store.reserve(nbytes)
+                if self._closed:
+                    reservation.release()
+                    return
+                self._store.put(self._name_of(partition), buffers, reservation, rank=self._ranks[partition])
+            self._held.add(partition)
+            self.put_nbytes += nbytes
+
+
+@contextlib.contextmanager
+def _out_of_disk() -> Generator[None]:
+    """Raise a full disk as the error that distributed knows."""
+    try:
+        yield
+    except SpillError as error:
+        cause = error.__cause__
+        if errno.ENOSPC in (error.errno, cause.errno if isinstance(cause, OSError) else None):
+            raise P2POutOfDiskError from error
+        raise

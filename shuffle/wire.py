@@ -1,0 +1,157 @@
+"""The header that goes before every body of shards, on the wire and in the store.
+
+Covers: encoding and decoding of :class:`Header`. Decoding checks every length against the buffer and against limits;
+nothing that a peer can put into a header makes it allocate more than the header's own size.
+Does not cover: what the segments and the body mean; see :mod:`dask_gpurt.shuffle.frames` and
+:mod:`dask_gpurt.shuffle.bricks`. Bodies are never pickled.
+
+Layout, little endian: magic (4 bytes), version (1), kind (1), dimensions of the input id (2), bytes of ``extra`` (4),
+columns of a segment (4), segments (8), bytes of the body (8); then the input id (8 each), the segments (8 an entry, row
+by row), and ``extra``.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dask_gpurt.errors import GpurtError
+from dask_gpurt.memory.store import Buffer
+
+__all__ = [
+    "MAX_COLUMNS",
+    "MAX_EXTRA_NBYTES",
+    "MAX_NDIM",
+    "MAX_SEGMENTS",
+    "Header",
+    "Kind",
+    "WireError",
+    "decode",
+    "encode",
+]
+
+_MAGIC = b"GPSH"
+_VERSION = 1
+_PREFIX = struct.Struct("<4sBBHIIQQ")
+
+#: Dimensions of an input id; what NumPy allows an array.
+MAX_NDIM = 64
+#: Columns of a segment: three numbers a dimension.
+MAX_COLUMNS = 3 * MAX_NDIM
+#: Segments of one body. Dask runs out of tasks long before that many output partitions.
+MAX_SEGMENTS = 2**24
+#: Bytes of ``extra``, which holds the description of a dtype.
+MAX_EXTRA_NBYTES = 2**16
+
+
+class WireError(GpurtError, ValueError):
+    """A header or a body is not what its format says."""
+
+
+class Kind(enum.IntEnum):
+    """What the body holds."""
+
+    #: An Arrow IPC stream.
+    FRAME = 1
+    #: Raw array elements.
+    BRICK = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Header:
+    """What is known about a body without reading it.
+
+    Parameters
+    ----------
+    kind
+        What the body holds.
+    input_id
+        Input partition that the body was made of; in the store: the output partition that it is for.
+    segments
+        One row of integers for each shard in the body, in their order.
+    body_nbytes
+        Size of the body.
+    extra
+        More about the body.
+    """
+
+    kind: Kind
+    input_id: tuple[int, ...]
+    segments: npt.NDArray[np.int64]
+    body_nbytes: int
+    extra: bytes = b""
+
+
+def encode(header: Header) -> bytes:
+    """Encode a header.
+
+    Raises
+    ------
+    WireError
+        If the header exceeds a limit of the format.
+    """
+    rows, columns = header.segments.shape
+    if (
+        len(header.input_id) > MAX_NDIM
+        or columns > MAX_COLUMNS
+        or rows > MAX_SEGMENTS
+        or len(header.extra) > MAX_EXTRA_NBYTES
+    ):
+        raise WireError(
+            f"a header with {len(header.input_id)} dimensions, {rows} segments of {columns} numbers and "
+            f"{len(header.extra)} bytes of extra exceeds the limits of the format"
+        )
+    prefix = _PREFIX.pack(
+        _MAGIC,
+        _VERSION,
+        header.kind,
+        len(header.input_id),
+        len(header.extra),
+        columns,
+        rows,
+        header.body_nbytes,
+    )
+    numbers = struct.pack(f"<{len(header.input_id)}q", *header.input_id)
+    return b"".join((prefix, numbers, header.segments.astype("<i8", copy=False).tobytes(), header.extra))
+
+
+def decode(buffer: Buffer, body: Buffer) -> Header:
+    """Decode the header in ``buffer``, and check it against the size of ``body``.
+
+    Raises
+    ------
+    WireError
+        If it is not a header, or not one of this body.
+    """
+    view = memoryview(buffer)
+    if view.nbytes < _PREFIX.size:
+        raise WireError(f"a header has at least {_PREFIX.size} bytes, got {view.nbytes}")
+    view = view.cast("B")
+    magic, version, kind, ndim, extra_nbytes, columns, rows, body_nbytes = _PREFIX.unpack_from(view)
+    if magic != _MAGIC:
+        raise WireError(f"this is not a header of shards: it begins with {magic!r}")
+    if version != _VERSION:
+        raise WireError(f"version {version} of the format is not known here; this is version {_VERSION}")
+    if kind not in set(Kind):
+        raise WireError(f"bodies of kind {kind} are not known here")
+    if ndim > MAX_NDIM or columns > MAX_COLUMNS or rows > MAX_SEGMENTS or extra_nbytes > MAX_EXTRA_NBYTES:
+        raise WireError(
+            f"{ndim} dimensions, {rows} segments of {columns} numbers, {extra_nbytes} bytes: over the limits"
+        )
+    ids_end = _PREFIX.size + 8 * ndim
+    segments_end = ids_end + 8 * columns * rows
+    if len(view) != segments_end + extra_nbytes:
+        raise WireError(f"the header says it has {segments_end + extra_nbytes} bytes, and has {len(view)}")
+    found_nbytes = memoryview(body).nbytes
+    if found_nbytes != body_nbytes:
+        raise WireError(f"the header says the body has {body_nbytes} bytes, and it has {found_nbytes}")
+    input_id = struct.unpack_from(f"<{ndim}q", view, _PREFIX.size)
+    # Copied: a view would keep the message alive, and may not be aligned.
+    segments = np.frombuffer(bytes(view[ids_end:segments_end]), dtype="<i8").astype(np.int64, copy=False)
+    if segments.size and int(segments.min()) < 0:
+        raise WireError("a segment has a negative number")
+    return Header(Kind(kind), input_id, segments.reshape(rows, columns), body_nbytes, bytes(view[segments_end:]))

@@ -1,0 +1,103 @@
+"""The shuffle's part of a worker: what its runs share.
+
+Covers: the store, the limit on bytes under way, the counters, and which runs there are.
+Does not cover: distributed's own ``ShuffleWorkerPlugin``, which stays in place and owns the runs.
+See also: :mod:`dask_gpurt.shuffle.scheduler`, where it is decided which data plane a run uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from dask_gpurt.config import ShuffleSettings
+from dask_gpurt.memory.store import BufferStore, DictBufferStore
+from dask_gpurt.shuffle.credits import ByteWindow
+
+if TYPE_CHECKING:
+    from distributed import Worker
+
+    from dask_gpurt.shuffle.run import Run
+
+__all__ = ["ShuffleWorker", "part_of"]
+
+
+class ShuffleWorker:
+    """What the runs of one worker share.
+
+    Parameters
+    ----------
+    worker
+        The worker.
+    settings
+        Its settings.
+    store
+        Where runs keep shards until they are unpacked.
+    """
+
+    def __init__(self, worker: Worker, settings: ShuffleSettings, store: BufferStore) -> None:
+        self.worker = worker
+        self.store = store
+        self.window = ByteWindow(settings.send_limit)
+        self._runs: dict[tuple[str, int], Run] = {}
+        #: Runs ever begun here.
+        self.runs = 0
+        #: Exchanges with peers.
+        self.messages = 0
+        #: Bytes by path: to peers, from peers, and from this worker to itself.
+        self.sent_nbytes = 0
+        self.received_nbytes = 0
+        self.local_nbytes = 0
+        #: Seconds that tasks spent splitting and unpacking.
+        self.split_s = 0.0
+        self.unpack_s = 0.0
+
+    def __repr__(self) -> str:
+        return f"<ShuffleWorker {self.worker.address} {len(self._runs)} active, {self.runs} begun, {self.window!r}>"
+
+    def start(self) -> None:
+        """Begin; runs find this object through ``worker.extensions["gpurt"].shuffle``."""
+        if "shuffle" not in self.worker.extensions:
+            raise RuntimeError(f"{self.worker.address} has no shuffle of Dask's own to build upon")
+
+    async def stop(self) -> None:
+        """End. Runs that are under way go on to their end with what they hold, in memory, for the store may go now."""
+        self.store = DictBufferStore()
+        for run in list(self._runs.values()):
+            await run.move()
+
+    def opened(self, run: Run) -> None:
+        """Note a run."""
+        self.runs += 1
+        self._runs[str(run.id), run.run_id] = run
+
+    def ended(self, run: Run) -> None:
+        """Forget a run."""
+        self._runs.pop((str(run.id), run.run_id), None)
+
+    def runs_of(self, ids: Collection[str]) -> list[Run]:
+        """The active runs of these shuffles."""
+        return [run for (shuffle_id, _), run in self._runs.items() if shuffle_id in ids]
+
+    def metrics(self) -> dict[str, float]:
+        """Counters since the start, in bytes and seconds."""
+        return {
+            "runs": self.runs,
+            "messages": self.messages,
+            "bytes_sent": self.sent_nbytes,
+            "bytes_received": self.received_nbytes,
+            "bytes_local": self.local_nbytes,
+            "split_s": self.split_s,
+            "unpack_s": self.unpack_s,
+        }
+
+
+def part_of(worker: Worker) -> ShuffleWorker:
+    """Find the part of a worker.
+
+    A worker that joined after a run began, and has no part (yet), can be asked to send to that run. It gets a part for
+    this run alone; it holds no output of it.
+    """
+    extension: Any = worker.extensions.get("gpurt")
+    part: ShuffleWorker | None = getattr(extension, "shuffle", None)
+    return part if part is not None else ShuffleWorker(worker, ShuffleSettings(), DictBufferStore())
