@@ -14,9 +14,9 @@ import importlib
 import importlib.util
 import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dask_gpurt.errors import SeamError
 
@@ -467,6 +467,47 @@ def failure_event(key: Any, run_id: int, error: BaseException, stimulus_id: str)
 
 
 # --- SHUFFLE: the data plane of distributed's p2p --------------------------------------------------------------------
+
+if TYPE_CHECKING:
+    from distributed.shuffle._core import ShuffleRun
+    from distributed.shuffle._exceptions import (
+        DataUnavailable,
+        P2PConsistencyError,
+        P2POutOfDiskError,
+        ShuffleClosedError,
+    )
+    from distributed.shuffle._rechunk import ArrayRechunkSpec, split_axes
+    from distributed.shuffle._shuffle import DataFrameShuffleSpec
+
+__all__ += [
+    "ArrayRechunkSpec",
+    "DataFrameShuffleSpec",
+    "DataUnavailable",
+    "P2PConsistencyError",
+    "P2POutOfDiskError",
+    "ShuffleClosedError",
+    "ShuffleRun",
+    "split_axes",
+]
+
+#: Names of distributed's shuffle that this module has too, once they are asked for: its module.
+_SHUFFLE_NAMES = {
+    "ShuffleRun": "distributed.shuffle._core",
+    "DataUnavailable": "distributed.shuffle._exceptions",
+    "P2PConsistencyError": "distributed.shuffle._exceptions",
+    "P2POutOfDiskError": "distributed.shuffle._exceptions",
+    "ShuffleClosedError": "distributed.shuffle._exceptions",
+    "ArrayRechunkSpec": "distributed.shuffle._rechunk",
+    "split_axes": "distributed.shuffle._rechunk",
+    "DataFrameShuffleSpec": "distributed.shuffle._shuffle",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Base classes cannot be reached through a function, and must not be imported before the seams are checked.
+    if name not in _SHUFFLE_NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_SHUFFLE_NAMES[name]), name)
 
 
 def override_shuffle_spec(plugin: Any, choose: Callable[[Any], Any]) -> Callable[[], None]:

@@ -11,9 +11,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from distributed.shuffle._shuffle import DataFrameShuffleSpec
-
 from dask_gpurt.memory.store import Buffer
+from dask_gpurt.seams import DataFrameShuffleSpec
 from dask_gpurt.shuffle import frames
 from dask_gpurt.shuffle.plan import PartitionPlan
 from dask_gpurt.shuffle.run import Declined, Message, Run

@@ -12,10 +12,9 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from distributed.shuffle._exceptions import DataUnavailable
-from distributed.shuffle._rechunk import ArrayRechunkSpec, split_axes
 
 from dask_gpurt.memory.store import Buffer
+from dask_gpurt.seams import ArrayRechunkSpec, DataUnavailable, split_axes
 from dask_gpurt.shuffle import bricks
 from dask_gpurt.shuffle.run import Declined, Message, Run
 from dask_gpurt.shuffle.shelf import Parcel

@@ -38,14 +38,13 @@ from distributed.core import ErrorMessage, OKMessage, clean_exception, error_mes
 from distributed.exceptions import Reschedule
 from distributed.metrics import context_meter, thread_time
 from distributed.protocol import to_serialize
-from distributed.shuffle._core import ShuffleRun
-from distributed.shuffle._exceptions import P2PConsistencyError, P2POutOfDiskError, ShuffleClosedError
 from distributed.utils import sync
 from distributed.utils_comm import retry
 
 from dask_gpurt import seams
 from dask_gpurt.errors import CorruptDataError
 from dask_gpurt.memory.store import Buffer
+from dask_gpurt.seams import P2PConsistencyError, P2POutOfDiskError, ShuffleClosedError, ShuffleRun
 from dask_gpurt.shuffle.outbox import Outbox
 from dask_gpurt.shuffle.shelf import Parcel, Shelf
 from dask_gpurt.shuffle.wire import Header, WireError, decode, encode
@@ -66,7 +65,7 @@ Message = tuple[str, Header, Buffer]
 
 
 class Declined(Exception):  # noqa: N818  a decision, not an error
-    """This data is for stock's data plane."""
+    """What was seen is for stock's data plane."""
 
 
 class Run(ShuffleRun[Any, Any]):

@@ -21,10 +21,9 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Hash
 from dataclasses import dataclass
 from typing import Any
 
-from distributed.shuffle._exceptions import P2POutOfDiskError
-
 from dask_gpurt.errors import SpillError
 from dask_gpurt.memory.store import Buffer, BufferStore, Reservation
+from dask_gpurt.seams import P2POutOfDiskError
 from dask_gpurt.shuffle.wire import Header
 
 __all__ = ["STAGE_NBYTES", "Pack", "Parcel", "Shelf"]
