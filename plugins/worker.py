@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from distributed.core import Status
 from distributed.diagnostics.plugin import WorkerPlugin
 
 from dask_gpurt.installation import PartStatus
@@ -66,16 +65,13 @@ class WorkerRuntime:
                 shuffle.start()
                 self.shuffle = shuffle
 
-    async def stop(self, *, closing: bool) -> None:
-        """Put stock Dask back; with ``closing``, data is let go instead of being moved back."""
+    async def stop(self) -> None:
+        """Put stock Dask back. The shuffle goes first: its runs take their shards out of the tiers."""
         if self.shuffle is not None:
             await self.shuffle.stop()
             self.shuffle = None
         if self.memory is not None:
-            if closing:
-                await self.memory.close()
-            else:
-                await self.memory.stop()
+            await self.memory.stop()
             self.memory = None
 
 
@@ -111,4 +107,4 @@ class GpurtWorkerPlugin(WorkerPlugin):
         """Put stock Dask back on ``worker``."""
         runtime = worker.extensions.pop("gpurt", None)
         if runtime is not None:
-            await runtime.stop(closing=worker.status in (Status.closing, Status.closed))
+            await runtime.stop()
