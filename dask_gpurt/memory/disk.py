@@ -1,0 +1,251 @@
+"""The DISK tier: files that nobody else can read, checked when they are read.
+
+Theory of operation
+-------------------
+A :class:`SpillFolder` is a folder of one process (mode 0700), with one file a copy (mode 0600). A file holds the frames
+of a copy one after the other, nothing else; their lengths and checksums (xxh3, 64 bits) stay in memory with the
+:class:`DiskCopy`, so that a file which was damaged, cut off, or exchanged cannot vouch for itself.
+
+Beside the folder lies a lock file, held locked (flock) as long as the process lives. A folder whose lock can be taken
+belonged to a process that is dead: it is removed when the next folder is made beside it. The lock is created and taken
+before the folder, so that no folder of the living is ever found without one.
+
+Covers: files, checksums, errors, left-overs.
+Does not cover: what the frames mean (:mod:`dask_gpurt.memory.codec`); which thread does it
+(:mod:`dask_gpurt.memory.mover`); O_DIRECT.
+
+Every method blocks. They may be called from several threads.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from dask_gpurt.errors import CorruptDataError, SpillError
+
+if TYPE_CHECKING:
+    from dask_gpurt.memory.blocks import BlockPool
+    from dask_gpurt.memory.store import Buffer
+
+__all__ = ["DiskCopy", "SpillFolder", "remove_leftovers"]
+
+_PREFIX = "gpurt-spill-"
+_LOCK = ".lock"
+
+#: Buffers that one writev takes; the least that POSIX promises is 16, Linux takes 1024.
+_IOV_MAX = 1024
+
+#: Frames at least as long get a buffer of their own from the pool, shorter ones share one.
+_OWN_BUFFER_NBYTES = 16 * 2**10
+
+
+class DiskCopy:
+    """A copy in a file: where it lies, and what it has to be."""
+
+    __slots__ = ("digests", "folder", "lengths", "nbytes", "path")
+
+    def __init__(self, folder: SpillFolder, path: str, lengths: tuple[int, ...], digests: tuple[int, ...]) -> None:
+        self.folder = folder
+        self.path = path
+        self.lengths = lengths
+        self.digests = digests
+        self.nbytes = sum(lengths)
+
+    def __repr__(self) -> str:
+        return f"<DiskCopy {self.path} {len(self.lengths)} frames, {self.nbytes} bytes>"
+
+    def read(self) -> list[memoryview]:
+        """Read and check; see :meth:`SpillFolder.read`."""
+        return self.folder.read(self)
+
+    def remove(self) -> None:
+        """Remove the file; it may be gone already."""
+        self.folder.remove(self)
+
+
+class SpillFolder:
+    """A folder for the copies of this process.
+
+    Parameters
+    ----------
+    parent
+        Where to make it. The parent is made if it is not there; left-overs of dead processes in it are removed.
+    pool
+        Lends the memory that is read into.
+
+    Raises
+    ------
+    SpillError
+        If the folder cannot be made or written.
+    """
+
+    def __init__(self, parent: str, pool: BlockPool) -> None:
+        self._pool = pool
+        self._numbers = itertools.count()
+        try:
+            os.makedirs(parent, exist_ok=True)
+            remove_leftovers(parent)
+            self._lock_fd, lock = tempfile.mkstemp(prefix=_PREFIX, suffix=_LOCK, dir=parent)
+        except OSError as error:
+            raise _refused(error, f"cannot keep spilled data in {parent}") from error
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.path = lock.removesuffix(_LOCK)
+            os.mkdir(self.path, 0o700)
+        except OSError as error:
+            os.close(self._lock_fd)
+            os.unlink(lock)
+            raise _refused(error, f"cannot keep spilled data in {parent}") from error
+        self._guard = threading.Lock()
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<SpillFolder {self.path}>"
+
+    def write(self, frames: Sequence[Buffer]) -> DiskCopy:
+        """Write ``frames`` to a new file, from where they lie.
+
+        Raises
+        ------
+        SpillError
+            If the disk does not take them; nothing is left behind then.
+        """
+        views = [memoryview(frame).cast("B") for frame in frames]
+        digests = tuple(xxhash.xxh3_64_intdigest(view) for view in views)
+        path = os.path.join(self.path, f"{next(self._numbers)}.blk")
+        copy = DiskCopy(self, path, tuple(view.nbytes for view in views), digests)
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                _write_all(fd, [view for view in views if view.nbytes])
+            finally:
+                os.close(fd)
+        except OSError as error:
+            self.remove(copy)
+            raise _refused(error, f"cannot write {copy.nbytes} bytes to {path}") from error
+        return copy
+
+    def read(self, copy: DiskCopy) -> list[memoryview]:
+        """Read the frames back, into memory that can be written to.
+
+        Raises
+        ------
+        CorruptDataError
+            If the file is not there, is too short or too long, or does not match its checksums.
+        SpillError
+            If the disk fails.
+        """
+        try:
+            frames = self._read(copy)
+        except FileNotFoundError as error:
+            raise CorruptDataError(error.errno, f"{copy.path}: the file is gone") from error
+        except CorruptDataError:
+            raise
+        except OSError as error:
+            raise _refused(error, f"cannot read {copy.nbytes} bytes from {copy.path}") from error
+        for number, (frame, digest) in enumerate(zip(frames, copy.digests, strict=True)):
+            if xxhash.xxh3_64_intdigest(frame) != digest:
+                raise CorruptDataError(f"{copy.path}: frame {number} of {len(frames)} does not match its checksum")
+        return frames
+
+    def _read(self, copy: DiskCopy) -> list[memoryview]:
+        frames: list[memoryview] = []
+        shared = memoryview(bytearray(sum(n for n in copy.lengths if n < _OWN_BUFFER_NBYTES)))
+        for length in copy.lengths:
+            if length < _OWN_BUFFER_NBYTES:
+                frames.append(shared[:length])
+                shared = shared[length:]
+            else:
+                frames.append(self._pool.lease(length))
+        fd = os.open(copy.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = os.fstat(fd).st_size
+            if size != copy.nbytes:
+                raise CorruptDataError(f"{copy.path}: {size} bytes, {copy.nbytes} were written")
+            for frame in frames:
+                done = 0
+                while done < frame.nbytes:
+                    count = os.readv(fd, [frame[done:]])
+                    if not count:
+                        raise CorruptDataError(f"{copy.path}: ends early")
+                    done += count
+        finally:
+            os.close(fd)
+        return frames
+
+    def remove(self, copy: DiskCopy) -> None:
+        """Remove the file of ``copy``; it may be gone already."""
+        try:
+            os.unlink(copy.path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise _refused(error, f"cannot remove {copy.path}") from error
+
+    def close(self) -> None:
+        """Remove everything; calling it again does nothing."""
+        with self._guard:
+            if self._closed:
+                return
+            self._closed = True
+        shutil.rmtree(self.path, ignore_errors=True)
+        try:
+            os.unlink(self.path + _LOCK)
+        except FileNotFoundError:
+            pass
+        finally:
+            os.close(self._lock_fd)
+
+
+def remove_leftovers(parent: str) -> list[str]:
+    """Remove the folders of dead processes in ``parent``; returns their paths.
+
+    Folders of other users, and of processes that are alive, are left alone.
+    """
+    removed = []
+    for lock in Path(parent).glob(f"{_PREFIX}*{_LOCK}"):
+        try:
+            if lock.lstat().st_uid != os.getuid():
+                continue
+            fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            # Gone meanwhile, or not ours to judge.
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A lock file that nobody has locked yet is younger than its folder, which is not there.
+            folder = str(lock).removesuffix(_LOCK)
+            if os.path.isdir(folder) and not os.path.islink(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                lock.unlink(missing_ok=True)
+                removed.append(folder)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(fd)
+    return removed
+
+
+def _write_all(fd: int, views: list[memoryview]) -> None:
+    while views:
+        count = os.writev(fd, views[:_IOV_MAX])
+        # A short count cuts through a frame: go on behind it.
+        while views and count >= views[0].nbytes:
+            count -= views[0].nbytes
+            views.pop(0)
+        if count:
+            views[0] = views[0][count:]
+
+
+def _refused(error: OSError, story: str) -> SpillError:
+    return SpillError(error.errno, f"{story}: {error.strerror or error}")

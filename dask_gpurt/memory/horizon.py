@@ -1,0 +1,119 @@
+"""When a block is needed again.
+
+Theory of operation
+-------------------
+A block's next use is one of four things (:class:`Kind`):
+
+- *running*: a task that is running has it as an input. Moving it away frees nothing, the task holds it.
+- *next*: a task that is known here will need it. The distance is counted in tasks: the position of that task in the
+  worker's own queue, or, for a task whose other inputs are still missing, how far its rank (Dask's priority) lies
+  behind the rank of what runs now, divided by the number of workers that work on those ranks.
+- *idle*: nobody here is known to need it, but somebody may: a client holds it, or the task that needs it was not
+  assigned yet, or went to another worker.
+- *dying*: nobody will ever need it; its deletion is on the way. It need not be written.
+
+What one worker sees by itself never proves that a block is dying: the last task that it knows of may not be the last
+there is. So *dying* is said only by who knows the whole graph, and idle is assumed otherwise.
+
+Covers: the arithmetic.
+Does not cover: where tasks, ranks and queues come from; see :mod:`dask_gpurt.memory.manager`.
+
+Pure: no I/O, no clock, no dask.
+"""
+
+from __future__ import annotations
+
+import enum
+from bisect import bisect_right
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+__all__ = ["DYING", "IDLE", "RUNNING", "Horizon", "Kind", "Snapshot", "Use", "next_use"]
+
+#: A rank in tasks that is farther than any queue: a use by a later graph, or at a lower user priority.
+FAR = 1e6
+
+Priority = tuple[int | float, ...]
+
+
+class Kind(enum.IntEnum):
+    """What is known about the next use of a block."""
+
+    DYING = 0
+    IDLE = 1
+    NEXT = 2
+    RUNNING = 3
+
+
+class Use(NamedTuple):
+    """The next use of a block."""
+
+    kind: Kind
+    #: Tasks until then; only for :attr:`Kind.NEXT`.
+    distance: float = 0.0
+
+
+DYING = Use(Kind.DYING)
+IDLE = Use(Kind.IDLE)
+RUNNING = Use(Kind.RUNNING)
+
+
+class Horizon(Protocol):
+    """Who knows the next uses."""
+
+    def uses(self, names: Sequence[Hashable]) -> list[Use]:
+        """Say the next use of each of ``names``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a worker has ahead of it, at one moment."""
+
+    #: Priority of what runs now; None if nothing runs.
+    now: Priority | None
+    #: Priorities of the tasks that could start at once, in order.
+    ready: Sequence[Priority]
+    #: Workers that share the work.
+    nworkers: int = 1
+
+    def distance(self, priority: Priority, *, ready: bool) -> float:
+        """Count the tasks until the one with ``priority`` starts.
+
+        Examples
+        --------
+        >>> Snapshot((0, 1, 10), [(0, 1, 11), (0, 1, 12)]).distance((0, 1, 12), ready=True)
+        2.0
+        >>> Snapshot((0, 1, 10), [(0, 1, 11), (0, 1, 12)], 2).distance((0, 1, 50), ready=False)
+        20.0
+        """
+        position = float(bisect_right(self.ready, priority))
+        if ready or self.now is None:
+            return position
+        if priority[:-1] == self.now[:-1]:
+            behind = (priority[-1] - self.now[-1]) / self.nworkers
+        else:
+            behind = FAR if priority > self.now else 0.0
+        return max(position, behind)
+
+
+def next_use(dependents: Iterable[tuple[str, Priority | None]], snapshot: Snapshot) -> Use:
+    """Judge from the ``(state, priority)`` of the tasks that depend on a block.
+
+    The states are those of distributed's worker; what is done, failed or cancelled needs nothing any more.
+    """
+    distance: float | None = None
+    for state, priority in dependents:
+        if state in ("executing", "long-running"):
+            return RUNNING
+        if priority is None:
+            continue
+        if state in ("ready", "constrained"):
+            there = snapshot.distance(priority, ready=True)
+        elif state in ("waiting", "resumed"):
+            there = snapshot.distance(priority, ready=False)
+        else:
+            continue
+        if distance is None or there < distance:
+            distance = there
+    return IDLE if distance is None else Use(Kind.NEXT, distance)

@@ -1,0 +1,509 @@
+"""Puts the tiered store under a worker of Dask, and takes it away again.
+
+Theory of operation
+-------------------
+:meth:`MemoryManager.start` puts a :class:`~dask_gpurt.memory.mapping.TieredMapping` in the place of ``worker.data``.
+What stock has in memory moves over; what it has spilled stays where it is and is *adopted*, to be read when it is
+needed. Both happen in one go on the event loop, so no task sees a state between.
+
+Before a task runs (``worker.execute``), its inputs are brought into memory and pinned, and it waits while memory is
+above its limit and something is on its way out: that is what slows tasks down to what the disk takes. Where everything
+is in memory and there is room, a task passes with one look. While it runs, the inputs of the next one are fetched.
+
+A peer that asks for a key which is not in memory (``get_data``) is sent the copy below as it lies.
+
+When a copy below turns out to be missing or damaged, the worker tells the scheduler that it has no such replica
+(FreeKeysEvent, as when a key is freed), and gives back the tasks that wanted it (RescheduleEvent). The scheduler takes
+the key from another worker, or computes it again; what cannot be computed again (scattered data) is reported lost to
+the clients that hold it. A key that is lost for the fourth time fails the tasks that want it instead.
+
+:meth:`MemoryManager.stop` moves everything back to stock's own store, key by key and off the loop as long as tasks
+still put new ones, the rest in one go.
+
+Covers: the worker's hooks, limits, what is ahead of a worker, losing keys.
+Does not cover: moving (:mod:`dask_gpurt.memory.mover`), choosing (:mod:`dask_gpurt.memory.policy`).
+See also: :mod:`dask_gpurt.seams` for the names of distributed that are used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections import Counter
+from collections.abc import Container, Hashable, MutableMapping, Sequence
+from time import time
+from typing import Any
+
+from dask_gpurt import seams
+from dask_gpurt.config import MemorySettings
+from dask_gpurt.errors import CorruptDataError, InstallError, SpillError
+from dask_gpurt.memory import codec
+from dask_gpurt.memory.blocks import BlockPool
+from dask_gpurt.memory.device import DeviceFrames, HostFrames, device_total_nbytes, on_device
+from dask_gpurt.memory.disk import SpillFolder
+from dask_gpurt.memory.horizon import IDLE, Snapshot, Use, next_use
+from dask_gpurt.memory.ledger import Ledger, Tier
+from dask_gpurt.memory.mapping import TieredMapping, serving
+from dask_gpurt.memory.mover import DiskStore, Mover
+from dask_gpurt.memory.shards import ChunkName, ShardStore
+from dask_gpurt.memory.spiller import Spiller
+from dask_gpurt.memory.store import BufferStore, DictBufferStore
+
+__all__ = ["MemoryManager"]
+
+logger = logging.getLogger(__name__)
+
+#: Part of a device that is used unless something else is configured; the rest is for what is being computed.
+DEVICE_FRACTION = 0.8
+
+#: States of a worker in which it runs tasks, or will.
+_ALIVE = ("init", "running", "paused", "closing_gracefully")
+
+#: How often a key may be lost and computed again before the tasks that want it fail.
+LOSSES_MAX = 3
+
+#: Slabs that may wait for their next use: part of the HOST limit, and bytes at most. They are memory that no key
+#: accounts for, so it is little; enough for some reads to follow each other.
+IDLE_FRACTION = 1 / 16
+IDLE_NBYTES_MAX = 256 * 2**20
+
+
+class _Stock:
+    """Stock's own store as a tier below: what it held when we came, and what it is given back when we go.
+
+    A copy may be removed late, by a thread. :meth:`remove` sees to it that nothing but that copy is removed.
+    """
+
+    def __init__(self, store: MutableMapping[Any, Any]) -> None:
+        self.store = store
+        self._lock = threading.Lock()
+        self._copies: dict[Hashable, _StockCopy] = {}
+
+    def adopt(self, key: Hashable, nbytes: int) -> _StockCopy:
+        """Return a copy for what lies in the store."""
+        copy = self._copies[key] = _StockCopy(self, key, nbytes)
+        return copy
+
+    def give_back(self, key: Hashable, value: object, nbytes: int) -> _StockCopy:
+        """Put a value into the store; blocks while the store spills."""
+        with self._lock:
+            try:
+                self.store[key] = value
+            except Exception:
+                # A store refuses what is too large and cannot be serialized. We kept it, and nothing may be lost.
+                logger.debug("stock's store refused %r", key, exc_info=True)
+                seams.keep_in_stock(self.store, key, value)
+            return self.adopt(key, nbytes)
+
+    def holds(self, key: Hashable, copy: object) -> bool:
+        """Whether ``copy`` is what lies in the store under ``key``."""
+        return copy is not None and self._copies.get(key) is copy
+
+    def remove(self, copy: _StockCopy) -> None:
+        """Remove what ``copy`` stands for."""
+        with self._lock:
+            if self._copies.get(copy.key) is copy:
+                del self._copies[copy.key]
+                del self.store[copy.key]
+
+    def release(self, keys: Container[Hashable]) -> None:
+        """Let go of the store: what is not among ``keys`` is removed now, and nothing ever after."""
+        with self._lock:
+            self._copies.clear()
+            for key in [key for key in self.store if key not in keys]:
+                del self.store[key]
+
+
+class _StockCopy:
+    """A value that lies in stock's own store, as a copy below."""
+
+    __slots__ = ("_stock", "key", "nbytes")
+
+    def __init__(self, stock: _Stock, key: Hashable, nbytes: int) -> None:
+        self._stock = stock
+        self.key = key
+        self.nbytes = nbytes
+
+    def load(self) -> object:
+        try:
+            return seams.load_from_stock(self._stock.store, self.key)
+        except OSError as error:
+            raise SpillError(error.errno, f"cannot read {self.key!r} from stock's store: {error}") from error
+        except KeyError as error:
+            raise CorruptDataError(f"{self.key!r} is not in stock's store any more") from error
+
+    def frames(self) -> None:
+        return None
+
+    def remove(self) -> None:
+        self._stock.remove(self)
+
+
+class _WorkerHorizon:
+    """Next uses, from what the worker knows at the moment; see :mod:`dask_gpurt.memory.horizon`."""
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+        self._loop_thread = threading.get_ident()
+
+    def uses(self, names: Sequence[Hashable]) -> list[Use]:
+        # The worker's state may change under the eyes of any other thread.
+        looking = threading.get_ident() == self._loop_thread
+        snapshot = Snapshot(*seams.ahead(self._worker)) if looking else None
+        return [self._use(name, snapshot) for name in names]
+
+    def _use(self, name: Hashable, snapshot: Snapshot | None) -> Use:
+        if isinstance(name, ChunkName):
+            return name.use
+        if snapshot is None:
+            return IDLE
+        key = name.key if isinstance(name, DeviceFrames) else name
+        return next_use(seams.dependents_of(self._worker, key), snapshot)
+
+
+class MemoryManager:
+    """The tiers of one worker.
+
+    Parameters
+    ----------
+    worker
+        A distributed worker. All methods are called on its event loop.
+    settings
+        The settings.
+    """
+
+    def __init__(self, worker: Any, settings: MemorySettings) -> None:
+        self._worker = worker
+        self._settings = settings
+        limits = seams.memory_limits(worker)
+        self._limits = limits
+        host_nbytes = _limit(settings.host_limit, limits.limit_nbytes)
+        if settings.host_limit is None:
+            host_nbytes = limits.target_nbytes
+        device_nbytes = self._device_limit()
+        disk_nbytes = min((n for n in (settings.disk_limit, limits.disk_nbytes) if n is not None), default=None)
+        #: The books. What has no limit is not spilled.
+        self.ledger = Ledger({Tier.HOST: host_nbytes, Tier.DEVICE: device_nbytes, Tier.DISK: disk_nbytes})
+        #: Where shuffles keep their shards.
+        self.store: BufferStore = DictBufferStore()
+        self._active = host_nbytes is not None or limits.spill_nbytes is not None or device_nbytes is not None
+        self._host: Mover | None = None
+        self._device: Mover | None = None
+        self._mapping: TieredMapping | None = None
+        self._folder: SpillFolder | None = None
+        self._pool = BlockPool(min(IDLE_NBYTES_MAX, int((host_nbytes or IDLE_NBYTES_MAX) * IDLE_FRACTION)))
+        self._stock: _Stock | None = None
+        self._hooks: seams.WorkerHooks | None = None
+        self._losses: Counter[Hashable] = Counter()
+        self._last_error: dict[Hashable, Exception] = {}
+        self._prefetching: asyncio.Task[None] | None = None
+        self._prefetched_for: Hashable = None
+
+    def __repr__(self) -> str:
+        state = "stock" if self._mapping is None else repr(self._mapping)
+        return f"<MemoryManager of {getattr(self._worker, 'address', '?')}: {state}, {self.ledger!r}>"
+
+    # The beginning
+
+    async def start(self) -> None:
+        """Put the tiers under the worker. A worker without any limit is left as it is.
+
+        Raises
+        ------
+        InstallError, SpillError, SeamError
+            If that cannot be; the worker is as it was then.
+        """
+        if not self._active:
+            return
+        store = seams.worker_store(self._worker)
+        if any(cls.__name__ == "ProxifyHostFile" for cls in type(store).__mro__):
+            raise InstallError("dask-cuda's JIT unspilling is on (ProxifyHostFile); its proxies cannot be taken over")
+        hooks = seams.worker_hooks(self._worker)
+        loop = asyncio.get_running_loop()
+        parent = self._settings.directory or os.path.join(self._worker.local_directory, "gpurt")
+        self._folder = await loop.run_in_executor(None, SpillFolder, parent, self._pool)
+        horizon = _WorkerHorizon(self._worker)
+        host = self._host = Mover(Spiller(self.ledger, horizon), DiskStore(self._folder), loop, self._on_lost)
+        if self.ledger.limit(Tier.DEVICE) is not None:
+            # The bytes of the copies are counted by the HOST mover, which holds them.
+            spiller = Spiller(self.ledger, horizon, upper=Tier.DEVICE, lower=None)
+            self._device = Mover(spiller, HostFrames(host), loop, self._on_lost, threads=1)
+        mapping = TieredMapping(host, self._need_nbytes, device=self._device, on_device=on_device)
+        # From here on nothing waits: the worker sees one store or the other.
+        stock = _Stock(store)
+        moved: list[Hashable] = []
+        try:
+            for key in list(store):
+                if seams.stock_copy_below(store, key):
+                    self._adopt(mapping, key, stock.adopt(key, self._nbytes(key)))
+                else:
+                    mapping[key] = store[key]
+                    moved.append(key)
+        except BaseException:
+            # Everything is still in stock's store.
+            await self._close_movers()
+            raise
+        for key in moved:
+            del store[key]
+        self._stock = stock
+        self._mapping = mapping
+        self._hooks = hooks
+        self.store = ShardStore(host)
+        seams.set_worker_store(self._worker, mapping)
+        seams.set_worker_hooks(self._worker, seams.WorkerHooks(execute=self._execute, get_data=self._get_data))
+
+    # The end
+
+    async def stop(self) -> None:
+        """Put stock's own store back with all that there is; calling it again does nothing."""
+        await self._end(give_back=True)
+
+    async def close(self) -> None:
+        """Put stock's own store back as it is, for a worker that closes: its data goes with it."""
+        await self._end(give_back=False)
+
+    async def _end(self, *, give_back: bool) -> None:
+        mapping, stock, hooks = self._mapping, self._stock, self._hooks
+        if mapping is None or stock is None or hooks is None:
+            return
+        if self._prefetching is not None:
+            self._prefetching.cancel()
+        for mover in self._movers():
+            mover.unlimit()
+        if give_back:
+            await self._return_all(mapping, stock)
+        self._mapping = None
+        self.store = DictBufferStore()
+        seams.set_worker_store(self._worker, stock.store)
+        seams.restore_worker_hooks(self._worker, hooks)
+        await self._close_movers()
+
+    async def _return_all(self, mapping: TieredMapping, stock: _Stock) -> None:
+        """Move every key to ``stock``: off the loop what is there now, in one go what came meanwhile."""
+        loop = asyncio.get_running_loop()
+        for key in list(mapping):
+            if key not in mapping or stock.holds(key, mapping.home(key).copy_of(key)):
+                continue
+            home = mapping.home(key)
+            try:
+                pinned = await home.ensure([key])
+            except SpillError:
+                continue  # it was reported lost
+            if pinned:
+                value = home.get(key)
+                copy = await loop.run_in_executor(None, stock.give_back, key, value, self._nbytes(key))
+                home.unpin(pinned)
+                if key in mapping and mapping.home(key) is home and home.in_memory.get(key) is value:
+                    home.delete(key)
+                    self._adopt(mapping, key, copy)
+                else:
+                    # It was deleted meanwhile, or means another value by now.
+                    stock.remove(copy)
+        # From here on nothing waits.
+        for key in list(mapping):
+            if not stock.holds(key, mapping.home(key).copy_of(key)):
+                try:
+                    value = mapping[key]
+                except (KeyError, SpillError) as error:
+                    logger.debug("%r was lost: %r", key, error)  # and reported
+                    mapping.forget(key)
+                else:
+                    stock.give_back(key, value, 0)
+        stock.release(mapping)
+
+    def _adopt(self, mapping: TieredMapping, key: Hashable, copy: _StockCopy) -> None:
+        assert self._host is not None
+        self._host.adopt(key, copy.nbytes, copy)
+        mapping.adopt(key)
+
+    def _nbytes(self, key: Hashable) -> int:
+        task = seams.worker_task(self._worker, key)
+        return 0 if task is None else int(task.nbytes or 0)
+
+    async def _close_movers(self) -> None:
+        for mover in self._movers():
+            await mover.close()
+        self._device = None
+        self._host = None
+        if self._folder is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._folder.close)
+            self._folder = None
+        self._pool.trim()
+
+    def _movers(self) -> list[Mover]:
+        # From the top down: what is above may still need what is below.
+        return [mover for mover in (self._device, self._host) if mover is not None]
+
+    # Limits
+
+    def _device_limit(self) -> int | None:
+        configured = self._settings.device_limit
+        if isinstance(configured, int):
+            return configured
+        total = device_total_nbytes()
+        if total is None:
+            return None
+        if configured is not None:
+            return int(total * configured)
+        # dask-cuda's own store says what the worker was told.
+        told = getattr(seams.worker_store(self._worker), "device_memory_limit", None)
+        return int(told) if isinstance(told, int) else int(total * DEVICE_FRACTION)
+
+    def _need_nbytes(self) -> int:
+        """Bytes by which the process is above the mark that stock's memory monitor spills down to."""
+        mark = self._limits.target_nbytes or self._limits.spill_nbytes
+        return 0 if mark is None else seams.process_memory_nbytes(self._worker) - mark
+
+    # Tasks
+
+    def _execute(self, key: Hashable, *, stimulus_id: str) -> Any:
+        hooks = self._hooks
+        assert hooks is not None
+        if not self._losses and all(mover.spiller.calm for mover in self._movers()):
+            return hooks.execute(key, stimulus_id=stimulus_id)
+        return self._execute_when_ready(key, stimulus_id, hooks)
+
+    async def _execute_when_ready(self, key: Hashable, stimulus_id: str, hooks: seams.WorkerHooks) -> Any:
+        task = seams.worker_task(self._worker, key)
+        if task is None or self._worker.status.name not in _ALIVE:
+            return await hooks.execute(key, stimulus_id=stimulus_id)
+        if self._prefetched_for == key and self._prefetching is not None:
+            self._prefetching.cancel()
+        inputs = seams.input_keys(self._worker, task)
+        run_id = task.run_id
+        pinned: list[tuple[Mover, tuple[Hashable, ...]]] = []
+        try:
+            try:
+                for mover in self._movers():
+                    pinned.append((mover, await mover.ensure(inputs)))  # noqa: PERF401 - what was pinned must be known
+                for mover in self._movers():
+                    # Wait for room, as long as something is on its way out.
+                    (await mover.reserve(0)).release()
+            except SpillError as error:
+                return self._give_up(key, run_id, inputs, error)
+            lost = [k for k in inputs if k in self._losses and k not in seams.worker_store(self._worker)]
+            if lost:
+                return self._give_up(key, run_id, lost, self._last_error.get(lost[0]))
+            self._prefetch()
+            return await hooks.execute(key, stimulus_id=stimulus_id)
+        finally:
+            for mover, names in pinned:
+                mover.unpin(names)
+
+    def _give_up(self, key: Hashable, run_id: int, inputs: list[Hashable], error: Exception | None) -> Any:
+        """Give a task back because inputs are gone, or fail it when they are gone again and again."""
+        worst = max(inputs, key=lambda k: self._losses[k], default=None)
+        if error is not None and worst is not None and self._losses[worst] > LOSSES_MAX:
+            logger.error("%r fails: its input %r was lost %d times", key, worst, self._losses[worst])
+            return seams.failure_event(key, run_id, error, f"gpurt-lost-input-{time()}")
+        return seams.reschedule_event(key, f"gpurt-lost-input-{time()}")
+
+    def _prefetch(self) -> None:
+        """Begin to fetch the inputs of the task that comes next; one task ahead, once per task that starts."""
+        if self._prefetching is not None and not self._prefetching.done():
+            return
+        task = seams.next_ready(self._worker)
+        if task is None:
+            return
+        inputs = seams.input_keys(self._worker, task)
+        movers = [m for m in self._movers() if any(k in m.absent for k in inputs)]
+        if movers:
+            self._prefetched_for = task.key
+            self._prefetching = asyncio.create_task(_fetch(movers, inputs), name=f"gpurt-prefetch-{task.key!r}")
+
+    # Peers
+
+    async def _get_data(
+        self, comm: Any, keys: Any, who: str | None = None, serializers: list[str] | None = None
+    ) -> Any:
+        hooks = self._hooks
+        assert hooks is not None
+        movers = self._movers()
+        absent = [(mover, key) for mover in movers for key in keys if key in mover.absent]
+        if not absent:
+            return await hooks.get_data(comm, keys, who=who, serializers=serializers)
+        served: dict[Hashable, Any] = {}
+        pinned: list[tuple[Mover, tuple[Hashable, ...]]] = []
+        reservations = []
+        try:
+            # Where nothing is serialized (inproc), the value itself is wanted.
+            as_it_lies = not comm.peer_address.startswith("inproc://")
+            for mover, key in absent:
+                try:
+                    frames = None
+                    if as_it_lies and mover is self._host:
+                        block = mover.spiller.blocks.get(key)
+                        reservations.append(await mover.reserve(block.copy_nbytes if block else 0))
+                        frames = await mover.frames(key)
+                    if frames is not None:
+                        served[key] = codec.serialized(*frames)
+                    else:
+                        pinned.append((mover, await mover.ensure([key])))
+                except SpillError as error:
+                    # The peer learns that the key is not here, and asks the scheduler.
+                    logger.warning("Cannot serve %r to %s: %s", key, who, error)
+                    if self._mapping is not None and key not in mover:
+                        self._mapping.forget(key)
+            with serving(served):
+                return await hooks.get_data(comm, keys, who=who, serializers=serializers)
+        finally:
+            for reservation in reservations:
+                reservation.release()
+            for mover, names in pinned:
+                mover.unpin(names)
+
+    # Losses
+
+    def _on_lost(self, name: Hashable, error: Exception) -> None:
+        """Tell the scheduler that a value is gone."""
+        if isinstance(name, ChunkName | DeviceFrames):
+            return  # whoever takes it is told
+        logger.error("Lost %r, it will be computed again if it can be: %s", name, error)
+        self._losses[name] += 1
+        self._last_error[name] = error
+        if self._mapping is None:
+            return
+        for mover in self._movers():
+            if name in mover:
+                return  # it is there again already
+        self._mapping.forget(name)
+        seams.forget_replica(self._worker, name, f"gpurt-lost-data-{time()}")
+
+    # Figures
+
+    def metrics(self) -> dict[str, int]:
+        """Return cumulative counts and bytes, and what lies in each tier now."""
+        figures = {
+            f"{tier}_{what}_nbytes": value
+            for tier in Tier
+            for what, value in (("held", self.ledger.held(tier)), ("reserved", self.ledger.reserved(tier)))
+        }
+        for tier, mover in ((Tier.HOST, self._host), (Tier.DEVICE, self._device)):
+            if mover is None:
+                continue
+            figures |= {
+                f"{tier}_written_nbytes": mover.written_nbytes,
+                f"{tier}_read_nbytes": mover.read_nbytes,
+                f"{tier}_dropped_unwritten_nbytes": mover.spiller.dropped_unwritten_nbytes,
+                f"{tier}_dropped_clean_nbytes": mover.spiller.dropped_clean_nbytes,
+                f"{tier}_waits": mover.waits,
+                f"{tier}_write_failures": mover.write_failures,
+                f"{tier}_corrupt_blocks": mover.lost_blocks,
+            }
+        return figures
+
+
+def _limit(configured: float | None, total: int | None) -> int | None:
+    if isinstance(configured, int) or configured is None:
+        return configured
+    return None if total is None else int(total * configured)
+
+
+async def _fetch(movers: list[Mover], names: list[Hashable]) -> None:
+    for mover in movers:
+        try:
+            mover.unpin(await mover.ensure(names, forceable=False))
+        except SpillError as error:
+            logger.debug("prefetch: %s", error)  # whoever wants it will be told

@@ -1,0 +1,545 @@
+"""Moves values between memory and the tier below, as the spiller says.
+
+Theory of operation
+-------------------
+The :class:`Mover` holds what the spiller only knows by name: the values in memory, and the copies below. Each event goes
+to the spiller under one lock, and the instructions that come out are carried out: cheap ones at once, reads and writes
+(with serialization and checksums) by a few threads of its own. Their answers return through the event loop, so the
+loop never waits for a disk, and the horizon is asked on the loop only.
+
+A reader who cannot wait (:meth:`Mover.get` for a value that is below) reads in its own thread. Whoever can wait calls
+:meth:`Mover.ensure`, which reserves room first, and pins.
+
+Nothing that a thread raises is lost: the failure of a write is logged, and the value stays in memory; the failure of
+a read is raised to whoever waits, and told to ``lost``.
+
+Covers: values, copies, threads, waiting.
+Does not cover: what moves and when (:mod:`dask_gpurt.memory.spiller`); what the values are to Dask
+(:mod:`dask_gpurt.memory.manager`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from dask_gpurt.errors import CorruptDataError, SpillError
+from dask_gpurt.memory import codec
+from dask_gpurt.memory import events as ev
+from dask_gpurt.memory.disk import DiskCopy, SpillFolder
+from dask_gpurt.memory.ledger import Reservation, Tier
+from dask_gpurt.memory.spiller import Spiller, State
+
+__all__ = ["Copy", "DiskStore", "Lower", "Mover", "RawName"]
+
+logger = logging.getLogger(__name__)
+
+#: Seconds until a disk that refused a write is tried again.
+RETRY_S = 1.0
+
+
+class RawName:
+    """Base of names whose values are lists of buffers, kept as they are."""
+
+    __slots__ = ()
+
+
+class Copy(Protocol):
+    """A copy below. All methods block."""
+
+    nbytes: int
+
+    def load(self) -> object:
+        """Make the value of it; raises SpillError if it cannot be read."""
+
+    def frames(self) -> tuple[bytes, list[Any]] | None:
+        """Header and frames as they lie; None if it has none."""
+
+    def remove(self) -> None:
+        """Remove it."""
+
+
+class Lower(Protocol):
+    """The tier below."""
+
+    def store(self, name: Hashable, value: object) -> Copy:
+        """Copy ``value``; blocks. SpillError: the tier refused; anything else: the value cannot be copied."""
+
+
+class _ValueOnDisk:
+    __slots__ = ("_copy", "_header", "nbytes")
+
+    def __init__(self, header: bytes | None, copy: DiskCopy) -> None:
+        self._header = header
+        self._copy = copy
+        self.nbytes = copy.nbytes
+
+    def load(self) -> object:
+        frames = self._copy.read()
+        return frames if self._header is None else codec.decode(self._header, frames)
+
+    def frames(self) -> tuple[bytes, list[Any]] | None:
+        return None if self._header is None else (self._header, list(self._copy.read()))
+
+    def remove(self) -> None:
+        self._copy.remove()
+
+
+class DiskStore:
+    """The DISK tier as :class:`Lower`."""
+
+    def __init__(self, folder: SpillFolder) -> None:
+        self.folder = folder
+
+    def store(self, name: Hashable, value: Any) -> Copy:
+        """Serialize and write."""
+        header, frames = (None, value) if isinstance(name, RawName) else codec.encode(value)
+        return _ValueOnDisk(header, self.folder.write(frames))
+
+
+class Mover:
+    """Values by name, in memory or below.
+
+    Parameters
+    ----------
+    spiller
+        Decides. The mover is the only one that talks to it.
+    lower
+        The tier below.
+    loop
+        The event loop that the answers of the threads return to.
+    lost
+        Called on the loop with the name and the error of a value that cannot be read back, after it was forgotten.
+    threads
+        How many operations run at a time. Two keep a disk busy while one of them serializes.
+    """
+
+    def __init__(
+        self,
+        spiller: Spiller,
+        lower: Lower,
+        loop: asyncio.AbstractEventLoop,
+        lost: Callable[[Hashable, Exception], None],
+        threads: int = 2,
+    ) -> None:
+        self.spiller = spiller
+        self.ledger = spiller.ledger
+        self.tier: Tier = spiller.upper
+        self.lower = lower
+        #: Ever-increasing totals.
+        self.written_nbytes = 0
+        self.read_nbytes = 0
+        self.lost_blocks = 0
+        self.write_failures = 0
+        self.waits = 0
+        self._loop = loop
+        self._lost = lost
+        self._lock = threading.RLock()
+        self._values: dict[Hashable, object] = {}
+        self._copies: dict[Hashable, Copy] = {}
+        self._arrivals: dict[Hashable, list[asyncio.Future[Exception | None]]] = {}
+        self._own_buffers = 0
+        self._warned = False
+        self._retry: asyncio.TimerHandle | None = None
+        self._pending: set[Future[Any]] = set()
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix=f"gpurt-{self.tier}-io")
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<Mover {self.spiller!r}>"
+
+    # Looking
+
+    def __len__(self) -> int:
+        return len(self.spiller.blocks)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.spiller.blocks
+
+    def names(self) -> list[Hashable]:
+        """All names, in memory or below, in the order in which they were put."""
+        with self._lock:
+            return list(self.spiller.blocks)
+
+    @property
+    def in_memory(self) -> dict[Hashable, object]:
+        """Name to value of what is in memory. Look, do not touch."""
+        return self._values
+
+    @property
+    def absent(self) -> set[Hashable]:
+        """Names of what is not in memory. Look, do not touch."""
+        return self.spiller.absent
+
+    def copy_of(self, name: Hashable) -> Copy | None:
+        """The copy of ``name`` below, if there is one."""
+        return self._copies.get(name)
+
+    # Putting and getting
+
+    def put(self, name: Hashable, value: object, reservation: Reservation | None = None) -> None:
+        """Hold ``value`` under ``name``, in place of what was there."""
+        if isinstance(name, RawName):
+            buffer: Hashable = None
+            nbytes = buffer_nbytes = _nbytes(value)
+        else:
+            buffer, buffer_nbytes, nbytes = codec.footprint(value)
+        with self._acting() as garbage:
+            if name in self.spiller.blocks:
+                self._handle(ev.Deleted(name), garbage)
+            self._values[name] = value
+            self._handle(ev.Put(name, self._named(buffer), buffer_nbytes, nbytes, reservation), garbage)
+            if self._arrivals:
+                self._arrived(name, None)
+
+    def grow(self, name: Hashable, more: Sequence[Any], reservation: Reservation | None = None) -> bool:
+        """Append ``more`` to the buffers under ``name``, if they are in memory and at rest; say whether they were."""
+        with self._acting() as garbage:
+            block = self.spiller.blocks.get(name)
+            if block is None or block.state not in (State.RESIDENT, State.CLEAN):
+                return False
+            self._values[name].extend(more)  # type: ignore[attr-defined]
+            self._handle(ev.Grown(name, _nbytes(more), reservation), garbage)
+            return True
+
+    def adopt(self, name: Hashable, nbytes: int, copy: Copy) -> None:
+        """Take over a value that lies below."""
+        with self._acting() as garbage:
+            if name in self.spiller.blocks:
+                self._handle(ev.Deleted(name), garbage)
+            self._copies[name] = copy
+            self._handle(ev.Adopted(name, nbytes, copy.nbytes), garbage)
+
+    def delete(self, name: Hashable) -> None:
+        """Forget ``name``; KeyError if there is none."""
+        with self._acting() as garbage:
+            self._handle(ev.Deleted(name), garbage)
+            self._arrived(name, None)
+
+    def get(self, name: Hashable) -> object:
+        """Return the value, if need be by reading it here and now.
+
+        Raises
+        ------
+        KeyError
+            If there is none.
+        SpillError
+            If it cannot be read back.
+        """
+        try:
+            value = self._values[name]
+            self.spiller.touch(name)
+        except KeyError:
+            return self._get_below(name)
+        return value
+
+    def _get_below(self, name: Hashable) -> object:
+        with self._acting() as garbage:
+            if name in self._values:
+                return self._values[name]
+            block = self.spiller.blocks[name]
+            epoch, copy = block.epoch, self._copies.get(name)
+            if ours := block.state is State.SPILLED:
+                self._handle(ev.Wanted(name), garbage, read=False)
+        try:
+            value = _load(name, copy)
+        except SpillError as error:
+            if ours:
+                self._end_read(name, epoch, error, 0)
+            raise
+        if ours:
+            self._end_read(name, epoch, value, copy.nbytes if copy else 0)
+        return value
+
+    # Waiting
+
+    async def reserve(self, nbytes: int, *, forceable: bool = True) -> Reservation:
+        """Wait until ``nbytes`` more may be held, moving others away if need be.
+
+        Where nothing more can be moved away, it is granted all the same if it is ``forceable``.
+        """
+        with self._lock:
+            reservation = self.ledger.try_reserve(self.tier, nbytes)
+        if reservation is not None:
+            return reservation
+        self.waits += 1
+        future: asyncio.Future[Reservation] = asyncio.get_running_loop().create_future()
+
+        def grant(reservation: Reservation) -> None:
+            if future.done():
+                with self._acting() as garbage:
+                    reservation.release()
+                    self._handle(ev.Pressed(0), garbage)
+            else:
+                future.set_result(reservation)
+
+        with self._acting() as garbage:
+            request = self.ledger.request(self.tier, nbytes, lambda r: self._call(grant, r), forceable=forceable)
+            self._handle(ev.Pressed(0), garbage)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            with self._acting() as garbage:
+                self.ledger.cancel(self.tier, request)
+                if future.done() and not future.cancelled():
+                    future.result().release()
+                self._handle(ev.Pressed(0), garbage)
+            raise
+
+    async def ensure(self, names: Iterable[Hashable], *, forceable: bool = True) -> tuple[Hashable, ...]:
+        """Wait until those of ``names`` that are here are in memory, and pin them; returns them, to be unpinned.
+
+        Raises
+        ------
+        SpillError
+            If one of them cannot be read back; nothing is pinned then.
+        """
+        with self._acting() as garbage:
+            pinned = tuple(name for name in names if name in self.spiller.blocks)
+            self._handle(ev.Pinned(pinned), garbage)
+        try:
+            while below := [name for name in pinned if name in self.absent]:
+                await self._raise_all(below, forceable=forceable)
+        except BaseException:
+            self.unpin(pinned)
+            raise
+        return pinned
+
+    def unpin(self, names: tuple[Hashable, ...]) -> None:
+        """Take back the pins of :meth:`ensure`."""
+        with self._acting() as garbage:
+            self._handle(ev.Unpinned(names), garbage)
+
+    async def _raise_all(self, names: list[Hashable], *, forceable: bool) -> None:
+        blocks = self.spiller.blocks
+        sizes = {n: max(blocks[n].nbytes, blocks[n].copy_nbytes) for n in names if blocks[n].state is State.SPILLED}
+        reservation = await self.reserve(sum(sizes.values()), forceable=forceable)
+        arrivals: list[asyncio.Future[Exception | None]] = []
+        try:
+            with self._acting() as garbage:
+                for name in names:
+                    if name in self.absent:
+                        arrival = asyncio.get_running_loop().create_future()
+                        self._arrivals.setdefault(name, []).append(arrival)
+                        arrivals.append(arrival)
+                        self._handle(ev.Wanted(name, reservation.split(sizes.get(name, 0))), garbage)
+            for arrival in arrivals:
+                error = await arrival
+                if error is not None:
+                    raise error
+        finally:
+            with self._acting() as garbage:
+                reservation.release()
+                self._handle(ev.Pressed(0), garbage)
+
+    async def frames(self, name: Hashable) -> tuple[bytes, list[Any]] | None:
+        """Read the copy of ``name`` as it lies, without bringing the value back; None if it is in memory or gone.
+
+        Raises
+        ------
+        SpillError
+            If it cannot be read; ``lost`` was told.
+        """
+        with self._lock:
+            block = self.spiller.blocks.get(name)
+            copy = self._copies.get(name)
+            if block is None or copy is None or name in self._values:
+                return None
+            epoch = block.epoch
+        try:
+            found: tuple[bytes, list[Any]] | None = await asyncio.wrap_future(self._submit(copy.frames))
+        except SpillError as error:
+            with self._acting() as garbage:
+                if not self.spiller.current(name, epoch):
+                    return None
+                if name in self.absent:
+                    self._handle(ev.Wanted(name), garbage, read=False)
+                    self._end_read(name, epoch, error, 0)
+            raise
+        if found is not None:
+            self.read_nbytes += copy.nbytes
+        return found
+
+    # Pressure from outside
+
+    def press(self, nbytes: int) -> int:
+        """Ask for ``nbytes`` to go, whatever the limit says; returns the bytes that are gone already."""
+        before = self.ledger.held(self.tier)
+        with self._acting() as garbage:
+            self._handle(ev.Pressed(nbytes), garbage)
+        return before - self.ledger.held(self.tier)
+
+    def unlimit(self) -> None:
+        """Stop making room; whoever waits for it goes on."""
+        with self._acting() as garbage:
+            self.ledger.set_limit(self.tier, None)
+            self._handle(ev.Pressed(0), garbage)
+
+    # The end
+
+    async def settle(self) -> None:
+        """Wait until no operation is under way."""
+        while self._pending:
+            await asyncio.wait([asyncio.wrap_future(future) for future in tuple(self._pending)])
+            # Answers are delivered by callbacks of the loop.
+            await asyncio.sleep(0)
+
+    async def close(self) -> None:
+        """Forget all values and copies; operations under way end first."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._retry is not None:
+            self._retry.cancel()
+        await self.settle()
+        await self._loop.run_in_executor(None, self._threads.shutdown)
+        with self._acting() as garbage:
+            garbage.extend(self._values.values())
+            self._values.clear()
+            self._copies.clear()
+
+    # Carrying out
+
+    @contextmanager
+    def _acting(self) -> Iterator[list[object]]:
+        """Hold the lock; what is put into the list dies after it was given back."""
+        garbage: list[object] = []
+        with self._lock:
+            yield garbage
+
+    def _handle(self, event: ev.Event, garbage: list[object], *, read: bool = True) -> None:
+        for instruction in self.spiller.handle(event):
+            name = instruction.name
+            if isinstance(instruction, ev.Drop):
+                garbage.append(self._values.pop(name))
+            elif isinstance(instruction, ev.Write):
+                self._submit(self._write, name, instruction.epoch, self._values[name])
+            elif isinstance(instruction, ev.Read):
+                if read or name != getattr(event, "name", None):
+                    self._submit(self._read, name, instruction.epoch, self._copies.get(name))
+            else:
+                copy = self._copies.pop(name, None)
+                if copy is not None and not self._closed:
+                    self._submit(self._remove, copy)
+
+    def _named(self, buffer: Hashable) -> Hashable:
+        """Give a buffer that is known to be nobody else's an identity that no other has."""
+        if buffer is not None:
+            return buffer
+        self._own_buffers -= 1
+        return self._own_buffers
+
+    def _submit(self, function: Callable[..., Any], *args: object) -> Future[Any]:
+        future = self._threads.submit(function, *args)
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
+        return future
+
+    def _call(self, function: Callable[..., None], *args: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:
+            # The loop is closed: there is nobody left to tell.
+            logger.debug("%r: the event loop is closed", self)
+
+    def _write(self, name: Hashable, epoch: int, value: object) -> None:
+        try:
+            copy = self.lower.store(name, value)
+        except Exception as error:  # noqa: BLE001 - whatever a value's serialization raises; it is logged on the loop
+            self._call(self._end_write, name, epoch, error)
+        else:
+            self._call(self._end_write, name, epoch, copy)
+
+    def _end_write(self, name: Hashable, epoch: int, outcome: Copy | Exception) -> None:
+        with self._acting() as garbage:
+            if not self.spiller.current(name, epoch):
+                if not isinstance(outcome, Exception):
+                    self.written_nbytes += outcome.nbytes
+                    self._submit(self._remove, outcome)
+                return
+            if not isinstance(outcome, Exception):
+                self.written_nbytes += outcome.nbytes
+                self._copies[name] = outcome
+                self._warned = False
+                self._handle(ev.Written(name, epoch, outcome.nbytes), garbage)
+                return
+            self.write_failures += 1
+            to_blame = not isinstance(outcome, SpillError)
+            self._handle(ev.WriteFailed(name, epoch, to_blame), garbage)
+        if to_blame:
+            logger.error("Failed to serialize %r; it stays in memory", name, exc_info=outcome)
+            return
+        if not self._warned:
+            self._warned = True
+            logger.warning("Cannot spill, data stays in memory; will be tried again every %g s: %s", RETRY_S, outcome)
+        if self._retry is None and not self._closed:
+            self._retry = self._loop.call_later(RETRY_S, self._retry_now)
+
+    def _retry_now(self) -> None:
+        self._retry = None
+        with self._acting() as garbage:
+            self._handle(ev.Retried(), garbage)
+
+    def _read(self, name: Hashable, epoch: int, copy: Copy | None) -> None:
+        try:
+            value = _load(name, copy)
+        except SpillError as error:
+            self._call(self._end_read, name, epoch, error, 0)
+        else:
+            self._call(self._end_read, name, epoch, value, copy.nbytes if copy else 0)
+
+    def _end_read(self, name: Hashable, epoch: int, outcome: object, nbytes: int) -> None:
+        error = outcome if isinstance(outcome, SpillError) else None
+        self.read_nbytes += nbytes
+        with self._acting() as garbage:
+            if not self.spiller.current(name, epoch):
+                return
+            if error is not None:
+                self.lost_blocks += 1
+                self._handle(ev.ReadFailed(name, epoch), garbage)
+            else:
+                if isinstance(name, RawName):
+                    buffer, size = None, self.spiller.blocks[name].nbytes
+                else:
+                    buffer, size, _ = codec.footprint(outcome)
+                self._values[name] = outcome
+                self._handle(ev.Raised(name, epoch, self._named(buffer), size), garbage)
+            self._arrived(name, error)
+        if error is not None:
+            self._call(self._lost, name, error)
+
+    def _arrived(self, name: Hashable, error: Exception | None) -> None:
+        for future in self._arrivals.pop(name, ()):
+            self._call(_set, future, error)
+
+    def _remove(self, copy: Copy) -> None:
+        try:
+            copy.remove()
+        except SpillError as error:
+            logger.warning("%s", error)
+
+
+def _load(name: Hashable, copy: Copy | None) -> object:
+    if copy is None:
+        raise CorruptDataError(f"there is no copy of {name!r}")
+    try:
+        return copy.load()
+    except SpillError:
+        raise
+    except Exception as error:
+        # The bytes are what was written; what they were made from does not come back from them.
+        raise CorruptDataError(f"{name!r} cannot be deserialized: {error!r}") from error
+
+
+def _nbytes(buffers: Any) -> int:
+    return sum(memoryview(buffer).nbytes for buffer in buffers)
+
+
+def _set(future: asyncio.Future[Exception | None], error: Exception | None) -> None:
+    if not future.done():
+        future.set_result(error)

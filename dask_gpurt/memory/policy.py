@@ -1,0 +1,92 @@
+"""Which blocks to move away first (the policy called *gx*).
+
+Theory of operation
+-------------------
+To move a block away costs bytes: writing it (unless a clean copy lies below already) and reading it again (unless it
+is not needed any more). What is gained is room until its next use. So blocks go in order of
+
+    distance to the next use / bytes that are moved per byte that is freed,
+
+highest first. The cost table:
+
+=========  =====  ======  ====================================
+next use   clean  dirty   why
+=========  =====  ======  ====================================
+known      1      2       it is read again; dirty: written too
+idle       0      1       it may never be read again
+dying      0      0       it is dropped and never written
+=========  =====  ======  ====================================
+
+Idle blocks have no distance. They go before all that are known to be needed, free ones first, then the most recently
+used: what cycles through data larger than the tier (k-means over a persisted array) finds part of it that way, where
+the least recently used order finds nothing. Of equals the larger goes first: fewer operations.
+
+Blocks that share a buffer form one :class:`Candidate`: only when all of them go, anything is freed.
+
+Covers: the order.
+Does not cover: how many of them go, and what may go at all; see :mod:`dask_gpurt.memory.spiller`.
+
+Pure: no I/O, no clock, no dask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from typing import NamedTuple
+
+from dask_gpurt.memory.horizon import Kind, Use
+
+__all__ = ["Candidate", "cost_per_byte", "order"]
+
+
+class Candidate(NamedTuple):
+    """Blocks that share one buffer, and what is known about them."""
+
+    names: tuple[Hashable, ...]
+    #: Bytes that become free when all of them are gone.
+    nbytes: int
+    #: Bytes of them that have no copy below.
+    dirty_nbytes: int
+    use: Use
+    #: Higher: used more recently.
+    recency: int
+
+
+def cost_per_byte(candidate: Candidate) -> float:
+    """Bytes moved per byte freed, by the table above.
+
+    Examples
+    --------
+    >>> cost_per_byte(Candidate(("x",), 8, 8, Use(Kind.NEXT, 3), 0))
+    2.0
+    >>> cost_per_byte(Candidate(("x",), 8, 0, Use(Kind.IDLE), 0))
+    0.0
+    """
+    if candidate.use.kind is Kind.DYING:
+        return 0.0
+    write = candidate.dirty_nbytes / max(1, candidate.nbytes)
+    return write + 1.0 if candidate.use.kind is Kind.NEXT else write
+
+
+def _key(candidate: Candidate) -> tuple[float, ...]:
+    cost = cost_per_byte(candidate)
+    kind = candidate.use.kind
+    if kind is Kind.NEXT:
+        return (2.0, -(candidate.use.distance + 1) / cost, -candidate.nbytes)
+    if kind is Kind.IDLE:
+        return (1.0, cost, -candidate.recency, -candidate.nbytes)
+    return (0.0, -candidate.nbytes)
+
+
+def order(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Sort: what is cheapest to miss comes first. What running tasks hold is left out.
+
+    Examples
+    --------
+    >>> soon, late = Use(Kind.NEXT, 1), Use(Kind.NEXT, 9)
+    >>> [c.names[0] for c in order([
+    ...     Candidate(("soon",), 8, 0, soon, 1), Candidate(("late",), 8, 8, late, 2),
+    ...     Candidate(("dying",), 8, 8, Use(Kind.DYING), 3), Candidate(("held",), 8, 8, Use(Kind.RUNNING), 4)])]
+    ['dying', 'late', 'soon']
+    """
+    return sorted((c for c in candidates if c.use.kind is not Kind.RUNNING), key=_key)

@@ -1,0 +1,105 @@
+"""The shuffle's shards in the tiers: :class:`~dask_gpurt.memory.store.BufferStore` over the worker's own mover.
+
+Theory of operation
+-------------------
+Shards and the values of Dask's keys lie in the same ledger, under the same limit, on the same disk, and go by the same
+policy. What is put under one name is gathered into *chunks*: a chunk grows while it is small and in memory, so that many
+small shards make few files. The rank of a name is its distance to the next use.
+
+Covers: names, chunks, ranks.
+Does not cover: moving; see :mod:`dask_gpurt.memory.mover`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dask_gpurt.memory.horizon import Kind, Use
+from dask_gpurt.memory.ledger import Reservation as HostReservation
+from dask_gpurt.memory.mover import Mover, RawName
+from dask_gpurt.memory.store import Buffer, Reservation
+
+__all__ = ["ChunkName", "ShardStore"]
+
+#: A chunk that is at least as large is not added to. Enough that a file of it is written at the speed of the disk.
+CHUNK_NBYTES = 4 * 2**20
+
+
+class ChunkName(RawName):
+    """Name of a chunk to the mover; equal only to itself."""
+
+    __slots__ = ("name", "rank")
+
+    def __init__(self, name: str, rank: int) -> None:
+        self.name = name
+        self.rank = rank
+
+    def __repr__(self) -> str:
+        return f"<chunk of {self.name!r}>"
+
+    @property
+    def use(self) -> Use:
+        """The next use."""
+        return Use(Kind.NEXT, 1.0 + max(0, self.rank))
+
+
+class ShardStore:
+    """Byte buffers by name.
+
+    Parameters
+    ----------
+    mover
+        Holds the chunks.
+    """
+
+    def __init__(self, mover: Mover) -> None:
+        self._mover = mover
+        #: Name -> its chunks in order, and the bytes of the last one.
+        self._chunks: dict[str, list[ChunkName]] = {}
+        self._last_nbytes: dict[str, int] = {}
+
+    def __repr__(self) -> str:
+        return f"<ShardStore {len(self._chunks)} names>"
+
+    async def reserve(self, nbytes: int) -> Reservation:
+        """Wait until ``nbytes`` may be held; see :class:`~dask_gpurt.memory.store.BufferStore`."""
+        return await self._mover.reserve(nbytes)
+
+    def put(self, name: str, buffers: Sequence[Buffer], reservation: Reservation, *, rank: int = 0) -> None:
+        """Hold ``buffers`` under ``name``, after what is there."""
+        assert isinstance(reservation, HostReservation), reservation
+        nbytes = sum(memoryview(buffer).nbytes for buffer in buffers)
+        chunks = self._chunks.setdefault(name, [])
+        if chunks and self._last_nbytes[name] < CHUNK_NBYTES:
+            chunks[-1].rank = rank
+            if self._mover.grow(chunks[-1], buffers, reservation):
+                self._last_nbytes[name] += nbytes
+                return
+        chunk = ChunkName(name, rank)
+        chunks.append(chunk)
+        self._last_nbytes[name] = nbytes
+        self._mover.put(chunk, list(buffers), reservation)
+
+    async def take(self, name: str) -> list[Buffer]:
+        """Remove ``name`` and return its buffers in order; see :class:`~dask_gpurt.memory.store.BufferStore`."""
+        chunks = self._chunks.pop(name, [])
+        self._last_nbytes.pop(name, None)
+        taken: list[Buffer] = []
+        try:
+            while chunks:
+                pinned = await self._mover.ensure(chunks[:1])
+                taken.extend(self._mover.get(chunks[0]))  # type: ignore[arg-type]
+                self._mover.unpin(pinned)
+                self._mover.delete(chunks.pop(0))
+        finally:
+            for chunk in chunks:
+                if chunk in self._mover:
+                    self._mover.delete(chunk)
+        return taken
+
+    def discard(self, name: str) -> None:
+        """Forget ``name``, wherever it lies."""
+        self._last_nbytes.pop(name, None)
+        for chunk in self._chunks.pop(name, ()):
+            if chunk in self._mover:
+                self._mover.delete(chunk)

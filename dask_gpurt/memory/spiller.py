@@ -1,0 +1,472 @@
+"""The life of a block between memory and the tier below, as a state machine.
+
+Theory of operation
+-------------------
+The spiller knows every block by name and holds none of the values. Events tell it what happened, instructions tell
+the shell (:mod:`dask_gpurt.memory.mover`) what to do; see :mod:`dask_gpurt.memory.events`. Bytes are counted in the
+:class:`~dask_gpurt.memory.ledger.Ledger`. Whenever the tier holds more than its limit, or a request waits for room,
+blocks are chosen (:mod:`dask_gpurt.memory.policy`) until what is free, and what is on its way to be free, suffices.
+
+=========  ========================  =========================================================
+state      where the value is        ends by
+=========  ========================  =========================================================
+RESIDENT   memory                    Write -> WRITING; dying: Drop -> gone from memory, *not*
+                                     from the books: nobody will ask for it
+WRITING    memory, copy under way    Written -> CLEAN; WriteFailed -> RESIDENT
+CLEAN      memory and below          Drop -> SPILLED; RemoveCopy (disk is full) -> RESIDENT
+SPILLED    below                     Wanted: Read -> READING
+READING    below, read under way     Raised -> CLEAN; ReadFailed -> forgotten
+=========  ========================  =========================================================
+
+Deleted ends every state. A block that is WRITING stays usable all the time; when its copy is complete it goes down only
+if it is not pinned and the room is still needed, otherwise it is CLEAN, and may go for free later.
+
+What cannot happen: a block is in memory and not in the ledger, or the other way round; a pinned block is dropped; a
+block without a copy is dropped (unless it is dying); two operations run on one block at a time.
+
+When nothing more can be moved, and nothing is on its way, the oldest waiting request is forced through. When a write
+fails for the sake of the disk, writing stops (``blocked``) until the shell says :class:`Retried`.
+
+Pure: no I/O, no clock, no dask, no threads. The caller serializes the calls.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from dask_gpurt.memory import events as ev
+from dask_gpurt.memory.horizon import IDLE, Horizon, Kind
+from dask_gpurt.memory.ledger import Ledger, Reservation, Tier
+from dask_gpurt.memory.policy import Candidate, order
+
+__all__ = ["Block", "Spiller", "State"]
+
+#: Part of the limit that is freed beyond it once it is passed, so that not every put looks at all blocks.
+BAND = 1 / 32
+
+
+class State(enum.Enum):
+    """Where a block is; see the table in the module's documentation."""
+
+    RESIDENT = "resident"
+    WRITING = "writing"
+    CLEAN = "clean"
+    SPILLED = "spilled"
+    READING = "reading"
+
+
+_IN_MEMORY = (State.RESIDENT, State.WRITING, State.CLEAN)
+
+
+@dataclass(slots=True)
+class Block:
+    """What is known about a block."""
+
+    name: Hashable
+    epoch: int
+    state: State
+    #: Bytes of the value itself.
+    nbytes: int
+    #: The buffer that it lies in while it is in memory, and its bytes.
+    buffer: Hashable = None
+    buffer_nbytes: int = 0
+    #: Bytes of the copy below.
+    copy_nbytes: int = 0
+    #: How many want it to stay.
+    pins: int = 0
+    #: Higher: used more recently.
+    recency: int = 0
+    #: WRITING, and to be dropped when that is done: the bytes that are expected to become free then.
+    leaving_nbytes: int = 0
+    #: The value itself cannot be written.
+    unwritable: bool = False
+    #: Pays for a copy under way, or for a read under way.
+    reservation: Reservation | None = None
+
+
+class Spiller:
+    """Decides what moves between ``upper`` and ``lower``.
+
+    Parameters
+    ----------
+    ledger
+        The books; may be shared with others.
+    horizon
+        Tells the next uses.
+    upper, lower
+        The two tiers. A lower tier of None: whoever keeps the copies counts them.
+    writes_max
+        Writes under way at a time. Further ones are started as these complete, so that they are chosen late.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        horizon: Horizon,
+        *,
+        upper: Tier = Tier.HOST,
+        lower: Tier | None = Tier.DISK,
+        writes_max: int = 4,
+    ) -> None:
+        self.ledger = ledger
+        self.horizon = horizon
+        self.upper = upper
+        self.lower = lower
+        self.writes_max = writes_max
+        #: Name -> block.
+        self.blocks: dict[Hashable, Block] = {}
+        #: Names that are not in memory: SPILLED or READING.
+        self.absent: set[Hashable] = set()
+        #: Bytes of the values that are not in memory, and of their copies.
+        self.absent_nbytes = 0
+        self.absent_copy_nbytes = 0
+        #: Whether writing has stopped because the tier below cannot take more.
+        self.blocked = False
+        #: Bytes that were dropped without ever having been written, and those whose older copy was still good.
+        self.dropped_unwritten_nbytes = 0
+        self.dropped_clean_nbytes = 0
+        self._sharing: dict[Hashable, set[Hashable]] = {}
+        self._writing = 0
+        self._leaving_nbytes = 0
+        self._pressed_nbytes = 0
+        #: Searches since the last one that found something, and events until the next one.
+        self._fruitless = 0
+        self._skip = 0
+        self._clock = itertools.count(1)
+        self._handlers: dict[type, Callable[[Any, list[ev.Instruction]], None]] = {
+            ev.Put: self._put,
+            ev.Adopted: self._adopted,
+            ev.Grown: self._grown,
+            ev.Deleted: self._deleted,
+            ev.Pinned: self._pinned,
+            ev.Unpinned: self._unpinned,
+            ev.Wanted: self._wanted,
+            ev.Raised: self._raised,
+            ev.ReadFailed: self._read_failed,
+            ev.Written: self._written,
+            ev.WriteFailed: self._write_failed,
+            ev.Pressed: self._pressed,
+            ev.Retried: self._retried,
+        }
+
+    def __repr__(self) -> str:
+        return (
+            f"<Spiller {self.upper}->{self.lower}: {len(self.blocks)} blocks, {len(self.absent)} below, "
+            f"{self._writing} being written{', blocked' if self.blocked else ''}>"
+        )
+
+    # For the shell
+
+    def handle(self, event: ev.Event) -> list[ev.Instruction]:
+        """Take note of ``event`` and say what is to be done."""
+        instructions: list[ev.Instruction] = []
+        self._handlers[type(event)](event, instructions)
+        if self._pressed_nbytes or self.ledger.wanted(self.upper) > 0:
+            self._relieve(instructions)
+        return instructions
+
+    def touch(self, name: Hashable) -> None:
+        """Note that a block was used."""
+        self.blocks[name].recency = next(self._clock)
+
+    def current(self, name: Hashable, epoch: int) -> bool:
+        """Whether ``name`` still means the block that an operation was begun for."""
+        block = self.blocks.get(name)
+        return block is not None and block.epoch == epoch
+
+    @property
+    def busy(self) -> bool:
+        """Whether writes are under way."""
+        return self._writing > 0
+
+    @property
+    def calm(self) -> bool:
+        """Whether everything is in memory and there is room."""
+        return not self.absent and self.ledger.wanted(self.upper) <= 0
+
+    # Events
+
+    def _put(self, event: ev.Put, instructions: list[ev.Instruction]) -> None:
+        if event.name in self.blocks:
+            self._forget(self.blocks[event.name], instructions)
+        epoch = next(self._clock)
+        block = Block(event.name, epoch, State.RESIDENT, event.nbytes, recency=epoch)
+        self.blocks[event.name] = block
+        self._enter(block, event.buffer, event.buffer_nbytes, event.reservation)
+
+    def _adopted(self, event: ev.Adopted, instructions: list[ev.Instruction]) -> None:
+        if event.name in self.blocks:
+            self._forget(self.blocks[event.name], instructions)
+        epoch = next(self._clock)
+        block = Block(event.name, epoch, State.SPILLED, event.nbytes, copy_nbytes=event.copy_nbytes, recency=epoch)
+        self.blocks[event.name] = block
+        self._hold_copy(block)
+        self._absent(block)
+
+    def _grown(self, event: ev.Grown, instructions: list[ev.Instruction]) -> None:
+        block = self.blocks[event.name]
+        assert block.state in (State.RESIDENT, State.CLEAN), block
+        assert self.ledger.holders(self.upper, block.buffer) == 1, block
+        if block.state is State.CLEAN:
+            self._remove_copy(block, instructions)
+        block.nbytes += event.nbytes
+        block.buffer_nbytes += event.nbytes
+        self.ledger.grow(self.upper, block.buffer, event.nbytes, event.reservation)
+
+    def _deleted(self, event: ev.Deleted, instructions: list[ev.Instruction]) -> None:
+        self._forget(self.blocks[event.name], instructions)
+
+    def _pinned(self, event: ev.Pinned, instructions: list[ev.Instruction]) -> None:  # noqa: ARG002
+        for name in event.names:
+            self.blocks[name].pins += 1
+
+    def _unpinned(self, event: ev.Unpinned, instructions: list[ev.Instruction]) -> None:  # noqa: ARG002
+        for name in event.names:
+            block = self.blocks.get(name)
+            if block is not None and block.pins:
+                block.pins -= 1
+
+    def _wanted(self, event: ev.Wanted, instructions: list[ev.Instruction]) -> None:
+        block = self.blocks[event.name]
+        block.recency = next(self._clock)
+        if block.state is State.SPILLED:
+            block.state = State.READING
+            block.reservation = event.reservation
+            instructions.append(ev.Read(block.name, block.epoch))
+            return
+        self._stay(block)
+        if event.reservation is not None:
+            event.reservation.release()
+
+    def _raised(self, event: ev.Raised, instructions: list[ev.Instruction]) -> None:  # noqa: ARG002
+        block = self.blocks[event.name]
+        assert block.state is State.READING, block
+        assert block.epoch == event.epoch, block
+        self._present(block)
+        block.state = State.CLEAN
+        reservation, block.reservation = block.reservation, None
+        self._enter(block, event.buffer, event.buffer_nbytes, reservation)
+
+    def _read_failed(self, event: ev.ReadFailed, instructions: list[ev.Instruction]) -> None:
+        self._forget(self.blocks[event.name], instructions)
+
+    def _written(self, event: ev.Written, instructions: list[ev.Instruction]) -> None:
+        block = self.blocks[event.name]
+        assert block.state is State.WRITING, block
+        assert block.epoch == event.epoch, block
+        leaving = block.leaving_nbytes > 0
+        self._end_write(block)
+        block.state = State.CLEAN
+        block.copy_nbytes = event.nbytes
+        self._hold_copy(block)
+        if leaving and not block.pins and self._excess() > 0:
+            self._drop(block, instructions)
+
+    def _write_failed(self, event: ev.WriteFailed, instructions: list[ev.Instruction]) -> None:  # noqa: ARG002
+        block = self.blocks[event.name]
+        assert block.state is State.WRITING, block
+        assert block.epoch == event.epoch, block
+        self._end_write(block)
+        block.state = State.RESIDENT
+        if event.value_is_to_blame:
+            block.unwritable = True
+        else:
+            self.blocked = True
+
+    def _pressed(self, event: ev.Pressed, instructions: list[ev.Instruction]) -> None:  # noqa: ARG002
+        self._pressed_nbytes = max(self._pressed_nbytes, event.nbytes)
+
+    def _retried(self, event: ev.Retried, instructions: list[ev.Instruction]) -> None:  # noqa: ARG002
+        self.blocked = False
+        self._skip = 0
+
+    # Making room
+
+    def _excess(self) -> int:
+        """Bytes that have yet to go, those on their way not counted as gone."""
+        return max(self.ledger.wanted(self.upper), self._pressed_nbytes)
+
+    def _relieve(self, instructions: list[ev.Instruction]) -> None:
+        excess = self._excess() - self._leaving_nbytes
+        if excess > 0 and self._worthwhile():
+            limit = self.ledger.limit(self.upper)
+            if self._pressed_nbytes < self.ledger.wanted(self.upper) and limit is not None:
+                excess += int(limit * BAND)
+            before = len(instructions)
+            self._evict(excess, instructions)
+            self._fruitless = 0 if len(instructions) > before else self._fruitless + 1
+            self._skip = min(self._fruitless, len(self.blocks) // 64)
+        if not self._leaving_nbytes and self.ledger.wanted(self.upper) > 0:
+            # Nothing is on its way out, and what could go without a write has gone.
+            self.ledger.force(self.upper)
+        if not self._leaving_nbytes:
+            # A wish from outside is served once, as far as it can be.
+            self._pressed_nbytes = 0
+
+    def _worthwhile(self) -> bool:
+        """Whether to look at all blocks again; where many were looked at in vain, not at every event."""
+        self._skip -= 1
+        return self._skip < 0
+
+    def _evict(self, excess: int, instructions: list[ev.Instruction]) -> None:
+        for candidate in order(self._candidates()):
+            if excess <= 0:
+                return
+            blocks = [self.blocks[name] for name in candidate.names]
+            if candidate.use.kind is Kind.DYING:
+                for block in blocks:
+                    if block.state is State.RESIDENT:
+                        self.dropped_unwritten_nbytes += block.nbytes
+                        # A copy of no bytes keeps the books even; reading it would fail.
+                        self._hold_copy(block)
+                    self._drop(block, instructions)
+                excess -= candidate.nbytes
+                continue
+            dirty = [block for block in blocks if block.state is State.RESIDENT]
+            if dirty:
+                if self.blocked:
+                    continue
+                if self._writing and self._writing + len(dirty) > self.writes_max:
+                    # Rather wait for a slot than give up what is needed sooner.
+                    return
+                # The members of a candidate go together: only the last one frees anything.
+                share = -(-candidate.nbytes // len(dirty))
+                if not all(self._begin_write(block, share, instructions) for block in dirty):
+                    continue
+            for block in blocks:
+                if block.state is State.CLEAN:
+                    self.dropped_clean_nbytes += block.nbytes
+                    self._drop(block, instructions)
+            excess -= candidate.nbytes
+
+    def _candidates(self) -> Iterable[Candidate]:
+        groups: list[list[Block]] = []
+        firsts: list[Hashable] = []
+        for buffer, names in self._sharing.items():
+            blocks = [self.blocks[name] for name in names]
+            # The ledger may know holders that are no blocks of ours; then nothing would be freed.
+            if not blocks[0].buffer_nbytes or self.ledger.holders(self.upper, buffer) != len(blocks):
+                continue
+            if any(b.pins or b.state is State.WRITING or (b.unwritable and b.state is State.RESIDENT) for b in blocks):
+                continue
+            groups.append(blocks)
+            firsts.extend(b.name for b in blocks)
+        uses = iter(self.horizon.uses(firsts))
+        for blocks in groups:
+            # Dying only if all are, needed as soon as the first is.
+            use = max((next(uses) for _ in blocks), key=lambda u: (u.kind, -u.distance), default=IDLE)
+            yield Candidate(
+                tuple(b.name for b in blocks),
+                blocks[0].buffer_nbytes,
+                sum(b.nbytes for b in blocks if b.state is State.RESIDENT),
+                use,
+                max(b.recency for b in blocks),
+            )
+
+    def _begin_write(self, block: Block, leaving_nbytes: int, instructions: list[ev.Instruction]) -> bool:
+        if self.lower is not None:
+            reservation = self.ledger.try_reserve(self.lower, block.nbytes)
+            if reservation is None:
+                self._reclaim(self.lower, block.nbytes, instructions)
+                reservation = self.ledger.try_reserve(self.lower, block.nbytes)
+            if reservation is None:
+                return False
+            block.reservation = reservation
+        block.state = State.WRITING
+        block.leaving_nbytes = leaving_nbytes
+        self._writing += 1
+        self._leaving_nbytes += leaving_nbytes
+        instructions.append(ev.Write(block.name, block.epoch))
+        return True
+
+    def _reclaim(self, lower: Tier, nbytes: int, instructions: list[ev.Instruction]) -> None:
+        """Make room below: copies of what is in memory are the least that can be given up."""
+        limit = self.ledger.limit(lower)
+        assert limit is not None
+        for block in self.blocks.values():
+            if self.ledger.used(lower) + nbytes <= limit:
+                return
+            if block.state is State.CLEAN:
+                self._remove_copy(block, instructions)
+
+    def _end_write(self, block: Block) -> None:
+        self._writing -= 1
+        self._stay(block)
+        if block.reservation is not None:
+            block.reservation.release()
+            block.reservation = None
+
+    def _stay(self, block: Block) -> None:
+        """Take back the intention to drop a block that is being written."""
+        self._leaving_nbytes -= block.leaving_nbytes
+        block.leaving_nbytes = 0
+
+    # Coming and going
+
+    def _enter(self, block: Block, buffer: Hashable, buffer_nbytes: int, reservation: Reservation | None) -> None:
+        block.buffer = buffer
+        block.buffer_nbytes = buffer_nbytes
+        sharing = self._sharing.get(buffer)
+        if sharing is None:
+            self._sharing[buffer] = {block.name}
+        else:
+            sharing.add(block.name)
+        self.ledger.hold(self.upper, buffer, buffer_nbytes, reservation)
+
+    def _leave(self, block: Block) -> None:
+        sharing = self._sharing[block.buffer]
+        sharing.discard(block.name)
+        if not sharing:
+            del self._sharing[block.buffer]
+        freed = self.ledger.drop(self.upper, block.buffer)
+        self._pressed_nbytes = max(0, self._pressed_nbytes - freed)
+        block.buffer = None
+        block.buffer_nbytes = 0
+
+    def _absent(self, block: Block) -> None:
+        self.absent.add(block.name)
+        self.absent_nbytes += block.nbytes
+        self.absent_copy_nbytes += block.copy_nbytes
+
+    def _present(self, block: Block) -> None:
+        self.absent.discard(block.name)
+        self.absent_nbytes -= block.nbytes
+        self.absent_copy_nbytes -= block.copy_nbytes
+
+    def _drop(self, block: Block, instructions: list[ev.Instruction]) -> None:
+        assert not block.pins, block
+        block.state = State.SPILLED
+        self._leave(block)
+        self._absent(block)
+        instructions.append(ev.Drop(block.name))
+
+    def _hold_copy(self, block: Block) -> None:
+        if self.lower is not None:
+            self.ledger.hold(self.lower, (self.upper, block.epoch), block.copy_nbytes)
+
+    def _remove_copy(self, block: Block, instructions: list[ev.Instruction]) -> None:
+        if self.lower is not None:
+            self.ledger.drop(self.lower, (self.upper, block.epoch))
+        block.copy_nbytes = 0
+        if block.state is State.CLEAN:
+            block.state = State.RESIDENT
+        instructions.append(ev.RemoveCopy(block.name))
+
+    def _forget(self, block: Block, instructions: list[ev.Instruction]) -> None:
+        if block.state is State.WRITING:
+            self._end_write(block)
+        if block.state in _IN_MEMORY:
+            self._leave(block)
+            instructions.append(ev.Drop(block.name))
+        else:
+            self._present(block)
+        if block.state in (State.CLEAN, State.SPILLED, State.READING):
+            self._remove_copy(block, instructions)
+        if block.reservation is not None:
+            block.reservation.release()
+            block.reservation = None
+        del self.blocks[block.name]
