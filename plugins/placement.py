@@ -4,7 +4,7 @@ Covers: :class:`Placement`, which plans root tasks as graphs arrive, keeps plann
 their workers, chooses workers for tasks whose inputs are in memory, and balances what waits.
 Does not cover: the decisions themselves, which are pure: :mod:`dask_gpurt.plugins.families` (who belongs together, and
 where), :mod:`dask_gpurt.plugins.policy` (where a task with inputs goes), :mod:`dask_gpurt.plugins.stealing` (when to
-leave a plan).
+leave a plan); and the order in which planned tasks wait, :mod:`dask_gpurt.plugins.queues`.
 See also: :mod:`dask_gpurt.seams`, which replaces and restores the scheduler's functions.
 
 Theory of operation
@@ -22,10 +22,8 @@ anything else          Dask's own decision: roots that were not planned, restric
 =====================  ================================================================================================
 
 Dask's own set of queued tasks stays the truth: every task that waits here is in ``scheduler.queued`` and in the state
-``queued``, so that its timeouts, its dashboard, its adaptive scaling and its validation go on to hold. The queues here are
-an order over it: one heap a worker, and one for queued tasks that were not planned, which exists only while planned
-tasks wait. Entries of the heaps are not removed but skipped when they no longer hold. So uninstalling loses nothing: the
-order goes, the tasks stay queued.
+``queued``, so that its timeouts, its dashboard, its adaptive scaling and its validation go on to hold. The queues here
+are an order over it. So uninstalling loses nothing: the order goes, the tasks stay queued.
 
 What cannot happen: a planned task that waits for a worker that is gone or paused stays there no longer than one turn
 of the balancer (:data:`BALANCE_INTERVAL_S`), which also lets an idle worker take over families of a busy one.
@@ -35,7 +33,6 @@ An exception in a decision is counted, logged once, and answered with Dask's own
 
 from __future__ import annotations
 
-import heapq
 import logging
 import math
 from collections import Counter, defaultdict, deque
@@ -50,6 +47,7 @@ from tornado.ioloop import PeriodicCallback
 from dask_gpurt import seams
 from dask_gpurt.plugins import families, policy, stealing
 from dask_gpurt.plugins.families import Family
+from dask_gpurt.plugins.queues import Queues
 from dask_gpurt.plugins.view import Backlog, Candidate, Share, Tail
 
 if TYPE_CHECKING:
@@ -82,8 +80,8 @@ class Decision(NamedTuple):
 
     key: Any
     reason: str
-    #: Address of the worker; None where the decision was left to Dask.
-    worker: str | None
+    #: Address of the worker.
+    worker: str
 
 
 class _Queued:
@@ -130,17 +128,9 @@ class Placement:
         self._tasks: dict[Any, TaskState] = scheduler.tasks
         #: Key of a planned task to its family, until its result is in memory or it is gone.
         self._plan: dict[Any, Family] = {}
-        #: Key of a planned task in the state "queued" to its family.
-        self._waiting: dict[Any, Family] = {}
-        #: Worker to a heap of (priority, counter, key) of the tasks that wait for it.
-        self._heaps: defaultdict[WorkerState, list[tuple[Any, int, Any]]] = defaultdict(list)
-        #: The same for queued tasks that were not planned; None while no planned task waits.
-        self._unplanned: list[tuple[Any, int, Any]] | None = None
-        #: Worker to the number of planned tasks that wait for it.
-        self._backlog: Counter[WorkerState] = Counter()
-        #: Worker to its families that have waited, in the order in which they came.
-        self._dealt: defaultdict[WorkerState, list[Family]] = defaultdict(list)
-        self._pushed = 0
+        self._queues = Queues()
+        #: Key of a planned task in the state "queued" to its family; the queues' own dict, read on every event.
+        self._waiting = self._queues.waiting
         #: The task that is being dequeued, and for which worker.
         self._dequeuing: tuple[Any, WorkerState] | None = None
         #: Task group to whether it is root-like, for as long as neither graph nor cluster change.
@@ -149,7 +139,7 @@ class Placement:
         self._output_nbytes: dict[str, int] = {}
         self._counts: Counter[str] = Counter()
         self._errors = 0
-        self._decisions: deque[Decision] = deque(maxlen=REMEMBERED)
+        self._decisions: deque[tuple[Any, str, str]] = deque(maxlen=REMEMBERED)
         self._hooks = _Hooks(self)
 
     # --- life ---------------------------------------------------------------------------------------------------------
@@ -212,8 +202,8 @@ class Placement:
         }
 
     def explain(self, key: Any) -> list[Decision]:
-        """Return what is remembered of the decisions about ``key``, latest first."""
-        return [decision for decision in reversed(self._decisions) if decision.key == key]
+        """Return what is remembered of the decisions about ``key``, latest first; what was left to Dask is not."""
+        return [Decision(*entry) for entry in reversed(self._decisions) if entry[0] == key]
 
     # --- hooks of a SchedulerPlugin -----------------------------------------------------------------------------------
 
@@ -230,7 +220,7 @@ class Placement:
         if not self._plan:
             return
         if start == "queued" and self._waiting:
-            self._leave(key)
+            self._queues.leave(key)
         if finish == "memory":
             if self._plan.pop(key, None) is not None and len(self._output_nbytes) < PREFIXES:
                 self._output_nbytes[self._tasks[key].prefix.name] = kwargs.get("nbytes") or 0
@@ -356,8 +346,7 @@ class Placement:
         ts = self._tasks[key]
         if family is None:
             answer = self._stock.waiting_queued(scheduler, key, stimulus_id)
-            if self._unplanned is not None:
-                self._push(self._unplanned, ts)
+            self._queues.enter_unplanned(key, ts.priority)
             return answer
         if scheduler.validate:
             seams.assert_ready(scheduler, ts)
@@ -408,7 +397,7 @@ class Placement:
         if not missing or output_nbytes is None:
             return True
         best = total - max(held.values(), default=0)
-        return policy.accepts(missing, self._backlog[ws] + 1, best, output_nbytes)
+        return policy.accepts(missing, self._queues.backlog(ws) + 1, best, output_nbytes)
 
     def _decide_by_inputs(self, ts: TaskState) -> Any:
         inputs = ts.dependencies
@@ -437,7 +426,8 @@ class Placement:
 
     def _decided(self, ts: TaskState, ws: Any, reason: str) -> Any:
         self._counts[reason] += 1
-        self._decisions.append(Decision(ts.key, reason, ws.address))
+        # A plain tuple: a named one costs as much as the rest of the decision.
+        self._decisions.append((ts.key, reason, ws.address))
         return ws
 
     def _failed(self, what: str, error: Exception) -> None:
@@ -449,46 +439,19 @@ class Placement:
 
     # --- queues -------------------------------------------------------------------------------------------------------
 
-    def _push(self, heap: list[tuple[Any, int, Any]], ts: TaskState) -> None:
-        self._pushed += 1
-        heapq.heappush(heap, (ts.priority, self._pushed, ts.key))
-
     def _enter(self, ts: TaskState, family: Family) -> None:
         """Let a task wait for the worker of its family."""
-        if self._unplanned is None:
-            self._unplanned = []
+        first = not self._waiting
+        self._queues.enter(ts.key, ts.priority, family)
+        if first:
             for queued in self.scheduler.queued:
                 if queued is not ts:
-                    self._push(self._unplanned, queued)
-        home: Any = family.home
-        self._waiting[ts.key] = family
-        self._backlog[home] += 1
-        self._push(self._heaps[home], ts)
-        dealt = self._dealt[home]
-        if not dealt or dealt[-1] is not family:
-            dealt.append(family)
-
-    def _leave(self, key: Any) -> None:
-        """Let a task wait no longer, for whatever reason."""
-        family = self._waiting.pop(key, None)
-        if family is None:
-            return
-        home: Any = family.home
-        self._backlog[home] -= 1
-        if not self._waiting:
-            self._forget_queues()
-
-    def _forget_queues(self) -> None:
-        self._waiting.clear()
-        self._heaps.clear()
-        self._unplanned = None
-        self._backlog.clear()
-        self._dealt.clear()
+                    self._queues.enter_unplanned(queued.key, queued.priority)
 
     def _forget(self) -> None:
         self._plan.clear()
         self._rootish.clear()
-        self._forget_queues()
+        self._queues.clear()
 
     def _slots_opened(self, *, stimulus_id: str) -> None:
         """Stand in for ``stimulus_queue_slots_maybe_opened``."""
@@ -511,7 +474,7 @@ class Placement:
         while free and self._waiting:
             served = []
             for ws in free:
-                key = self._next_for(ws) if ws in self._with_slots else None
+                key = self._queues.next_for(ws, self._is_queued) if ws in self._with_slots else None
                 if key is None:
                     continue
                 if key in self._waiting:
@@ -526,28 +489,12 @@ class Placement:
         if not self._waiting:
             self._stock.slots_opened(stimulus_id=stimulus_id)
 
-    def _next_for(self, ws: WorkerState) -> Any | None:
-        """Find the task that ``ws`` should run next, out of its own queue and that of the tasks without a plan."""
-        heap = self._heaps.get(ws)
-        own = None
-        while heap:
-            key = heap[0][2]
-            family = self._waiting.get(key)
-            if family is not None and family.home is ws:
-                own = heap[0]
-                break
-            heapq.heappop(heap)
-        others = self._unplanned
-        while others:
-            key = others[0][2]
-            ts = self._tasks.get(key)
-            if ts is None or ts.state != "queued" or key in self._waiting:
-                heapq.heappop(others)
-                continue
-            if own is None or others[0] < own:
-                return key
-            break
-        return None if own is None else own[2]
+    def _is_queued(self, key: Any) -> bool:
+        ts = self._tasks.get(key)
+        return ts is not None and ts.state == "queued"
+
+    def _priority_of(self, key: Any) -> Any:
+        return self._tasks[key].priority
 
     # --- balance ------------------------------------------------------------------------------------------------------
 
@@ -556,35 +503,19 @@ class Placement:
         able = [ws for ws in self.scheduler.workers.values() if ws in self._running]
         if not able:
             return False
-        self._move(family, min(able, key=lambda ws: self._backlog[ws] / ws.nthreads))
+        home = min(able, key=lambda ws: self._queues.backlog(ws) / ws.nthreads)
+        self._queues.move(family, home, self._priority_of)
         self._counts["rehomed"] += 1
         return True
 
     def _rehome_all(self) -> bool:
-        """Give away everything that waits for workers that are gone or paused; False if there was nothing."""
-        gone = [ws for ws in self._dealt if ws not in self._running]
+        """Give away everything that waits for workers that are gone or paused; False if there was nothing to give."""
         moved = False
-        for ws in gone:
-            for family in self._dealt.pop(ws):
-                if family.home is ws and any(self._waiting.get(key) is family for key in family.keys):
-                    if not self._rehome(family):
-                        self._dealt[ws].append(family)
-                    else:
-                        moved = True
+        for ws in self._queues.homes():
+            if ws not in self._running:
+                for family, _ in self._queues.families_of(ws):
+                    moved = self._rehome(family) or moved
         return moved
-
-    def _move(self, family: Family, home: WorkerState) -> None:
-        waiting = [key for key in family.keys if self._waiting.get(key) is family]
-        previous: Any = family.home
-        family.home = home
-        if not waiting:
-            return
-        self._backlog[previous] -= len(waiting)
-        self._backlog[home] += len(waiting)
-        heap = self._heaps[home]
-        for key in waiting:
-            self._push(heap, self._tasks[key])
-        self._dealt[home].append(family)
 
     def _balance(self) -> None:
         """Let paused workers' families go elsewhere, and idle workers take over families of busy ones."""
@@ -605,41 +536,33 @@ class Placement:
         idle = (
             ws
             for ws in self._with_slots
-            if len(ws.processing) - len(ws.long_running) < ws.nthreads and not self._backlog[ws]
+            if len(ws.processing) - len(ws.long_running) < ws.nthreads and not self._queues.backlog(ws)
         )
         return list(islice(idle, HELPED))
 
     def _relieve(self, thief: WorkerState) -> bool:
-        victim = max(self._dealt, key=lambda ws: self._backlog[ws] / ws.nthreads, default=None)
-        if victim is None or victim is thief or not self._backlog[victim]:
+        """Let ``thief`` take over families from the end of the longest queue, as far as that pays."""
+        queues = self._queues
+        victim = max(queues.homes(), key=lambda ws: queues.backlog(ws) / ws.nthreads, default=None)
+        if victim is None or victim is thief or not queues.backlog(victim):
             return False
         tails: list[Tail] = []
         found: list[Family] = []
-        dealt = self._dealt[victim]
         duration_s = 0.0
-        for family in islice(reversed(dealt), LOOKED_AT):
-            ntasks = 0
-            nbytes = 0
-            for key in family.keys:
-                if self._waiting.get(key) is family:
-                    prefix = self._tasks[key].prefix
-                    ntasks += 1
-                    nbytes += self._output_nbytes.get(prefix.name, 0)
-                    duration_s = _duration_s(prefix)
-            if ntasks and family.home is victim and family not in found:
-                tails.append(Tail(ntasks, nbytes))
-                found.append(family)
+        for family, keys in queues.families_of(victim, LOOKED_AT):
+            prefix = self._tasks[keys[0]].prefix
+            tails.append(Tail(len(keys), len(keys) * self._output_nbytes.get(prefix.name, 0)))
+            found.append(family)
+            duration_s = _duration_s(prefix)
         taken = stealing.relief(
-            Backlog(self._backlog[victim], victim.nthreads, duration_s),
+            Backlog(queues.backlog(victim), victim.nthreads, duration_s),
             Backlog(0, thief.nthreads, duration_s),
             tails,
             self.scheduler.bandwidth,
         )
         for family in found[:taken]:
-            self._move(family, thief)
-            self._counts["relieved"] += 1
-        if len(dealt) > LOOKED_AT and not found:
-            del dealt[-LOOKED_AT:]  # all of them are done, or live elsewhere by now
+            queues.move(family, thief, self._priority_of)
+        self._counts["relieved"] += taken
         return taken > 0
 
     def _get_thief(self, scheduler: Any, ts: TaskState, potential_thieves: Any, *, occupancies: Any) -> Any:

@@ -61,11 +61,11 @@ def relief(victim: Backlog, thief: Backlog, tails: Iterable[Tail], bandwidth: fl
     """
     taken = 0
     for tail in tails:
-        after = thief._replace(ntasks=thief.ntasks + tail.ntasks)
+        after = Backlog(thief.ntasks + tail.ntasks, thief.nthreads, thief.duration_s)
         # A family that would wait at the thief as long as at the victim gains nothing by moving.
         if victim.wait_s < after.wait_s or not pays(victim.wait_s - thief.wait_s, tail.nbytes, bandwidth):
             break
-        victim = victim._replace(ntasks=victim.ntasks - tail.ntasks)
+        victim = Backlog(victim.ntasks - tail.ntasks, victim.nthreads, victim.duration_s)
         thief = after
         taken += 1
     return taken

@@ -1,0 +1,191 @@
+"""Families: who meets where, and who is dealt to whom."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+from dask_gpurt.plugins import families
+from dask_gpurt.plugins.view import Share
+
+
+@dataclass(eq=False)
+class Node:
+    key: Any
+    priority: tuple[int, ...]
+    dependencies: set[Node] = field(default_factory=set)
+    dependents: set[Node] = field(default_factory=set)
+
+
+class Graph:
+    """Nodes are added in order of priority, inputs first."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[Any, Node] = {}
+
+    def add(self, key: Any, *inputs: Any) -> Node:
+        node = Node(key, (0, len(self.nodes)))
+        self.nodes[key] = node
+        for name in inputs:
+            node.dependencies.add(self.nodes[name])
+            self.nodes[name].dependents.add(node)
+        return node
+
+    @property
+    def roots(self) -> dict[Any, Node]:
+        return {key: node for key, node in self.nodes.items() if not node.dependencies}
+
+    def meetings(self, **kwargs: Any) -> tuple[dict[Any, Any], dict[Any, Any]]:
+        meets, ends = families.meetings(self.nodes.values(), self.roots, **kwargs)
+        return {k: n.key for k, n in meets.items()}, {k: n.key for k, n in ends.items()}
+
+    def deal(self, shares: list[Share], holder_of: Any = lambda _: None, **kwargs: Any) -> list[families.Family]:
+        meets, _ = families.meetings(self.nodes.values(), self.roots)
+        roots = [node for key, node in self.roots.items() if key in meets]
+        return families.by_meeting(roots, meets, shares, holder_of, **kwargs)
+
+
+def tree(nleaves: int, fan_in: int) -> Graph:
+    graph = Graph()
+    level: list[Any] = []
+    for start in range(0, nleaves, fan_in):
+        leaves = [("leaf", i) for i in range(start, min(start + fan_in, nleaves))]
+        for leaf in leaves:
+            graph.add(leaf)
+            graph.add(("chunk", leaf[1]), leaf)
+        level.append(graph.add(("sum", start), *[("chunk", leaf[1]) for leaf in leaves]).key)
+    graph.add("total", *level)
+    return graph
+
+
+WORKERS = [Share("a", 1), Share("b", 1), Share("c", 1)]
+
+
+def test_leaves_of_a_tree_meet_at_the_first_reduction_through_their_chains() -> None:
+    meets, ends = tree(8, 4).meetings()
+    assert [meets["leaf", i] for i in range(8)] == [("sum", 0)] * 4 + [("sum", 4)] * 4
+    assert meets["chunk", 0] == ("sum", 0)
+    assert ("leaf", 0) not in ends
+
+
+def test_a_root_without_a_meeting_has_the_end_of_its_chain() -> None:
+    graph = Graph()
+    graph.add("read")
+    graph.add(("x", 0), "read")
+    assert graph.meetings() == ({}, {"read": ("x", 0), ("x", 0): ("x", 0)})
+
+
+def test_the_first_meeting_by_priority_counts() -> None:
+    graph = Graph()
+    for name in "xyz":
+        graph.add(name)
+    graph.add("x+y", "x", "y")
+    graph.add("x+z", "x", "z")
+    meets, _ = graph.meetings()
+    assert meets == {"x": "x+y", "y": "x+y", "z": "x+z"}
+
+
+def test_a_broadcast_is_no_meeting() -> None:
+    graph = Graph()
+    graph.add("mean")
+    for i in range(20):
+        graph.add(("x", i))
+        graph.add(("centred", i), ("x", i), "mean")
+    graph.add("a", ("centred", 0), ("centred", 1))
+    meets, ends = graph.meetings(wide=16)
+    assert meets["x", 0] == meets["x", 1] == "a"
+    assert ends["x", 2] == ("centred", 2)
+
+
+def test_inputs_that_are_all_wide_do_meet() -> None:
+    graph = Graph()
+    for i in range(3):
+        graph.add(("x", i))
+        graph.add(("y", i))
+    for i, j in itertools.product(range(3), range(3)):
+        graph.add(("xy", i, j), ("x", i), ("y", j))
+    meets, _ = graph.meetings(wide=2)
+    assert meets["x", 0] == meets["y", 0] == ("xy", 0, 0)
+
+
+def test_families_are_dealt_in_turn_and_stay_small() -> None:
+    dealt = tree(24, 4).deal(WORKERS)
+    assert [len(family.keys) for family in dealt] == [4] * 6
+    assert [family.home for family in dealt] == ["a", "b", "c", "a", "b", "c"]
+
+
+def test_a_meeting_of_all_is_no_reason_to_overload_a_worker() -> None:
+    dealt = tree(9, 9).deal(WORKERS)
+    assert [len(family.keys) for family in dealt] == [3, 3, 3]
+    assert {family.home for family in dealt} == {"a", "b", "c"}
+    assert all(len(family.keys) <= 2 for family in tree(9, 9).deal(WORKERS, max_family=2))
+
+
+def test_families_are_dealt_by_threads() -> None:
+    dealt = tree(24, 4).deal([Share("a", 1), Share("b", 2)])
+    homes = [family.home for family in dealt]
+    assert homes.count("b") == 2 * homes.count("a")
+
+
+def test_a_family_goes_where_its_meeting_has_data() -> None:
+    dealt = tree(24, 4).deal(WORKERS, lambda meeting: "b" if meeting.key == ("sum", 0) else None)
+    assert dealt[0].home == "b"
+    # Its load is counted: b gets no more than its share of the others.
+    assert sorted(family.home for family in dealt) == ["a", "a", "b", "b", "c", "c"]
+
+
+def test_a_holder_that_is_no_candidate_is_not_dealt_to() -> None:
+    assert {f.home for f in tree(24, 4).deal(WORKERS, lambda _: "gone")} == {"a", "b", "c"}
+
+
+def homes(dealt: list[families.Family]) -> dict[Any, Any]:
+    return {key: family.home for family in dealt for key in family.keys}
+
+
+def grid(name: str, *shape: int) -> list[tuple[Any, tuple[int, ...]]]:
+    return [((name, *index), index) for index in itertools.product(*map(range, shape))]
+
+
+def test_collections_of_the_same_shape_lie_alike() -> None:
+    for shape in ((7,), (4, 6), (5, 5), (2, 3, 4)):
+        x = homes(families.by_position(grid("x", *shape), WORKERS))
+        y = homes(families.by_position(reversed(grid("y", *shape)), WORKERS))
+        assert {key[1:]: home for key, home in x.items()} == {key[1:]: home for key, home in y.items()}
+
+
+def test_a_square_grid_lies_like_its_transpose() -> None:
+    x = homes(families.by_position(grid("x", 9, 9), WORKERS))
+    assert all(x["x", i, j] == x["x", j, i] for i in range(9) for j in range(9))
+    counts = [list(x.values()).count(share.worker) for share in WORKERS]
+    assert sum(counts) == 81
+    assert max(counts) - min(counts) <= 4
+
+
+def test_half_a_grid_and_blocks_with_the_same_index_are_walked_in_order() -> None:
+    half = [block for block in grid("x", 4, 4) if block[1][0] >= block[1][1]]
+    assert homes(families.by_position(half, WORKERS)).keys() == {key for key, _ in half}
+    twice = [("x", (0, 0)), ("y", (0, 0)), ("z", (1, 1)), ("w", (1, 1))]
+    assert homes(families.by_position(twice, WORKERS)).keys() == {"x", "y", "z", "w"}
+
+
+def test_positions_are_dealt_by_threads() -> None:
+    dealt = homes(families.by_position(grid("x", 12), [Share("a", 1), Share("b", 3)]))
+    assert list(dealt.values()).count("a") == 3
+
+
+def test_no_blocks_no_families() -> None:
+    assert families.by_position([], WORKERS) == []
+    assert families.by_meeting([], {}, WORKERS, lambda _: None) == []
+
+
+def test_keys_of_blocks() -> None:
+    assert families.index_of(("x", 1)) == ("x", (1,))
+    assert families.index_of(("x",)) is None
+    assert families.index_of(("x", "a")) is None
+    assert families.index_of((("x",), 1)) is None
+    assert families.index_of("x") is None
+
+
+def test_a_family_prints_its_members_and_home() -> None:
+    assert repr(families.Family(["x"], "a")) == "Family(['x'], home='a')"

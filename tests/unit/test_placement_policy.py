@@ -1,0 +1,85 @@
+"""Where tasks with inputs go, what a plan may cost, and when leaving it pays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dask_gpurt.plugins import policy, stealing
+from dask_gpurt.plugins.view import Backlog, Candidate, Tail
+
+
+@dataclass(frozen=True)
+class Input:
+    nbytes: int
+    who_has: frozenset[str] | None
+
+    def get_nbytes(self) -> int:
+        return self.nbytes
+
+
+def held(nbytes: int, *workers: str) -> Input:
+    return Input(nbytes, frozenset(workers))
+
+
+def test_holdings_are_summed_over_all_inputs() -> None:
+    inputs = [held(1, "a"), held(2, "b"), held(3, "c"), held(4, "d"), *[held(2, "e")] * 4]
+    assert policy.holdings(inputs) == ({"a": 1, "b": 2, "c": 3, "d": 4, "e": 8}, 18)
+
+
+def test_a_broadcast_counts_only_for_workers_that_hold_something_else() -> None:
+    everyone = [f"w{i}" for i in range(20)]
+    assert policy.holdings([held(100, *everyone), held(1, "w3"), held(1, "x")]) == ({"w3": 101, "x": 1}, 102)
+
+
+def test_of_an_input_that_is_everywhere_a_few_holders_are_looked_at() -> None:
+    nbytes, total = policy.holdings([held(100, *[f"w{i}" for i in range(20)])], many=8)
+    assert len(nbytes) == 8
+    assert set(nbytes.values()) == {total} == {100}
+
+
+def test_an_input_without_holder_counts_for_nobody() -> None:
+    assert policy.holdings([Input(5, None)]) == ({}, 5)
+
+
+def test_best_holders_run_and_are_few() -> None:
+    nbytes = {"a": 1, "b": 5, "c": 3, "d": 4, "e": 2}
+    assert policy.best_holders(nbytes, {"a", "b", "c", "e"}, limit=3) == ["b", "c", "e"]
+    assert policy.best_holders(nbytes, set()) == []
+
+
+def test_a_task_stays_with_its_bytes_until_waiting_costs_twice_the_move() -> None:
+    def chosen(wait_s: float) -> object:
+        return policy.choose([Candidate("here", 0, wait_s), Candidate("there", 1_000, 0.0)], bandwidth=1_000.0).worker
+
+    move_s = 1.0 + policy.MOVE_LATENCY_S
+    assert chosen(1.9 * move_s) == "here"
+    assert chosen(2.1 * move_s) == "there"
+
+
+def test_between_equals_the_shorter_queue_wins() -> None:
+    chosen = policy.choose([Candidate("a", 7, 2.0), Candidate("b", 7, 1.0)], bandwidth=1.0)
+    assert chosen == ("b", "most-bytes")
+
+
+def test_a_plan_may_miss_twice_what_it_saves() -> None:
+    assert policy.accepts(200, consumers=1, best_missing_nbytes=0, output_nbytes=100)
+    assert not policy.accepts(201, consumers=1, best_missing_nbytes=0, output_nbytes=100)
+    assert policy.accepts(201, consumers=2, best_missing_nbytes=0, output_nbytes=100)
+    assert policy.accepts(150, consumers=1, best_missing_nbytes=80, output_nbytes=0)
+
+
+def test_tasks_of_unknown_duration_are_not_taken() -> None:
+    assert stealing.relief(Backlog(100, 1, 0.0), Backlog(0, 1, 0.0), [Tail(1, 0)] * 100, 1e9) == 0
+
+
+def test_relief_halves_a_backlog_between_equals() -> None:
+    assert stealing.relief(Backlog(40, 1, 1.0), Backlog(0, 1, 1.0), [Tail(4, 0)] * 10, 1e9) == 5
+    assert stealing.relief(Backlog(40, 1, 1.0), Backlog(0, 3, 1.0), [Tail(4, 0)] * 10, 1e9) == 8
+
+
+def test_relief_is_not_given_where_moving_costs_more_than_waiting() -> None:
+    assert stealing.relief(Backlog(4, 1, 1.0), Backlog(0, 1, 1.0), [Tail(1, 10_000)] * 4, bandwidth=1e3) == 0
+
+
+def test_the_last_long_task_goes_to_the_idle_worker() -> None:
+    assert stealing.relief(Backlog(1, 1, 60.0), Backlog(0, 1, 60.0), [Tail(1, 1_000)], bandwidth=1e6) == 1
