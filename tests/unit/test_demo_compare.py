@@ -95,8 +95,9 @@ def test_a_key_that_is_none_is_refused(truth: Any) -> None:
 
 
 def test_dates_are_compared_by_value() -> None:
+    date32: Any = "date32[day][pyarrow]"
     truth = pd.DataFrame({"k": [1], "day": pd.to_datetime(["1995-01-01"])})
-    answer = pd.DataFrame({"k": [1], "day": pd.Series([dt.date(1995, 1, 2)]).astype("date32[day][pyarrow]")})
+    answer = pd.DataFrame({"k": [1], "day": pd.Series([dt.date(1995, 1, 2)]).astype(date32)})
     assert frame_differences(answer, truth, key=["k"])
 
 
