@@ -56,6 +56,7 @@ class FrameRun(Run):
         self.meta = meta
         self.drop_column = drop_column
         self._plan = PartitionPlan.build(common["worker_for"])
+        self._output_meta = meta.drop(columns=[column]) if drop_column else meta
         super().__init__(**common)
 
     def validate_data(self, data: Any) -> None:
@@ -70,11 +71,11 @@ class FrameRun(Run):
     def _split(self, data: Any, partition_id: int) -> tuple[list[Message], Parcel | None]:
         import pandas as pd
 
-        if type(data) is not pd.DataFrame or not data.columns.is_unique:
-            raise Declined(f"input partition {partition_id} is a {type(data).__name__} with {list(data.columns)}")
+        if type(data) is not pd.DataFrame:
+            raise Declined(f"input partition {partition_id} is a {type(data).__name__}")
         messages: list[Message] = []
         own = None
-        for address, segments, table in frames.split(data, self.column, self._plan, drop_column=self.drop_column):
+        for address, segments, table in frames.split(data, self.column, self._plan, self._output_meta):
             if address == self.local_address:
                 own = frames.parcel_of(partition_id, segments, table)
             else:
@@ -89,7 +90,7 @@ class FrameRun(Run):
         frames.check_parcel(header, self._own.__contains__)
 
     def _join(self, partition_id: int, buffers: list[Buffer]) -> pd.DataFrame:  # noqa: ARG002
-        meta = self.meta.drop(columns=[self.column]) if self.drop_column else self.meta
+        meta = self._output_meta
         return frames.to_frame(frames.unpack(buffers), meta) if buffers else meta.copy()
 
 

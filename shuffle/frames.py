@@ -45,16 +45,22 @@ SMALL_ROWS = 4096
 
 
 def split(
-    frame: pd.DataFrame, column: Hashable, plan: PartitionPlan, *, drop_column: bool
+    frame: pd.DataFrame, column: Hashable, plan: PartitionPlan, meta: pd.DataFrame
 ) -> list[tuple[str, npt.NDArray[np.int64], pa.Table]]:
-    """Split a frame by the partition ids in ``column``: for each peer its segments and a table of its rows."""
+    """Split a frame by the partition ids in ``column``: for each peer its segments and a table of its rows.
+
+    ``meta`` is an empty output frame. On the way columns are named by their position in it: their own names need not
+    be strings, nor differ from each other, nor stand in the same order in all input partitions.
+    """
     import pyarrow as pa
-    from dask.dataframe.dispatch import to_pyarrow_table_dispatch
 
     rows = plan.split(_partition_ids(frame, column, plan))
     if not len(rows.rows):
         return []
-    table = to_pyarrow_table_dispatch(frame.drop(columns=[column]) if drop_column else frame, preserve_index=True)
+    if not frame.columns.equals(meta.columns):
+        frame = frame.drop(columns=[column]) if column not in meta.columns else frame
+        frame = frame if frame.columns.equals(meta.columns) else frame[meta.columns]
+    table = _to_table(frame, meta)
     parts = []
     for peer in plan.peers:
         bounds = rows.bounds[peer.start : peer.stop + 1]
@@ -66,13 +72,35 @@ def split(
     return parts
 
 
+def _to_table(frame: pd.DataFrame, meta: pd.DataFrame) -> pa.Table:
+    import pyarrow as pa
+    from dask.dataframe.dispatch import to_pyarrow_table_dispatch
+
+    frame = frame.set_axis([str(place) for place in range(len(meta.columns))], axis=1)
+    if not all(name is None or isinstance(name, str) for name in frame.index.names):
+        frame = frame.rename_axis([None] * frame.index.nlevels)
+    # Columns that are Arrow's anyway need no conversion, and pandas cannot parse back the names of nested types.
+    arrow = [str(place) for place in _arrow_places(meta)]
+    table: pa.Table = to_pyarrow_table_dispatch(frame.drop(columns=arrow) if arrow else frame, preserve_index=True)
+    for name in arrow:
+        table = table.append_column(name, pa.array(frame[name].array, from_pandas=True))
+    return table
+
+
+def _arrow_places(meta: pd.DataFrame) -> list[int]:
+    import pandas as pd
+
+    return [place for place, dtype in enumerate(meta.dtypes) if isinstance(dtype, pd.ArrowDtype)]
+
+
 def _partition_ids(frame: pd.DataFrame, column: Hashable, plan: PartitionPlan) -> npt.NDArray[Any]:
     """Partition ids as plain numbers; what is no number becomes -1, which no partition has."""
     import pandas as pd
 
     series = frame[column]
-    if isinstance(series.dtype, np.dtype) and series.dtype.kind in "iuf":
-        return series.to_numpy()
+    if isinstance(series.dtype, np.dtype) and series.dtype.kind in "biuf":
+        values = series.to_numpy()
+        return values.view(np.uint8) if values.dtype.kind == "b" else values
     # Whatever else there may be is compared as pandas compares, like the join that stock makes of it.
     found = pd.Index(plan.partitions).get_indexer(pd.Index(series))
     return np.where(found >= 0, plan.partitions[found], -1)
@@ -205,12 +233,16 @@ def to_frame(table: pa.Table, meta: pd.DataFrame) -> pd.DataFrame:
     """Make the output frame of the joined shards; ``meta`` is the empty frame that says what is expected."""
     import pandas as pd
     from dask.dataframe.dispatch import from_pyarrow_table_dispatch
-    from pandas.core.dtypes.cast import find_common_type
+    from pandas.core.dtypes.cast import find_common_type  # type: ignore[attr-defined]
 
-    frame = from_pyarrow_table_dispatch(meta, table, self_destruct=True)
-    wanted: dict[Hashable, Any] = {}
-    for column, expected in meta.dtypes.items():
-        actual = frame[column].dtype
+    arrow = _arrow_places(meta)
+    kept = {str(place): pd.arrays.ArrowExtensionArray(table.column(str(place))) for place in arrow}
+    table = table.drop_columns(list(kept)) if kept else table
+    frame: pd.DataFrame = from_pyarrow_table_dispatch(meta, table, self_destruct=True)
+    for place in arrow:
+        frame.insert(place, str(place), kept[str(place)])
+    wanted: dict[str, Any] = {}
+    for name, actual, expected in zip(frame.columns, frame.dtypes, meta.dtypes, strict=True):
         if actual == expected:
             continue
         if isinstance(actual, pd.CategoricalDtype) and isinstance(expected, pd.CategoricalDtype):
@@ -218,7 +250,12 @@ def to_frame(table: pa.Table, meta: pd.DataFrame) -> pd.DataFrame:
             continue
         if isinstance(actual, pd.StringDtype) and isinstance(expected, pd.StringDtype):
             # Arrow tells strings from strings by their width, pandas by what holds them and by their missing value.
-            wanted[column] = expected
+            wanted[name] = expected
         else:
-            wanted[column] = find_common_type([actual, expected])
-    return frame.astype(wanted) if wanted else frame
+            wanted[name] = find_common_type([actual, expected])
+    if wanted:
+        frame = frame.astype(wanted)
+    frame.columns = meta.columns
+    if not all(name is None or isinstance(name, str) for name in meta.index.names):
+        frame.index.names = meta.index.names
+    return frame

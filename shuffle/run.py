@@ -37,7 +37,7 @@ from dask.utils import parse_timedelta
 from distributed.core import ErrorMessage, OKMessage, clean_exception, error_message
 from distributed.exceptions import Reschedule
 from distributed.metrics import context_meter, thread_time
-from distributed.protocol import to_serialize
+from distributed.protocol.serialize import to_serialize
 from distributed.utils import sync
 from distributed.utils_comm import retry
 
@@ -236,7 +236,7 @@ class Run(ShuffleRun[Any, Any]):
 
     # Receive
 
-    async def receive(self, data: Sequence[Buffer]) -> OKMessage | ErrorMessage:
+    async def receive(self, data: Sequence[Buffer]) -> OKMessage | ErrorMessage:  # type: ignore[override]
         """Take in what a peer has sent: headers and bodies alternate."""
         try:
             self.raise_if_closed()

@@ -1,0 +1,129 @@
+"""Arrays through split, pack and unpack, against NumPy."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import pytest
+from distributed.shuffle._rechunk import split_axes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dask_gpurt.shuffle import bricks
+from dask_gpurt.shuffle.shelf import Parcel
+from dask_gpurt.shuffle.wire import Header, Kind, WireError, decode, encode
+
+PLAIN = ["f8", ">f4", "u1", "?", "c16", "M8[ms]", "m8[ns]", "S3", "U2", "V5", [("a", "i4"), ("b", "f8", (2,))]]
+
+
+@st.composite
+def cuts(draw: st.DrawFn, length: int) -> tuple[int, ...]:
+    inner = draw(st.sets(st.integers(1, length - 1), max_size=4)) if length > 1 else set()
+    edges = [0, *sorted(inner), length]
+    return tuple(b - a for a, b in itertools.pairwise(edges))
+
+
+@st.composite
+def rechunks(draw: st.DrawFn) -> tuple[tuple[int, ...], Any, Any]:
+    shape = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
+    return shape, tuple(draw(cuts(n)) for n in shape), tuple(draw(cuts(n)) for n in shape)
+
+
+def chunks_of(array: np.ndarray[Any, Any], chunks: Any) -> dict[tuple[int, ...], np.ndarray[Any, Any]]:
+    edges = [[0, *itertools.accumulate(axis)] for axis in chunks]
+    return {
+        index: array[tuple(slice(e[i], e[i + 1]) for e, i in zip(edges, index, strict=True))]
+        for index in itertools.product(*(range(len(axis)) for axis in chunks))
+    }
+
+
+def rechunk(array: np.ndarray[Any, Any], old: Any, new: Any, together: int) -> dict[Any, np.ndarray[Any, Any]]:
+    axes = split_axes(old, new)
+    outputs = list(itertools.product(*(range(len(axis)) for axis in new)))
+    worker_for = {index: "ab"[number % 2] for number, index in enumerate(outputs)}
+    arrived: dict[str, list[Parcel]] = defaultdict(list)
+    for index, chunk in chunks_of(array, old).items():
+        for address, header, body in bricks.split(chunk, index, axes, worker_for):
+            raw = bytes(body)
+            found = decode(encode(header), raw)
+            bricks.check_parcel(found, lambda target, address=address: worker_for.get(target) == address)
+            arrived[address].append(Parcel(found, raw, len(raw)))
+    stored: dict[Any, list[Any]] = defaultdict(list)
+    for parcels in arrived.values():
+        for first in range(0, len(parcels), together):
+            for target, buffers in bricks.pack(parcels[first : first + together]).items():
+                stored[target] += buffers
+    return {target: bricks.unpack(buffers) for target, buffers in stored.items()}
+
+
+@settings(deadline=None)
+@given(rechunks(), st.sampled_from(range(len(PLAIN))), st.integers(1, 4), st.booleans())
+def test_any_array_is_rechunked(case: tuple[Any, Any, Any], kind: int, together: int, fortran: bool) -> None:
+    shape, old, new = case
+    dtype = np.dtype(PLAIN[kind])
+    count = int(np.prod(shape))
+    raw = np.random.default_rng(count).integers(0, 2, count * dtype.itemsize).astype("u1")
+    array = raw.view(dtype).reshape(shape)
+    if fortran:
+        array = np.asfortranarray(array)
+    found = rechunk(array, old, new, together)
+    expected = chunks_of(array, new)
+    assert found.keys() == expected.keys()
+    for index, chunk in found.items():
+        assert chunk.dtype == dtype
+        assert chunk.shape == expected[index].shape
+        assert chunk.tobytes() == expected[index].tobytes()
+        assert chunk.flags.writeable
+        assert chunk.flags.owndata
+
+
+def test_what_is_not_plain_is_not_described() -> None:
+    for dtype in (np.dtype(object), np.dtype([("a", object)]), np.dtypes.StringDType(), np.dtype("V0"), np.dtype("S0")):
+        assert bricks.dtype_token(dtype) is None
+    with pytest.raises(TypeError, match="plain"):
+        bricks.split(np.array([None]), (0,), split_axes(((1,),), ((1,),)), {(0,): "a"})
+
+
+@given(st.binary(max_size=30))
+def test_noise_describes_no_dtype_or_a_plain_one(noise: bytes) -> None:
+    try:
+        dtype = bricks.dtype_of(noise)
+    except WireError:
+        return
+    assert not dtype.hasobject
+
+
+@pytest.mark.parametrize("token", [b"'|O'", b"__import__('os')", b"'<f8'+", b"[('a', '|O')]", b"'V0'", b"(" * 500])
+def test_objects_and_code_describe_no_dtype(token: bytes) -> None:
+    with pytest.raises(WireError):
+        bricks.dtype_of(token)
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    right = Header(Kind.BRICK, (0,), np.array([[0, 0, 2]]), 16, b"'<f8'")
+    bricks.check_parcel(right, lambda _: True)
+    for wrong, message in (
+        (Header(Kind.BRICK, (0,), np.array([[0, 0, 3]]), 16, b"'<f8'"), "3 elements"),
+        (Header(Kind.BRICK, (0,), np.array([[0, 0, 2, 1]]), 16, b"'<f8'"), "expected"),
+        (Header(Kind.FRAME, (0,), np.array([[0, 0, 2]]), 16, b"'<f8'"), "expected"),
+    ):
+        with pytest.raises(WireError, match=message):
+            bricks.check_parcel(wrong, lambda _: True)
+    with pytest.raises(WireError, match="not held"):
+        bricks.check_parcel(right, lambda _: False)
+
+
+def test_a_missing_shard_is_noticed() -> None:
+    def packed(place: list[int], shape: list[int]) -> list[Any]:
+        header = Header(Kind.BRICK, (0, 0), np.array([place + shape]), int(np.prod(shape)), b"'|u1'")
+        return [encode(header), bytes(header.body_nbytes)]
+
+    three = packed([0, 0], [1, 1]) + packed([0, 1], [1, 2]) + packed([1, 0], [2, 1])
+    with pytest.raises(WireError, match="4 shards were expected, got 3"):
+        bricks.unpack(three)
+    with pytest.raises(WireError, match="lengths"):
+        bricks.unpack(three + packed([1, 1], [3, 2]))
+    assert bricks.unpack(three + packed([1, 1], [2, 2])).shape == (3, 3)

@@ -1,0 +1,232 @@
+"""Frames through split, pack and unpack, against pandas, and against what stock makes of the same frames."""
+
+from __future__ import annotations
+
+import datetime
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from distributed.shuffle._arrow import buffers_to_table, convert_shards, deserialize_table, serialize_table
+from distributed.shuffle._shuffle import split_by_partition, split_by_worker
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dask_gpurt.shuffle import frames
+from dask_gpurt.shuffle.plan import PartitionPlan
+from dask_gpurt.shuffle.shelf import Parcel
+from dask_gpurt.shuffle.wire import Header, Kind, WireError, decode, encode
+
+#: Name to a column of so many rows from a random generator.
+COLUMNS: dict[str, Callable[[np.random.Generator, int], Any]] = {
+    "int64": lambda rng, n: rng.integers(-5, 5, n),
+    "uint8": lambda rng, n: rng.integers(0, 5, n).astype("u1"),
+    "float32": lambda rng, n: rng.random(n).astype("f4"),
+    "float64-nan": lambda rng, n: np.where(rng.random(n) < 0.3, np.nan, rng.random(n)),
+    "bool": lambda rng, n: rng.random(n) < 0.5,
+    "datetime": lambda rng, n: pd.to_datetime(rng.integers(0, 10**9, n), unit="s"),
+    "datetime-ms": lambda rng, n: rng.integers(0, 10**9, n).astype("M8[ms]"),
+    "datetime-tz": lambda rng, n: pd.to_datetime(rng.integers(0, 10**9, n), unit="s", utc=True).tz_convert(
+        "Asia/Tokyo"
+    ),
+    "timedelta": lambda rng, n: rng.integers(0, 10**9, n).astype("m8[ns]"),
+    "str": lambda rng, n: pd.Series(rng.choice(["", "a", "bb", "ü"], n), dtype="str"),
+    "object-str": lambda rng, n: pd.Series([["x", None, "zz"][i] for i in rng.integers(0, 3, n)], dtype=object),
+    "string[python]": lambda rng, n: pd.Series(rng.choice(["a", None], n), dtype="string[python]"),
+    "string[pyarrow]": lambda rng, n: pd.Series(rng.choice(["a", None], n), dtype="string[pyarrow]"),
+    "bytes": lambda rng, n: pd.Series([bytes([i]) for i in rng.integers(0, 3, n)], dtype=object),
+    "date": lambda rng, n: pd.Series([datetime.date(2020, 1, 1 + i) for i in rng.integers(0, 3, n)], dtype=object),
+    "list": lambda rng, n: pd.Series([list(range(i)) for i in rng.integers(0, 3, n)], dtype=object),
+    "Int64": lambda rng, n: pd.array(rng.integers(0, 5, n), dtype="Int64"),
+    "Float32": lambda rng, n: pd.array(rng.random(n), dtype="Float32"),
+    "boolean": lambda rng, n: pd.array(np.where(rng.random(n) < 0.3, None, rng.random(n) < 0.5), dtype="boolean"),
+    "int32[pyarrow]": lambda rng, n: pd.array(rng.integers(0, 5, n), dtype=pd.ArrowDtype(pa.int32())),
+    "list[pyarrow]": lambda rng, n: pd.array(
+        [list(range(i)) for i in rng.integers(0, 3, n)], dtype=pd.ArrowDtype(pa.list_(pa.int64()))
+    ),
+    "struct[pyarrow]": lambda rng, n: pd.array(
+        [{"x": int(i)} for i in rng.integers(0, 3, n)], dtype=pd.ArrowDtype(pa.struct([("x", pa.int64())]))
+    ),
+    "category": lambda rng, n: pd.Categorical(rng.choice(["a", "b", "c"], n), categories=["a", "b", "c"]),
+    "category-ordered": lambda rng, n: pd.Categorical(rng.choice([3, 1], n), categories=[3, 2, 1], ordered=True),
+    "period": lambda rng, n: pd.PeriodIndex.from_ordinals(rng.integers(0, 100, n), freq="D"),
+    "interval": lambda rng, n: pd.arrays.IntervalArray.from_breaks(np.arange(n + 1)),
+}
+INDEXES: dict[str, Callable[[np.random.Generator, int], pd.Index]] = {
+    "range": lambda _, n: pd.RangeIndex(n),
+    "shifted": lambda _, n: pd.RangeIndex(5, 5 + 2 * n, 2, name="i"),
+    "int": lambda rng, n: pd.Index(rng.integers(0, 5, n), name="j"),
+    "str": lambda rng, n: pd.Index(rng.choice(["a", "b"], n), name="name", dtype="str"),
+    "datetime": lambda rng, n: pd.DatetimeIndex(pd.to_datetime(rng.integers(0, 10**9, n), unit="s")),
+}
+PARTITION = "_partitions"
+#: Types that stock cannot bring back.
+NEW = {"list[pyarrow]", "struct[pyarrow]"}
+
+
+def ours(
+    parts: list[pd.DataFrame], worker_for: dict[int, str], *, drop: bool, together: int
+) -> dict[int, pd.DataFrame]:
+    """Shuffle as our runs do: split, send, pack ``together`` parcels at a time, unpack."""
+    meta = parts[0].iloc[:0]
+    if drop:
+        meta = meta.drop(columns=[PARTITION])
+    plan = PartitionPlan.build(worker_for)
+    arrived: dict[str, list[Parcel]] = defaultdict(list)
+    for number, part in enumerate(parts):
+        for address, segments, table in frames.split(part, PARTITION, plan, meta):
+            if address == "a":
+                arrived[address].append(frames.parcel_of(number, segments, table))
+                continue
+            body = bytes(frames.encode_table(table))
+            header = decode(encode(Header(Kind.FRAME, (number,), segments, len(body))), body)
+            frames.check_parcel(header, lambda partition, address=address: worker_for.get(partition) == address)
+            arrived[address].append(Parcel(header, body, len(body)))
+    stored: dict[Any, list[Any]] = defaultdict(list)
+    for parcels in arrived.values():
+        parcels.reverse()  # They may arrive in any order.
+        for first in range(0, len(parcels), together):
+            for partition, buffers in frames.pack(parcels[first : first + together]).items():
+                stored[partition] += buffers
+    return {partition: frames.to_frame(frames.unpack(buffers), meta) for partition, buffers in stored.items()}
+
+
+def stock(parts: list[pd.DataFrame], worker_for: dict[int, str], *, drop: bool) -> dict[int, pd.DataFrame]:
+    """Shuffle with stock's functions."""
+    meta = parts[0].iloc[:0]
+    workers = pd.Series(worker_for, name="_workers").astype("category")
+    sent: dict[str, list[tuple[int, bytes]]] = defaultdict(list)
+    for number, part in enumerate(parts):
+        for address, table in split_by_worker(part, PARTITION, meta, workers).items():
+            sent[address].append((number, serialize_table(table)))
+    shards: dict[int, list[pa.Table]] = defaultdict(list)
+    for data in sent.values():
+        for partition, table in split_by_partition(buffers_to_table(data), PARTITION, drop).items():
+            shards[int(partition)].append(deserialize_table(serialize_table(table)))
+    return {partition: convert_shards(tables, meta, PARTITION, drop) for partition, tables in shards.items()}
+
+
+def table_of(names: list[str], index: str, seed: int, sizes: list[int], outputs: int) -> list[pd.DataFrame]:
+    rng = np.random.default_rng(seed)
+    parts = []
+    for size in sizes:
+        columns: dict[Any, Any] = {name: COLUMNS[name](rng, size) for name in names}
+        columns[PARTITION] = rng.integers(0, outputs, size)
+        part = pd.DataFrame({name: pd.Series(column) for name, column in columns.items()})
+        part.index = INDEXES[index](rng, size)
+        parts.append(part)
+    return parts
+
+
+def check(parts: list[pd.DataFrame], worker_for: dict[int, str], *, drop: bool, together: int) -> None:
+    found = ours(parts, worker_for, drop=drop, together=together)
+    expected = stock(parts, worker_for, drop=drop)
+    assert found.keys() == expected.keys()
+    for partition, frame in found.items():
+        pd.testing.assert_frame_equal(frame, expected[partition])
+    check_with_pandas(found, parts, drop=drop)
+
+
+def check_with_pandas(found: dict[int, pd.DataFrame], parts: list[pd.DataFrame], *, drop: bool) -> None:
+    for partition, frame in found.items():
+        rows = pd.concat([part[part[PARTITION] == partition] for part in parts])
+        if drop:
+            rows = rows.drop(columns=[PARTITION])
+        # Row labels and their types are Arrow's business where pandas has a range.
+        pd.testing.assert_frame_equal(frame, rows, check_index_type=False, check_categorical=False)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(st.sampled_from(sorted(set(COLUMNS) - NEW)), unique=True, max_size=5),
+    st.sampled_from(sorted(INDEXES)),
+    st.integers(0, 2**32),
+    st.lists(st.integers(0, 30), min_size=1, max_size=5),
+    st.dictionaries(st.integers(0, 6), st.sampled_from("ab"), min_size=1),
+    st.booleans(),
+    st.integers(1, 3),
+)
+def test_any_frame_is_shuffled_as_stock_does(
+    names: list[str], index: str, seed: int, sizes: list[int], worker_for: dict[int, str], drop: bool, together: int
+) -> None:
+    check(table_of(names, index, seed, [s + 1 for s in sizes], 7), worker_for, drop=drop, together=together)
+
+
+@pytest.mark.parametrize("name", sorted(set(COLUMNS) - NEW))
+def test_every_type_is_shuffled_as_stock_does(name: str) -> None:
+    parts = table_of([name], "range", 0, [40, 1, 30], 4)
+    check(parts, {0: "a", 1: "a", 2: "b", 3: "b"}, drop=True, together=2)
+
+
+def test_large_shards_are_sliced_rather_than_gathered() -> None:
+    size = 3 * frames.SMALL_ROWS
+    parts = table_of(["int64", "str"], "range", 1, [size, size, size], 2)
+    check(parts, {0: "a", 1: "b"}, drop=True, together=2)
+
+
+def test_categories_may_differ_between_partitions() -> None:
+    parts = [
+        pd.DataFrame({"c": pd.Categorical(values), PARTITION: [0] * len(values)})
+        for values in (["a", "b"], ["z"], ["b", "y", "a"])
+    ]
+    found = ours(parts, {0: "b"}, drop=True, together=2)[0]
+    assert found["c"].tolist() == ["a", "b", "z", "b", "y", "a"]
+    assert set(found["c"].cat.categories) == {"a", "b", "y", "z"}
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_column_may_be_all_missing_in_one_partition(together: int) -> None:
+    parts = [
+        pd.DataFrame({"o": pd.Series(values, dtype=object), PARTITION: 0}) for values in ([None, None], ["x", "y"])
+    ]
+    found = ours(parts, {0: "b"}, drop=True, together=together)[0]
+    pd.testing.assert_frame_equal(found, stock(parts, {0: "b"}, drop=True)[0])
+    assert found["o"].isna().tolist() == [True, True, False, False]
+    assert found["o"].tolist()[2:] == ["x", "y"]
+
+
+@pytest.mark.parametrize("name", sorted(NEW))
+def test_nested_types_are_shuffled_though_stock_cannot(name: str) -> None:
+    parts = table_of(["int64", name, "str"], "int", 0, [40, 1, 30], 4)
+    check_with_pandas(ours(parts, {0: "a", 1: "a", 2: "b", 3: "b"}, drop=True, together=2), parts, drop=True)
+
+
+@pytest.mark.parametrize("names", [[0, 1], [("a", 1), ("a", 2)], [None, 2.5], ["a", "a"]], ids=str)
+def test_columns_need_not_be_named_by_different_strings(names: list[Any]) -> None:
+    frame = pd.DataFrame({"a": [1, 2, 3], "b": [4.0, 5.0, 6.0], "c": [0, 1, 0]})
+    frame.columns = pd.Index([*names, PARTITION], tupleize_cols=False, dtype=object)
+    frame.index = pd.Index([7, 8, 9], name=5)
+    check_with_pandas(ours([frame], {0: "a", 1: "b"}, drop=True, together=1), [frame], drop=True)
+
+
+def test_columns_may_stand_in_another_order() -> None:
+    parts = [pd.DataFrame({"a": [1], "b": ["x"], PARTITION: 0}), pd.DataFrame({"b": ["y"], PARTITION: 0, "a": [2]})]
+    found = ours(parts, {0: "b"}, drop=True, together=2)[0]
+    assert found.to_dict("list") == {"a": [1, 2], "b": ["x", "y"]}
+
+
+@pytest.mark.parametrize("dtype", ["Int64", "int64[pyarrow]", "float64", "bool", "category"])
+def test_partition_ids_of_other_types(dtype: str) -> None:
+    frame = pd.DataFrame({"a": range(4), PARTITION: pd.Series([1, 0, 1, 0]).astype(dtype)})
+    found = ours([frame], {0: "a", 1: "b"}, drop=True, together=1)
+    assert found[0]["a"].tolist() == [1, 3]
+    assert found[1]["a"].tolist() == [0, 2]
+
+
+def test_a_stream_that_is_none_is_refused() -> None:
+    table = pa.table({"a": [1, 2]})
+    with pytest.raises(WireError, match="Arrow"):
+        frames.decode_table(b"nothing", 0)
+    with pytest.raises(WireError, match="rows"):
+        frames.decode_table(bytes(frames.encode_table(table)), 3)
+    header = Header(Kind.FRAME, (0,), np.array([[5, 2]]), 10)
+    with pytest.raises(WireError, match="not held"):
+        frames.check_parcel(header, lambda partition: partition == 4)
+    with pytest.raises(WireError, match="expected"):
+        frames.check_parcel(Header(Kind.BRICK, (0,), np.array([[5, 2]]), 10), lambda _: True)
+    with pytest.raises(WireError, match="alternate"):
+        frames.unpack([b""])
