@@ -56,9 +56,11 @@ class ShuffleWorker:
         return f"<ShuffleWorker {self.worker.address} {len(self._runs)} active, {self.runs} begun, {self.window!r}>"
 
     def start(self) -> None:
-        """Begin; runs find this object through ``worker.extensions["gpurt"].shuffle``."""
-        if "shuffle" not in self.worker.extensions:
-            raise RuntimeError(f"{self.worker.address} has no shuffle of Dask's own to build upon")
+        """Begin; runs find this object through ``worker.extensions["gpurt"].shuffle``.
+
+        Dask's own plugin, which owns the runs, need not be there yet: a worker that joins is given both at once, and
+        one that preloads dask-gpurt has it first.
+        """
 
     async def stop(self) -> None:
         """End. Runs that are under way go on to their end with what they hold, in memory, for the store may go now."""
