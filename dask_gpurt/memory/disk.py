@@ -99,7 +99,8 @@ class SpillFolder:
         except OSError as error:
             raise _refused(error, f"cannot keep spilled data in {parent}") from error
         try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever looks for left-overs may hold it for a moment.
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
             self.path = lock.removesuffix(_LOCK)
             os.mkdir(self.path, 0o700)
         except OSError as error:

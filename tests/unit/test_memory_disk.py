@@ -1,0 +1,191 @@
+"""The DISK tier: what comes back is what was written, or an error; nothing is left behind, nothing is readable."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dask_gpurt.errors import CorruptDataError, SpillError
+from dask_gpurt.memory.blocks import SLAB_NBYTES_MIN, BlockPool, size_class
+from dask_gpurt.memory.disk import SpillFolder, remove_leftovers
+
+FRAMES = [b"small", b"", np.arange(100_000, dtype="u1").data, memoryview(np.arange(300_000.0))]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[SpillFolder]:
+    folder = SpillFolder(str(tmp_path), BlockPool(2**24))
+    yield folder
+    folder.close()
+
+
+def test_round_trip(folder: SpillFolder) -> None:
+    copy = folder.write(FRAMES)
+    frames = copy.read()
+    assert [bytes(f) for f in frames] == [bytes(f) for f in FRAMES]
+    assert not any(f.readonly for f in frames)
+    assert copy.nbytes == 5 + 100_000 + 2_400_000 == os.stat(copy.path).st_size
+    copy.remove()
+    copy.remove()
+    assert os.listdir(folder.path) == []
+
+
+def test_many_frames_take_several_calls(folder: SpillFolder) -> None:
+    frames = [bytes([n % 256]) * (n % 5) for n in range(5000)]
+    assert [bytes(f) for f in folder.write(frames).read()] == frames
+
+
+def test_short_writes_are_continued(folder: SpillFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = os.writev
+    monkeypatch.setattr(os, "writev", lambda fd, views: honest(fd, [memoryview(views[0])[:1000]]))
+    assert [bytes(f) for f in folder.write(FRAMES[:3]).read()] == [bytes(f) for f in FRAMES[:3]]
+
+
+def flip(path: str) -> None:
+    with open(path, "r+b") as file:
+        file.seek(60_000)
+        byte = file.read(1)
+        file.seek(60_000)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def shorten(path: str) -> None:
+    os.truncate(path, os.stat(path).st_size - 1)
+
+
+def lengthen(path: str) -> None:
+    with open(path, "ab") as file:
+        file.write(b"!")
+
+
+@pytest.mark.parametrize("damage", [flip, shorten, lengthen, os.unlink, lambda p: os.truncate(p, 0)])
+def test_damage_is_found(folder: SpillFolder, damage: Callable[[str], None]) -> None:
+    copy = folder.write(FRAMES)
+    damage(copy.path)
+    with pytest.raises(CorruptDataError):
+        copy.read()
+
+
+def test_files_cannot_be_exchanged(folder: SpillFolder) -> None:
+    one, other = folder.write([b"1" * 1000]), folder.write([b"2" * 1000])
+    os.replace(other.path, one.path)
+    with pytest.raises(CorruptDataError, match="checksum"):
+        one.read()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_a_disk_that_refuses(folder: SpillFolder, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(fd: int, views: list[memoryview]) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "writev", refuse)
+    with pytest.raises(SpillError) as caught:
+        folder.write(FRAMES)
+    assert caught.value.errno == number
+    assert not isinstance(caught.value, CorruptDataError)
+    assert os.listdir(folder.path) == [], "half a file was left"
+
+
+def test_a_disk_that_fails_to_read(folder: SpillFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(fd: int, views: list[memoryview]) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    copy = folder.write(FRAMES)
+    monkeypatch.setattr(os, "readv", fail)
+    with pytest.raises(SpillError) as caught:
+        copy.read()
+    assert caught.value.errno == errno.EIO
+
+
+def test_nobody_else_can_read(folder: SpillFolder) -> None:
+    copy = folder.write(FRAMES)
+    assert os.stat(folder.path).st_mode & 0o777 == 0o700
+    assert os.stat(copy.path).st_mode & 0o777 == 0o600
+    assert os.stat(folder.path + ".lock").st_mode & 0o777 == 0o600
+
+
+def test_closing_leaves_nothing(tmp_path: Path) -> None:
+    folder = SpillFolder(str(tmp_path), BlockPool(0))
+    folder.write(FRAMES)
+    folder.close()
+    folder.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SpillError, match="cannot keep spilled data"):
+        SpillFolder(str(tmp_path / "file" / "below"), BlockPool(0))
+
+
+def test_leftovers_of_the_dead_are_removed_and_the_living_are_left_alone(tmp_path: Path, folder: SpillFolder) -> None:
+    code = (
+        "import os, sys\n"
+        "from dask_gpurt.memory.disk import SpillFolder\n"
+        "from dask_gpurt.memory.blocks import BlockPool\n"
+        "folder = SpillFolder(sys.argv[1], BlockPool(0))\n"
+        "folder.write([b'x' * 1000])\n"
+        "print(folder.path, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    dead = done.stdout.strip()
+    assert os.listdir(dead) == ["0.blk"]
+    copy = folder.write(FRAMES)
+    assert remove_leftovers(str(tmp_path)) == [dead]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        [os.path.basename(folder.path), os.path.basename(folder.path) + ".lock"]
+    )
+    assert copy.read()
+
+
+def test_a_lock_without_a_folder_is_left_to_its_maker(tmp_path: Path) -> None:
+    lock = tmp_path / "gpurt-spill-young.lock"
+    lock.touch(0o600)
+    assert remove_leftovers(str(tmp_path)) == []
+    assert lock.exists()
+    with open(lock) as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_slab_is_used_again_once_nothing_refers_to_it() -> None:
+    pool = BlockPool(2**24)
+    array = np.frombuffer(pool.lease(2**20), dtype="f8")
+    view = array[10:20]
+    del array
+    assert pool.idle_nbytes == 0, "a view still lies in it"
+    del view
+    assert pool.idle_nbytes == 2**20
+    again = pool.lease(2**20 - 100)
+    assert (pool.hits, pool.misses) == (1, 1)
+    assert again.nbytes == 2**20 - 100
+
+
+def test_idle_slabs_are_bounded() -> None:
+    pool = BlockPool(3 * 2**20)
+    leases = [pool.lease(2**20) for _ in range(10)]
+    del leases
+    assert pool.idle_nbytes == 3 * 2**20
+    pool.trim()
+    assert pool.idle_nbytes == 0
+
+
+def test_small_leases_take_no_slab() -> None:
+    pool = BlockPool(2**20)
+    assert pool.lease(SLAB_NBYTES_MIN - 1).nbytes == SLAB_NBYTES_MIN - 1
+    assert (pool.hits, pool.misses) == (0, 0)
+
+
+@pytest.mark.parametrize("nbytes", [1, 4096, 4097, 10**5, 10**6, 10**7 + 1, 2**30 - 1])
+def test_size_classes_waste_little(nbytes: int) -> None:
+    size = size_class(nbytes)
+    assert nbytes <= size <= nbytes + max(4096, nbytes // 8 + 1)
+    assert size_class(size) == size
