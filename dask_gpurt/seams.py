@@ -92,6 +92,7 @@ PLACEMENT: tuple[Seam, ...] = (
     Seam("scheduler", "distributed.scheduler:TaskPrefix.max_exec_time"),
     Seam("scheduler", "distributed.scheduler:WorkerState.long_running"),
     Seam("scheduler", "distributed.scheduler:WorkerState.needs_what"),
+    Seam("scheduler", "distributed.scheduler:WorkerState.task_prefix_count"),
     Seam("scheduler", "distributed.scheduler:_task_slots_available", ("ws", "saturation_factor")),
     Seam(
         "scheduler",

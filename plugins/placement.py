@@ -420,9 +420,17 @@ class Placement:
             coming = ws.needs_what
             if missing and coming:
                 missing -= sum(d.get_nbytes() for d in inputs if d in coming)
-            candidates.append(Candidate(ws, missing, ws.occupancy / ws.nthreads))
+            candidates.append(Candidate(ws, missing, self._wait_s(ws)))
         choice = policy.choose(candidates, self.scheduler.bandwidth)
         return self._decided(ts, choice.worker, choice.reason)
+
+    def _wait_s(self, ws: WorkerState) -> float:
+        """Estimate when a thread of ``ws`` is free; tasks of unknown duration count for little, see the policy."""
+        prefixes = self.scheduler.task_prefixes
+        busy_s = 0.0
+        for name, count in ws.task_prefix_count.items():
+            busy_s += count * (_duration_s(prefixes[name]) or policy.UNKNOWN_S)
+        return busy_s / ws.nthreads
 
     def _decided(self, ts: TaskState, ws: Any, reason: str) -> Any:
         self._counts[reason] += 1

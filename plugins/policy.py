@@ -1,6 +1,6 @@
 """Where a task goes whose inputs are in memory, and whether a planned worker is worth what it misses.
 
-Covers: :func:`holdings`, :func:`choose`, :func:`accepts`.
+Covers: :func:`holdings`, :func:`best_holders`, :func:`choose`, :func:`accepts`.
 Does not cover: roots; see :mod:`dask_gpurt.plugins.families`. Restrictions, actors: those decisions stay Dask's.
 
 Theory of operation
@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from dask_gpurt.plugins.view import Candidate, Choice
 
-__all__ = ["CANDIDATES", "GUARD", "MANY", "STAY_PUT", "accepts", "choose", "holdings"]
+__all__ = ["CANDIDATES", "GUARD", "MANY", "STAY_PUT", "UNKNOWN_S", "accepts", "best_holders", "choose", "holdings"]
 
 #: How much later a task may start where its inputs lie, in units of what moving them costs.
 STAY_PUT = 2.0
@@ -34,6 +34,9 @@ CANDIDATES = 4
 MANY = 8
 #: What it costs to start a transfer, whatever its size: a round trip and a turn of two event loops.
 MOVE_LATENCY_S = 0.005
+#: What a task of unknown duration adds to a wait. Little: moving inputs for a wait that nobody has seen yet is what
+#: takes apart the first tasks of each kind, and with them all that follows. Long tasks soon become known.
+UNKNOWN_S = 0.01
 
 
 class Held(Protocol):
