@@ -1,0 +1,160 @@
+"""The outbox and its window: limits, joining, failures, closing."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from dask_gpurt.shuffle.credits import ByteWindow
+from dask_gpurt.shuffle.outbox import JOIN_NBYTES, SENDERS, Outbox
+
+
+class Wire:
+    """Peers that answer when they are told to."""
+
+    def __init__(self) -> None:
+        self.open = asyncio.Event()
+        self.sent: list[tuple[str, list[Any]]] = []
+        self.in_flight = 0
+        self.most_in_flight = 0
+        self.error: Exception | None = None
+
+    async def __call__(self, address: str, buffers: list[Any]) -> None:
+        self.in_flight += 1
+        self.most_in_flight = max(self.in_flight, self.most_in_flight)
+        try:
+            await self.open.wait()
+            if self.error is not None:
+                raise self.error
+            self.sent.append((address, buffers))
+        finally:
+            self.in_flight -= 1
+
+
+async def turns(count: int = 20) -> None:
+    """Let everything that can go on do so."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def test_the_window_is_first_come_first_served() -> None:
+    async def main() -> None:
+        window = ByteWindow(10)
+        order = []
+
+        async def take(name: str, nbytes: int) -> None:
+            await window.acquire(nbytes)
+            order.append(name)
+
+        await window.acquire(6)
+        tasks = [asyncio.create_task(take(name, nbytes)) for name, nbytes in (("big", 8), ("small", 1), ("huge", 99))]
+        await turns()
+        assert order == []  # The small one fits, and does not overtake.
+        window.release(6)
+        await turns()
+        assert order == ["big", "small"]
+        window.release(9)
+        await asyncio.gather(*tasks)
+        assert order == ["big", "small", "huge"]  # Over the limit, but alone.
+        assert window.used_nbytes == 99
+        window.release(99)
+        assert "0/10" in repr(window)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("granted", [False, True])
+def test_who_is_cancelled_takes_nothing_along(granted: bool) -> None:
+    async def main() -> None:
+        window = ByteWindow(10)
+        await window.acquire(10)
+        first = asyncio.create_task(window.acquire(10))
+        second = asyncio.create_task(window.acquire(3))
+        await turns()
+        if granted:
+            window.release(10)  # Grants the first, which is cancelled before it runs.
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        if not granted:
+            window.release(10)
+        await second
+        assert window.used_nbytes == 3
+
+    asyncio.run(main())
+
+
+def test_messages_are_joined_and_limited() -> None:
+    async def main() -> None:
+        wire, window = Wire(), ByteWindow(100)
+        outbox = Outbox(wire, window)
+        for number in range(10):
+            await outbox.post("a", [number], 10)
+        await turns()
+        assert 1 <= wire.in_flight <= SENDERS
+        assert outbox.pending_nbytes == window.used_nbytes == 100
+        waiting = asyncio.create_task(outbox.post("b", ["last"], 1))
+        await turns()
+        assert not waiting.done()
+        wire.open.set()
+        await waiting
+        await outbox.flush()
+        assert [n for address, buffers in wire.sent for n in buffers if address == "a"] == list(range(10))
+        assert ("b", ["last"]) in wire.sent
+        assert wire.most_in_flight <= 2 * SENDERS
+        assert outbox.messages == len(wire.sent) < 11
+        assert (outbox.pending_nbytes, window.used_nbytes, outbox.sent_nbytes) == (0, 0, 101)
+
+    asyncio.run(main())
+
+
+def test_large_messages_go_alone() -> None:
+    async def main() -> None:
+        wire = Wire()
+        wire.open.set()
+        outbox = Outbox(wire, ByteWindow(10 * JOIN_NBYTES))
+        for number in range(4):
+            await outbox.post("a", [number], JOIN_NBYTES)
+        await outbox.flush()
+        assert sorted(wire.sent) == [("a", [number]) for number in range(4)]
+
+    asyncio.run(main())
+
+
+def test_the_first_failure_is_kept_and_nothing_is_held_back() -> None:
+    async def main() -> None:
+        wire, window = Wire(), ByteWindow(5)
+        wire.error = ValueError("no such peer")
+        outbox = Outbox(wire, window)
+        await outbox.post("a", [1], 5)
+        late = asyncio.create_task(outbox.post("a", [2], 5))
+        await turns()
+        wire.open.set()
+        with pytest.raises(ValueError, match="no such peer"):
+            await outbox.flush()
+        with pytest.raises(ValueError, match="no such peer"):
+            await late
+        with pytest.raises(ValueError, match="no such peer"):
+            await outbox.post("b", [3], 1)
+        assert (outbox.pending_nbytes, window.used_nbytes) == (0, 0)
+
+    asyncio.run(main())
+
+
+def test_closing_drops_what_is_under_way() -> None:
+    async def main() -> None:
+        wire, window = Wire(), ByteWindow(10)
+        outbox = Outbox(wire, window)
+        await outbox.post("a", [1], 5)
+        await turns()
+        await outbox.post("a", [2], 5)
+        late = asyncio.create_task(outbox.post("a", [3], 5))
+        await turns()
+        await outbox.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            await late
+        assert (wire.in_flight, wire.sent, window.used_nbytes, outbox.peers) == (0, [], 0, 0)
+
+    asyncio.run(main())
