@@ -473,9 +473,6 @@ class Placement:
         """Send queued tasks to the workers that have free slots, a task a worker and round."""
         assert self._stock is not None
         scheduler = self.scheduler
-        # We take tasks out of the middle of Dask's heap. Looking at its top drops what is no longer there.
-        if scheduler.queued:
-            scheduler.queued.peek()
         free = list(self._with_slots)
         if len(free) > 1:
             free.sort(key=_load)
@@ -485,8 +482,14 @@ class Placement:
                 key = self._queues.next_for(ws, self._is_queued) if ws in self._with_slots else None
                 if key is None:
                     continue
-                if key in self._waiting:
-                    self._decided(self._tasks[key], ws, "planned")
+                ts = self._tasks[key]
+                first = scheduler.queued.peek()
+                if first.priority[0] < ts.priority[0]:
+                    # Priorities that users gave hold across all queues, as in Dask, whatever the plan.
+                    key = first.key
+                    self._decided(first, ws, "urgent")
+                elif key in self._waiting:
+                    self._decided(ts, ws, "planned")
                 self._dequeuing = (key, ws)
                 try:
                     scheduler.transitions({key: "processing"}, stimulus_id)

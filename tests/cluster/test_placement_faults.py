@@ -1,0 +1,451 @@
+"""Workers that come, go and pause, clients that change their minds, errors in the policy: no task is lost or stuck.
+
+Each test holds its tasks back with an event, so that what happens meanwhile happens while tasks wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import operator
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import dask
+import pytest
+from dask.delayed import Delayed, delayed
+from distributed import Client, Scheduler, Status, Worker, wait
+
+from dask_gpurt import seams
+from dask_gpurt.config import PlacementSettings
+from dask_gpurt.errors import SeamError
+from dask_gpurt.plugins import policy
+from dask_gpurt.plugins.placement import Placement
+
+N_LEAVES = 32
+FAN_IN = 4
+EXPECTED = sum(range(N_LEAVES))
+
+
+class House:
+    """A scheduler that validates itself, workers in this process, a client and a placement."""
+
+    def __init__(self, scheduler: Scheduler, client: Client) -> None:
+        self.scheduler = scheduler
+        self.client = client
+        self.workers: list[Worker] = []
+        self.placement = Placement(scheduler, PlacementSettings())
+        #: What leaves wait for; see :func:`leaf`.
+        self.gate = threading.Event()
+        GATES["gate"] = self.gate
+
+    async def add_worker(self, **kwargs: Any) -> Worker:
+        worker = await Worker(
+            self.scheduler.address, nthreads=1, host="127.0.0.1", memory_limit=0, dashboard=False, **kwargs
+        )
+        self.workers.append(worker)
+        return worker
+
+    async def until(self, condition: Callable[[], Any]) -> Any:
+        """Let the event loop turn until ``condition`` holds."""
+        async with asyncio.timeout(20):
+            while not (found := condition()):  # noqa: ASYNC110 - the scheduler's state has no event to wait for
+                await asyncio.sleep(0.005)
+            return found
+
+
+#: Leaves run in the worker's threads of this process and find their gate here.
+GATES: dict[str, threading.Event] = {}
+
+
+@asynccontextmanager
+async def house(n_workers: int = 3, **config: Any) -> AsyncIterator[House]:
+    settings = {"distributed.scheduler.validate": True, "distributed.worker.validate": True, **config}
+    with dask.config.set(settings):
+        async with (
+            Scheduler(host="127.0.0.1", port=0, dashboard_address="127.0.0.1:0") as scheduler,
+            Client(scheduler.address, asynchronous=True) as client,
+        ):
+            built = House(scheduler, client)
+            try:
+                for _ in range(n_workers):
+                    await built.add_worker()
+                built.placement.start()
+                yield built
+                scheduler.validate_state()
+                assert built.placement.metrics()["waiting"] == 0
+                built.placement.stop()
+            finally:
+                built.gate.set()
+                for worker in built.workers:
+                    await worker.close()
+
+
+def run(test: Callable[[House], Awaitable[None]], n_workers: int = 3, **config: Any) -> None:
+    async def main() -> None:
+        async with house(n_workers, **config) as built:
+            await test(built)
+
+    asyncio.run(main())
+
+
+def leaf(i: int) -> int:
+    assert GATES["gate"].wait(30)
+    return i
+
+
+#: How often :func:`flaky` will fail.
+FAILURES: list[bool] = []
+
+
+def flaky() -> int:
+    if FAILURES and FAILURES.pop():
+        raise ValueError("not yet")
+    return 1
+
+
+def tree(tag: str = "t") -> Delayed:
+    """Sum the numbers below N_LEAVES by a tree of tasks whose leaves wait for the gate."""
+    level: list[Any] = [delayed(leaf)(i, dask_key_name=(f"leaf-{tag}", i)) for i in range(N_LEAVES)]
+    depth = 0
+    while len(level) > 1:
+        level = [
+            delayed(sum)(level[i : i + FAN_IN], dask_key_name=(f"sum-{tag}-{depth}", i))
+            for i in range(0, len(level), FAN_IN)
+        ]
+        depth += 1
+    return level[0]
+
+
+async def started(built: House, graph: Delayed) -> Any:
+    """Submit ``graph`` and return its future once leaves wait in the scheduler."""
+    future = built.client.compute(graph)
+    await built.until(lambda: built.placement.metrics()["waiting"] > 0)
+    built.scheduler.validate_state()
+    return future
+
+
+def test_a_family_stays_together_and_says_why() -> None:
+    async def test(built: House) -> None:
+        future = await started(built, tree())
+        built.gate.set()
+        assert await future == EXPECTED
+        for start in range(0, N_LEAVES, FAN_IN):
+            decisions = [built.placement.explain(("leaf-t", i))[0] for i in range(start, start + FAN_IN)]
+            assert {decision.reason for decision in decisions} == {"planned"}
+            assert len({decision.worker for decision in decisions}) == 1
+        assert built.placement.metrics()["decisions"]["planned"] == N_LEAVES
+        assert built.placement.metrics()["planned"] == 0
+        assert built.placement.explain("nobody") == []
+
+    run(test)
+
+
+def test_queuing_keeps_its_bound() -> None:
+    async def test(built: House) -> None:
+        future = await started(built, tree())
+        assert built.placement.metrics()["waiting"] == N_LEAVES - 3 * 2  # saturation 1.1 of a thread is two tasks
+        assert all(len(ws.processing) == 2 for ws in built.scheduler.workers.values())
+        built.gate.set()
+        assert await future == EXPECTED
+
+    run(test)
+
+
+def test_without_queuing_all_leaves_go_to_their_workers_at_once() -> None:
+    async def test(built: House) -> None:
+        future = built.client.compute(tree())
+        await built.until(lambda: built.placement.metrics()["decisions"].get("planned") == N_LEAVES)
+        assert built.placement.metrics()["waiting"] == 0
+        built.gate.set()
+        assert await future == EXPECTED
+
+    run(test, **{"distributed.scheduler.worker-saturation": float("inf")})
+
+
+def test_a_worker_dies() -> None:
+    async def test(built: House) -> None:
+        future = await started(built, tree())
+        await built.workers.pop(0).close(timeout=1, executor_wait=False)
+        await built.until(lambda: len(built.scheduler.workers) == 2)
+        built.scheduler.validate_state()
+        assert built.placement.metrics()["decisions"]["rehomed"] > 0
+        built.gate.set()
+        assert await future == EXPECTED
+
+    run(test)
+
+
+def test_all_workers_die_and_one_comes() -> None:
+    async def test(built: House) -> None:
+        future = await started(built, tree())
+        for worker in built.workers:
+            await worker.close(timeout=1, executor_wait=False)
+        built.workers.clear()
+        await built.until(lambda: not built.scheduler.workers)
+        built.scheduler.validate_state()
+        built.gate.set()
+        await built.add_worker()
+        assert await future == EXPECTED
+
+    run(test)
+
+
+def test_workers_join_and_take_over_what_waits() -> None:
+    async def test(built: House) -> None:
+        future = await started(built, tree())
+        leaf_prefix = built.scheduler.tasks["leaf-t", 0].prefix
+        leaf_prefix.add_exec_time(60)  # as a heartbeat would, once leaves have run for a minute
+        await built.add_worker()
+        await built.until(lambda: built.placement.metrics()["decisions"].get("relieved"))
+        await built.until(lambda: len(built.scheduler.workers[built.workers[-1].address].processing) == 2)
+        built.scheduler.validate_state()
+        built.gate.set()
+        assert await future == EXPECTED
+
+    run(test, 2)
+
+
+def test_a_worker_retires_with_its_results() -> None:
+    async def test(built: House) -> None:
+        built.gate.set()
+        leaves = built.client.persist([delayed(operator.neg)(i, dask_key_name=("neg", i)) for i in range(30)])
+        await wait(leaves)
+        built.gate.clear()
+        future = await started(built, tree())
+        retiring = asyncio.create_task(built.client.retire_workers([built.workers[0].address]))
+        built.gate.set()
+        await retiring
+        assert await future == EXPECTED
+        assert await built.client.gather(built.client.compute(leaves)) == [-i for i in range(30)]
+
+    run(test)
+
+
+def test_a_worker_pauses_and_its_families_go_elsewhere() -> None:
+    async def test(built: House) -> None:
+        future = await started(built, tree())
+        paused = built.workers[0]
+        paused.status = Status.paused
+        await built.until(lambda: built.scheduler.workers[paused.address].status == Status.paused)
+        await built.until(lambda: built.placement.metrics()["decisions"].get("rehomed"))
+        built.scheduler.validate_state()
+        built.gate.set()
+        await built.until(lambda: not built.placement.metrics()["waiting"])
+        paused.status = Status.running
+        assert await future == EXPECTED
+
+    run(test)
+
+
+def test_a_client_cancels_and_submits_again() -> None:
+    async def test(built: House) -> None:
+        future = await started(built, tree())
+        await future.cancel(force=True)
+        await built.until(lambda: not built.scheduler.tasks)
+        assert built.placement.metrics()["planned"] == 0
+        assert built.placement.metrics()["waiting"] == 0
+        future = await started(built, tree())
+        built.gate.set()
+        assert await future == EXPECTED
+
+    run(test)
+
+
+def test_a_future_is_released_mid_way() -> None:
+    async def test(built: House) -> None:
+        doomed = await started(built, tree("doomed"))
+        kept = await started(built, tree("kept"))
+        doomed.release()
+        await built.until(lambda: not any("doomed" in str(key) for key in built.scheduler.tasks))
+        built.scheduler.validate_state()
+        built.gate.set()
+        assert await kept == EXPECTED
+
+    run(test)
+
+
+def test_a_restart_forgets_all_plans() -> None:
+    async def test(built: House) -> None:
+        future = await started(built, tree())
+        built.gate.set()
+        # Workers without a nanny do not come back by themselves.
+        await built.client.restart(wait_for_workers=False)
+        assert future.cancelled()
+        assert built.placement.metrics()["planned"] == 0
+        await built.until(lambda: not built.scheduler.workers)
+        await built.add_worker()
+        await built.add_worker()
+        assert await built.client.compute(tree()) == EXPECTED
+
+    run(test)
+
+
+def test_a_leaf_fails_and_is_retried() -> None:
+    async def test(built: House) -> None:
+        FAILURES[:] = [True, True]
+        leaves = [delayed(flaky)(dask_key_name=("flaky", 0)), *(delayed(leaf)(i) for i in range(8))]
+        built.gate.set()
+        assert await built.client.compute(delayed(sum)(leaves), retries=2) == 1 + sum(range(8))
+        assert not FAILURES
+
+    run(test)
+
+
+def test_an_error_of_a_leaf_reaches_the_client() -> None:
+    async def test(built: House) -> None:
+        def fail() -> None:
+            raise ValueError("no")
+
+        leaves = [delayed(fail)(), *(delayed(leaf)(i) for i in range(20))]
+        future = await started(built, delayed(sum)(leaves))
+        built.gate.set()
+        with pytest.raises(ValueError, match="no"):
+            await future
+        await built.until(lambda: not built.placement.metrics()["waiting"])
+
+    run(test)
+
+
+def test_restrictions_mean_what_they_mean_in_dask() -> None:
+    async def test(built: House) -> None:
+        built.gate.set()
+        only = built.workers[1].address
+        with dask.annotate(workers=[only], allow_other_workers=False):
+            graph = tree()
+            with dask.config.set({"optimization.fuse.active": False}):
+                future = built.client.compute(graph, optimize_graph=False)
+        assert await future == EXPECTED
+        ran = {entry.key for entry in built.scheduler.transition_log if entry.finish == "memory"}
+        assert len(ran) > N_LEAVES
+        assert set(built.workers[0].data) | set(built.workers[2].data) == set()
+
+    run(test)
+
+
+def test_priorities_hold_across_the_queues_of_all_workers() -> None:
+    async def test(built: House) -> None:
+        low = await started(built, tree("low"))
+        high = built.client.compute(tree("high"), priority=10)
+        await built.until(lambda: built.placement.metrics()["waiting"] > N_LEAVES)
+        built.gate.set()
+        assert await high == EXPECTED
+        assert await low == EXPECTED
+        order = [
+            entry.key[0]
+            for entry in built.scheduler.transition_log
+            if entry.start == "queued" and entry.finish == "processing"
+        ]
+        assert order == ["leaf-high"] * N_LEAVES + ["leaf-low"] * (len(order) - N_LEAVES)
+
+    run(test)
+
+
+def test_tasks_without_a_plan_wait_beside_planned_ones_and_keep_their_rank() -> None:
+    async def test(built: House) -> None:
+        planned = await started(built, tree())
+        lone = built.client.map(leaf, range(100, 140), priority=-1)
+        urgent = built.client.map(leaf, range(200, 240), priority=1)
+        await built.until(lambda: len(built.scheduler.queued) >= 80)
+        built.scheduler.validate_state()
+        built.gate.set()
+        assert await built.client.gather(lone) == list(range(100, 140))
+        assert await built.client.gather(urgent) == list(range(200, 240))
+        assert await planned == EXPECTED
+        order = [
+            entry.key
+            for entry in built.scheduler.transition_log
+            if entry.start == "queued" and entry.finish == "processing"
+        ]
+        kinds = [
+            key[0] if isinstance(key, tuple) else ("urgent" if key in {f.key for f in urgent} else "lone")
+            for key in order
+        ]
+        assert kinds.index("leaf-t") >= kinds.count("urgent")
+        assert kinds.index("lone") >= kinds.count("leaf-t")
+
+    run(test)
+
+
+def test_stop_in_the_middle_leaves_the_rest_to_dask() -> None:
+    async def test(built: House) -> None:
+        future = await started(built, tree())
+        built.placement.stop()
+        assert not {"_TRANSITIONS_TABLE", "stimulus_queue_slots_maybe_opened"} & vars(built.scheduler).keys()
+        assert "_get_thief" not in vars(built.scheduler.extensions["stealing"])
+        assert "gpurt-placement" not in built.scheduler.plugins
+        assert "gpurt-placement" not in built.scheduler.periodic_callbacks
+        assert built.scheduler.queued
+        built.scheduler.validate_state()
+        built.gate.set()
+        assert await future == EXPECTED
+        built.placement.stop()  # a second time does nothing
+
+    run(test)
+
+
+def test_start_in_the_middle() -> None:
+    async def test(built: House) -> None:
+        built.placement.stop()
+        lone = built.client.map(leaf, range(40))
+        await built.until(lambda: len(built.scheduler.queued) > 10)
+        built.placement.start()
+        built.placement.start()  # a second time does nothing
+        future = await started(built, tree())
+        built.gate.set()
+        assert await future == EXPECTED
+        assert await built.client.gather(lone) == list(range(40))
+
+    run(test)
+
+
+def test_a_second_placement_is_refused_and_changes_nothing() -> None:
+    async def test(built: House) -> None:
+        before = seams.stock_choice.__name__, dict(vars(built.scheduler))
+        with pytest.raises(SeamError, match="replaced already"):
+            Placement(built.scheduler, PlacementSettings()).start()
+        assert (seams.stock_choice.__name__, dict(vars(built.scheduler))) == before
+
+    run(test)
+
+
+def test_an_error_in_the_policy_falls_to_dask_and_is_shown_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("broken policy")
+
+    async def test(built: House) -> None:
+        built.gate.set()
+        monkeypatch.setattr(policy, "holdings", fail)
+        assert await built.client.compute(tree()) == EXPECTED
+        assert built.placement.metrics()["errors"] > 1
+
+    with caplog.at_level(logging.ERROR, logger="dask_gpurt"):
+        run(test)
+    assert len([record for record in caplog.records if record.name.startswith("dask_gpurt")]) == 1
+    assert "broken policy" in caplog.text
+
+
+def test_a_graph_that_cannot_be_planned_runs_as_in_dask(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(built: House) -> None:
+        built.gate.set()
+        monkeypatch.setattr(built.placement, "_families", None)
+        assert await built.client.compute(tree()) == EXPECTED
+        assert built.placement.metrics()["errors"] == 1
+        assert "planned" not in built.placement.metrics()["decisions"]
+
+    run(test)
+
+
+def test_an_empty_cluster_waits_for_its_first_worker() -> None:
+    async def test(built: House) -> None:
+        built.gate.set()
+        future = built.client.compute(tree())
+        await built.until(lambda: built.scheduler.queued or built.scheduler.unrunnable)
+        await built.add_worker()
+        assert await future == EXPECTED
+
+    run(test, 0)
