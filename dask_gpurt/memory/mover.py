@@ -386,7 +386,6 @@ class Mover:
         """Wait until no operation is under way."""
         while self._pending:
             await asyncio.wait([asyncio.wrap_future(future) for future in tuple(self._pending)])
-            # Answers are delivered by callbacks of the loop.
             await asyncio.sleep(0)
 
     async def close(self) -> None:
@@ -437,7 +436,8 @@ class Mover:
     def _submit(self, function: Callable[..., Any], *args: object) -> Future[Any]:
         future = self._threads.submit(function, *args)
         self._pending.add(future)
-        future.add_done_callback(self._pending.discard)
+        # Its answer comes by way of the loop; only behind that is it over.
+        future.add_done_callback(lambda future: self._call(self._pending.discard, future))
         return future
 
     def _call(self, function: Callable[..., None], *args: object) -> None:

@@ -293,11 +293,8 @@ class Spiller:
     def _relieve(self, instructions: list[ev.Instruction]) -> None:
         excess = self._excess() - self._leaving_nbytes
         if excess > 0 and self._worthwhile():
-            limit = self.ledger.limit(self.upper)
-            if self._pressed_nbytes < self.ledger.wanted(self.upper) and limit is not None:
-                excess += int(limit * BAND)
             before = len(instructions)
-            self._evict(excess, instructions)
+            self._evict(excess, int((self.ledger.limit(self.upper) or 0) * BAND), instructions)
             self._fruitless = 0 if len(instructions) > before else self._fruitless + 1
             self._skip = min(self._fruitless, len(self.blocks) // 64)
         if not self._leaving_nbytes and self.ledger.wanted(self.upper) > 0:
@@ -312,9 +309,10 @@ class Spiller:
         self._skip -= 1
         return self._skip < 0
 
-    def _evict(self, excess: int, instructions: list[ev.Instruction]) -> None:
+    def _evict(self, excess: int, band: int, instructions: list[ev.Instruction]) -> None:
         for candidate in order(self._candidates()):
-            if excess <= 0:
+            if excess <= 0 and candidate.nbytes > band + excess:
+                # The band is for many small blocks; no large one is moved for its sake.
                 return
             blocks = [self.blocks[name] for name in candidate.names]
             if candidate.use.kind is Kind.DYING:

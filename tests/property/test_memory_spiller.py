@@ -203,7 +203,7 @@ class Shell(RuleBasedStateMachine):
 
     @invariant()
     def the_books_agree_with_what_is_there(self) -> None:
-        assert self.ledger.held(Tier.HOST) == sum({b: n for b, n in self.memory.values()}.values())
+        assert self.ledger.held(Tier.HOST) == sum(dict(self.memory.values()).values())
         assert self.ledger.held(Tier.DISK) == sum(self.disk.values())
         assert self.spiller.absent == set(self.spiller.blocks) - set(self.memory)
         assert self.spiller.absent_nbytes == sum(self.sizes[n] for n in self.spiller.absent)

@@ -16,8 +16,9 @@ import pytest
 from dask_gpurt.errors import CorruptDataError, SpillError
 from dask_gpurt.memory.blocks import SLAB_NBYTES_MIN, BlockPool, size_class
 from dask_gpurt.memory.disk import SpillFolder, remove_leftovers
+from dask_gpurt.memory.store import Buffer
 
-FRAMES = [b"small", b"", np.arange(100_000, dtype="u1").data, memoryview(np.arange(300_000.0))]
+FRAMES: list[Buffer] = [b"small", b"", np.arange(100_000, dtype="u1").data, np.arange(300_000.0).data]
 
 
 @pytest.fixture

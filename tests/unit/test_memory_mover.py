@@ -1,0 +1,670 @@
+"""The mover, its codec and the mapping, without a worker: faults, races, and a dict as the model."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import threading
+from collections.abc import AsyncIterator, Coroutine, Hashable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from distributed.protocol.serialize import dask_deserialize, dask_serialize
+
+from dask_gpurt.errors import CorruptDataError, SpillError
+from dask_gpurt.memory import codec
+from dask_gpurt.memory.blocks import BlockPool
+from dask_gpurt.memory.device import HostFrames, on_device
+from dask_gpurt.memory.disk import SpillFolder
+from dask_gpurt.memory.horizon import FAR, IDLE, RUNNING, Kind, Snapshot, Use, next_use
+from dask_gpurt.memory.ledger import Ledger, Tier
+from dask_gpurt.memory.mapping import TieredMapping, serving
+from dask_gpurt.memory.mover import DiskStore, Mover
+from dask_gpurt.memory.policy import Candidate, order
+from dask_gpurt.memory.spiller import Spiller, State
+
+CHUNK = 100_000
+
+
+class Seen:
+    """A horizon that is told."""
+
+    def __init__(self) -> None:
+        self.known: dict[Hashable, Use] = {}
+
+    def uses(self, names: Sequence[Hashable]) -> list[Use]:
+        return [self.known.get(name, IDLE) for name in names]
+
+
+@dataclass
+class Rig:
+    mover: Mover
+    folder: SpillFolder
+    horizon: Seen
+    lost: list[tuple[Hashable, Exception]] = field(default_factory=list)
+
+    def state(self, name: Hashable) -> State:
+        return self.mover.spiller.blocks[name].state
+
+    @property
+    def held(self) -> int:
+        return self.mover.ledger.held(Tier.HOST)
+
+    def files(self) -> list[str]:
+        return [os.path.join(self.folder.path, name) for name in sorted(os.listdir(self.folder.path))]
+
+
+@asynccontextmanager
+async def rig(path: Path, limit: int | None = 3 * CHUNK, disk: int | None = None) -> AsyncIterator[Rig]:
+    folder = SpillFolder(str(path), BlockPool(2**24))
+    horizon = Seen()
+    lost: list[tuple[Hashable, Exception]] = []
+    ledger = Ledger({Tier.HOST: limit, Tier.DISK: disk})
+    mover = Mover(
+        Spiller(ledger, horizon), DiskStore(folder), asyncio.get_running_loop(), lambda n, e: lost.append((n, e))
+    )
+    try:
+        yield Rig(mover, folder, horizon, lost)
+    finally:
+        await mover.close()
+        folder.close()
+    assert os.listdir(path) == []
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(main, 30))
+
+
+def chunk(number: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.full(CHUNK, number, dtype="u1")
+
+
+async def filled(r: Rig, count: int) -> None:
+    for number in range(count):
+        r.mover.put(number, chunk(number))
+        await r.mover.settle()
+
+
+# Moving
+
+
+def test_what_does_not_fit_goes_down_and_comes_back(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(tmp_path) as r:
+            await filled(r, 10)
+            assert r.held <= 3 * CHUNK
+            assert len(r.mover.absent) == 7
+            assert len(r.files()) == 7
+            for number in range(10):
+                pinned = await r.mover.ensure([number])
+                value: Any = r.mover.get(number)
+                r.mover.unpin(pinned)
+                assert (value == number).all()
+                assert value.flags.writeable
+                assert r.held <= 3 * CHUNK
+            for number in range(10):
+                r.mover.delete(number)
+            await r.mover.settle()
+            assert r.held == 0
+            assert r.files() == []
+
+    run(main())
+
+
+def test_a_clean_copy_is_not_written_again(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(tmp_path, limit=CHUNK) as r:
+            await filled(r, 2)
+            written = r.mover.written_nbytes
+            for number in [0, 1, 0, 1]:
+                r.mover.unpin(await r.mover.ensure([number]))
+                await r.mover.settle()
+            assert r.mover.written_nbytes <= written + CHUNK + 1000
+            assert r.mover.spiller.dropped_clean_nbytes >= 2 * CHUNK
+
+    run(main())
+
+
+def test_the_farthest_goes_first_and_the_running_stay(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(tmp_path) as r:
+            r.horizon.known = {
+                0: Use(Kind.NEXT, 1), 1: Use(Kind.NEXT, 50), 2: RUNNING, 3: Use(Kind.NEXT, 2),
+            }  # fmt: skip
+            await filled(r, 4)
+            assert set(r.mover.absent) == {1}
+
+    run(main())
+
+
+def test_views_of_one_array_count_once_and_go_together(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(tmp_path) as r:
+            base = chunk(7)
+            r.mover.put("whole", base)
+            r.mover.put("half", base[: CHUNK // 2])
+            r.mover.put("other half", base[CHUNK // 2 :])
+            assert r.held == CHUNK
+            del base
+            r.mover.press(CHUNK)
+            await r.mover.settle()
+            assert set(r.mover.absent) == {"whole", "half", "other half"}
+            assert r.held == 0
+            value: Any = r.mover.get("half")
+            assert (value == 7).all()
+            assert value.shape == (CHUNK // 2,)
+
+    run(main())
+
+
+def test_inputs_larger_than_the_limit_are_forced_through(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(tmp_path) as r:
+            await filled(r, 8)
+            tasks = [asyncio.create_task(r.mover.ensure(range(n, 8))) for n in range(3)]
+            for task in asyncio.as_completed(tasks):
+                pinned = await task
+                assert not r.mover.absent & set(pinned)
+                r.mover.unpin(pinned)
+            await r.mover.settle()
+
+    run(main())
+
+
+def test_values_of_many_kinds_come_back_equal(tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "frame": pd.DataFrame({"a": range(1000), "b": ["x", "yy"] * 500}),
+        "series": pd.Series(range(100), dtype="f4"),
+        "list": [np.arange(10), "text", None],
+        "dict": {"a": np.arange(5), "b": {1, 2}},
+        "bytes": b"abc" * 100,
+        "text": "words",
+        "none": None,
+        "fortran": np.asfortranarray(np.arange(12.0).reshape(3, 4)),
+        "strided": np.arange(100)[::3],
+        "empty": np.zeros((0, 3)),
+        "scalar": np.float64(3.5),
+        "object": np.array([1, "two", None], dtype=object),
+        "dates": np.array(["2020-01-01"], dtype="M8[D]"),
+        "masked": np.ma.masked_array([1, 2, 3], mask=[False, True, False]),
+        "broadcast": np.broadcast_to(np.arange(3), (1000, 3)),
+        "exception": ValueError("kept"),
+    }
+
+    async def main() -> None:
+        async with rig(tmp_path, limit=None) as r:
+            for name, value in values.items():
+                r.mover.put(name, value)
+            r.mover.press(10**9)
+            await r.mover.settle()
+            for _ in range(30):
+                r.mover.press(10**9)
+                await r.mover.settle()
+            assert r.mover.absent >= {"frame", "list", "dict", "strided", "masked", "object"}
+            for name, value in values.items():
+                got: Any = r.mover.get(name)
+                assert type(got) is type(value), name
+                if isinstance(value, pd.DataFrame | pd.Series):
+                    assert got.equals(value)
+                elif isinstance(value, np.ndarray):
+                    np.testing.assert_array_equal(got, value)
+                    assert got.dtype == value.dtype
+                    assert got.flags.writeable == value.flags.writeable, name
+                else:
+                    assert repr(got) == repr(value)
+
+    run(main())
+
+
+class LyingSize:
+    def __init__(self, nbytes: float) -> None:
+        self.nbytes = nbytes
+
+    def __sizeof__(self) -> int:
+        return int(self.nbytes)
+
+
+class BrokenSize:
+    def __sizeof__(self) -> int:
+        raise RuntimeError("no")
+
+
+@pytest.mark.filterwarnings("ignore:Sizeof calculation")
+def test_sizes_that_lie_do_no_harm(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(tmp_path) as r:
+            r.mover.put("broken", BrokenSize())
+            r.mover.put("huge", LyingSize(10**12))
+            r.mover.put("small", LyingSize(0))
+            await r.mover.settle()
+            got: Any = r.mover.get("huge")
+            assert got.nbytes == 10**12
+            for name in r.mover.names():
+                r.mover.delete(name)
+            assert r.held == 0
+
+    run(main())
+
+
+# Faults
+
+
+class Unpicklable:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def __sizeof__(self) -> int:
+        return CHUNK
+
+
+def test_what_cannot_be_serialized_stays_and_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async with rig(tmp_path) as r:
+            r.mover.put("stubborn", value := Unpicklable())
+            await filled(r, 6)
+            r.mover.press(10**9)
+            await r.mover.settle()
+            assert r.mover.get("stubborn") is value
+            assert sum("Failed to serialize 'stubborn'" in m for m in caplog.messages) == 1
+            assert set(r.mover.absent) == set(range(6))
+
+    run(main())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_full_disk_leaves_everything_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    honest = os.writev
+    full = True
+
+    def writev(fd: int, views: list[memoryview]) -> int:
+        if full:
+            raise OSError(number, os.strerror(number))
+        return honest(fd, views)
+
+    monkeypatch.setattr(os, "writev", writev)
+    monkeypatch.setattr("dask_gpurt.memory.mover.RETRY_S", 0.02)
+
+    async def main() -> None:
+        nonlocal full
+        loop = asyncio.get_running_loop()
+        async with rig(tmp_path) as r:
+            await filled(r, 8)
+            assert not r.mover.absent
+            assert r.files() == []
+            assert r.mover.write_failures >= 1
+            assert sum("Cannot spill" in m for m in caplog.messages) == 1
+            # Nobody hangs: what is asked for is forced through.
+            (await asyncio.wait_for(r.mover.reserve(CHUNK), 5)).release()
+            full = False
+            retried = asyncio.Event()
+            honest_store = r.mover.lower.store
+
+            def store(name: Hashable, value: object) -> Any:
+                loop.call_soon_threadsafe(retried.set)
+                return honest_store(name, value)
+
+            r.mover.lower.store = store  # type: ignore[method-assign]
+            await asyncio.wait_for(retried.wait(), 5)
+            await r.mover.settle()
+            assert r.mover.absent
+            for n in range(8):
+                assert (np.asarray(r.mover.get(n)) == n).all()
+
+    run(main())
+
+
+def flip(path: str) -> None:
+    with open(path, "r+b") as file:
+        file.seek(500)
+        file.write(b"\xff\xfe")
+
+
+@pytest.mark.parametrize("damage", [flip, os.unlink, lambda p: os.truncate(p, 100)])
+@pytest.mark.parametrize("how", ["ensure", "get", "frames"])
+def test_a_damaged_copy_is_never_returned(tmp_path: Path, damage: Any, how: str) -> None:
+    async def main() -> None:
+        async with rig(tmp_path) as r:
+            await filled(r, 5)
+            victims = sorted(r.mover.absent, key=str)
+            for path in r.files():
+                damage(path)
+
+            async def ask(name: Hashable) -> None:
+                if how == "get":
+                    r.mover.get(name)
+                elif how == "ensure":
+                    await r.mover.ensure([name, "unknown"])
+                else:
+                    await r.mover.frames(name)
+
+            for name in victims:
+                with pytest.raises(CorruptDataError):
+                    await ask(name)
+            await asyncio.sleep(0)
+            assert sorted((n for n, _ in r.lost), key=str) == victims
+            assert not any(name in r.mover for name in victims)
+            for name in r.mover.names():
+                assert (np.asarray(r.mover.get(name)) == name).all()
+
+    run(main())
+
+
+class Bomb:
+    def __init__(self) -> None:
+        self.payload = b"x" * CHUNK
+
+    def __sizeof__(self) -> int:
+        return CHUNK
+
+    def __reduce__(self) -> Any:
+        return explode, ()
+
+
+def explode() -> None:
+    raise ZeroDivisionError("in a constructor")
+
+
+def test_what_does_not_deserialize_is_reported(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(tmp_path, limit=None) as r:
+            r.mover.put("bomb", Bomb())
+            r.mover.press(CHUNK)
+            await r.mover.settle()
+            assert r.mover.absent == {"bomb"}
+            with pytest.raises(CorruptDataError, match="ZeroDivisionError"):
+                await r.mover.ensure(["bomb"])
+
+    run(main())
+
+
+# Races, as numbered interleavings
+
+
+def test_1_write_2_delete_3_put_again_4_written(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(tmp_path, limit=None) as r:
+            go = threading.Event()
+            honest = r.mover.lower.store
+
+            def slow(name: Hashable, value: object) -> Any:
+                go.wait(10)
+                return honest(name, value)
+
+            r.mover.lower.store = slow  # type: ignore[method-assign]
+            r.mover.put("a", chunk(1))
+            r.mover.press(CHUNK)
+            assert r.state("a") is State.WRITING
+            r.mover.delete("a")
+            r.mover.put("a", chunk(2))
+            go.set()
+            await r.mover.settle()
+            assert r.state("a") is State.RESIDENT
+            assert (np.asarray(r.mover.get("a")) == 2).all()
+            assert r.files() == []
+
+    run(main())
+
+
+def test_1_write_2_pin_3_written(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(tmp_path, limit=None) as r:
+            r.mover.put("a", chunk(1))
+            r.mover.press(CHUNK)
+            pinned = await r.mover.ensure(["a"])
+            await r.mover.settle()
+            assert r.state("a") is State.CLEAN
+            r.mover.unpin(pinned)
+
+    run(main())
+
+
+def test_1_read_2_delete_3_raised(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(tmp_path) as r:
+            await filled(r, 5)
+            name = next(iter(r.mover.absent))
+            waiting = asyncio.create_task(r.mover.ensure([name]))
+            await asyncio.sleep(0)
+            r.mover.delete(name)
+            await waiting
+            await r.mover.settle()
+            assert name not in r.mover
+            assert r.mover.ledger.reserved(Tier.HOST) == 0
+            assert not r.lost
+
+    run(main())
+
+
+def test_1_wait_for_room_2_cancel(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(tmp_path) as r:
+            await filled(r, 3)
+            reservation = await r.mover.reserve(2 * CHUNK)
+            waiting = asyncio.create_task(r.mover.ensure(list(r.mover.absent)))
+            await asyncio.sleep(0)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            reservation.release()
+            await r.mover.settle()
+            assert r.mover.ledger.reserved(Tier.HOST) == 0
+            assert not any(block.pins for block in r.mover.spiller.blocks.values())
+
+    run(main())
+
+
+def test_a_thread_that_reads_while_the_loop_moves(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(tmp_path, limit=2 * CHUNK) as r:
+            await filled(r, 6)
+
+            def reader() -> None:
+                for _ in range(20):
+                    for number in range(6):
+                        assert (np.asarray(r.mover.get(number)) == number).all()
+
+            work = asyncio.get_running_loop().run_in_executor(None, reader)
+            while not work.done():
+                r.mover.unpin(await r.mover.ensure([0, 3]))
+                await asyncio.sleep(0)
+            await work
+            await r.mover.settle()
+            assert not r.lost
+
+    run(main())
+
+
+# The DEVICE tier, with a device that is not there
+
+
+class DeviceArray:
+    """Holds its bytes where only its own serialization finds them."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {"shape": (CHUNK,), "typestr": "|u1", "data": (0, False), "version": 3}
+
+    def __sizeof__(self) -> int:
+        return CHUNK
+
+    def __reduce__(self) -> Any:
+        raise TypeError("device memory is not pickled")
+
+
+@pytest.fixture
+def device_serialization() -> None:
+    dask_serialize.register(DeviceArray, lambda x: ({}, [chunk(x.number).data]))
+    dask_deserialize.register(DeviceArray, lambda header, frames: DeviceArray(int(frames[0][0])))
+
+
+@pytest.mark.usefixtures("device_serialization")
+def test_device_objects_go_to_host_and_on_to_disk(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(tmp_path, limit=2 * CHUNK) as r:
+            assert on_device(DeviceArray(0))
+            ledger = r.mover.ledger
+            ledger.set_limit(Tier.DEVICE, 2 * CHUNK + 1000)
+            spiller = Spiller(ledger, r.horizon, upper=Tier.DEVICE, lower=None)
+            device = Mover(spiller, HostFrames(r.mover), asyncio.get_running_loop(), lambda *a: r.lost.append(a))
+            mapping = TieredMapping(r.mover, lambda: 0, device=device, on_device=on_device)
+            for number in range(8):
+                mapping[number] = DeviceArray(number)
+                await device.settle()
+                await r.mover.settle()
+            mapping["host"] = chunk(9)
+            assert ledger.held(Tier.DEVICE) <= 2 * CHUNK + 1000
+            assert ledger.held(Tier.HOST) <= 3 * CHUNK
+            assert len(device.absent) == 6
+            assert len(r.files()) >= 3
+            for number in range(8):
+                pinned = await device.ensure([number])
+                assert mapping[number].number == number  # type: ignore[attr-defined]
+                device.unpin(pinned)
+                assert ledger.held(Tier.DEVICE) <= 2 * CHUNK + 1000
+            for key in list(mapping):
+                del mapping[key]
+            await device.close()
+            await r.mover.settle()
+            assert ledger.used(Tier.HOST) == 0
+            assert r.files() == []
+            assert not r.lost
+
+    run(main())
+
+
+# The mapping
+
+
+def test_the_mapping_behaves_as_a_dict(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(tmp_path) as r:
+            mapping = TieredMapping(r.mover, lambda: 0)
+            model: dict[Hashable, Any] = {}
+            rng = np.random.default_rng(0)
+            for step in range(300):
+                key = ("k", int(rng.integers(12)))
+                match rng.integers(4):
+                    case 0 | 1:
+                        mapping[key] = model[key] = chunk(step % 256)
+                    case 2 if key in model:
+                        del mapping[key]
+                        del model[key]
+                    case 2:
+                        with pytest.raises(KeyError):
+                            del mapping[key]
+                    case _:
+                        assert (key in mapping) == (key in model)
+                        if key in model:
+                            np.testing.assert_array_equal(np.asarray(mapping[key]), model[key])
+                        else:
+                            with pytest.raises(KeyError):
+                                mapping[key]
+                if step % 3 == 0:
+                    await r.mover.settle()
+                assert len(mapping) == len(model)
+                assert set(mapping) == set(model)
+            assert r.mover.written_nbytes > 0
+            assert {k: v.tolist() for k, v in mapping.items()} == {k: v.tolist() for k, v in model.items()}  # type: ignore[attr-defined]
+
+    run(main())
+
+
+def test_the_memory_monitor_is_never_kept_spinning(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(tmp_path, limit=None) as r:
+            need = 2 * CHUNK
+            mapping = TieredMapping(r.mover, lambda: need)
+            for number in range(5):
+                mapping[number] = chunk(number)
+            assert mapping.fast
+            assert mapping.evict() == -1, "a write takes its time"
+            await r.mover.settle()
+            assert len(mapping.slow) == 2
+            assert mapping.spilled_total.memory == 2 * CHUNK
+            assert mapping.spilled_total.disk >= 2 * CHUNK
+            r.mover.unpin(await r.mover.ensure(mapping.slow))
+            assert mapping.evict() == 2 * CHUNK, "clean copies are gone at once"
+
+    run(main())
+
+
+def test_peers_are_served_the_copy_as_it_lies(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(tmp_path) as r:
+            mapping = TieredMapping(r.mover, lambda: 0)
+            for number in range(5):
+                mapping[number] = chunk(number)
+                await r.mover.settle()
+            key = next(iter(mapping.slow))
+            found = await r.mover.frames(key)
+            assert found is not None
+            with serving({key: codec.serialized(*found)}):
+                served: Any = mapping[key]
+                assert [bytes(f) for f in served.frames] == [bytes(chunk(int(str(key))))]
+            assert key in mapping.slow
+            assert await r.mover.frames(next(iter(mapping.fast))) is None
+
+    run(main())
+
+
+# Pure parts
+
+
+def test_next_uses() -> None:
+    snapshot = Snapshot((0, 1, 10), [(0, 1, 11), (0, 1, 15)], 2)
+    assert next_use([], snapshot) is IDLE
+    assert next_use([("memory", (0, 1, 3)), ("erred", (0, 1, 3)), ("waiting", None)], snapshot) is IDLE
+    assert next_use([("waiting", (0, 1, 30)), ("executing", (0, 1, 10))], snapshot) is RUNNING
+    assert next_use([("waiting", (0, 1, 30)), ("ready", (0, 1, 11))], snapshot) == Use(Kind.NEXT, 1)
+    assert next_use([("waiting", (0, 1, 30))], snapshot) == Use(Kind.NEXT, 10)
+    assert next_use([("waiting", (0, 2, 0))], snapshot) == Use(Kind.NEXT, FAR)
+    assert next_use([("waiting", (0, 1, 5))], snapshot) == Use(Kind.NEXT, 0)
+    assert next_use([("ready", (0, 1, 15))], Snapshot(None, [(0, 1, 11), (0, 1, 15)])) == Use(Kind.NEXT, 2)
+
+
+def test_the_order_of_eviction() -> None:
+    def candidate(name: str, use: Use, *, dirty: bool, recency: int = 0, nbytes: int = 10) -> Candidate:
+        return Candidate((name,), nbytes, nbytes if dirty else 0, use, recency)
+
+    candidates = [
+        candidate("running", RUNNING, dirty=False),
+        candidate("near clean", Use(Kind.NEXT, 3), dirty=False),
+        candidate("far dirty", Use(Kind.NEXT, 9), dirty=True),
+        candidate("far dirty, larger", Use(Kind.NEXT, 9), dirty=True, nbytes=20),
+        candidate("idle dirty, older", IDLE, dirty=True, recency=1),
+        candidate("idle dirty", IDLE, dirty=True, recency=2),
+        candidate("idle clean", IDLE, dirty=False),
+        candidate("dying", Use(Kind.DYING), dirty=True),
+    ]
+    assert [c.names[0] for c in order(candidates)] == [
+        "dying", "idle clean", "idle dirty", "idle dirty, older", "far dirty, larger", "far dirty", "near clean",
+    ]  # fmt: skip
+
+
+def test_footprints() -> None:
+    base = np.zeros((10, CHUNK), dtype="u1")
+    message = bytearray(1000)
+    a, b = (np.frombuffer(memoryview(message)[i : i + 500], dtype="u1") for i in (0, 500))
+    assert codec.footprint(base)[0] == codec.footprint(base[3, 5:7])[0] == codec.footprint(base.T)[0]
+    assert codec.footprint(base[3])[1:] == (10 * CHUNK, CHUNK)
+    assert codec.footprint(a)[0] == codec.footprint(b)[0]
+    assert codec.footprint(a)[1:] == (1000, 500)
+    assert codec.footprint(None)[0] is None
+    frame = pd.DataFrame({"a": range(10_000)})
+    assert codec.footprint(frame)[0] == id(frame)
+
+
+def test_errors_of_the_disk_are_not_taken_for_errors_of_the_value() -> None:
+    assert issubclass(CorruptDataError, SpillError)
+    assert issubclass(SpillError, OSError)
