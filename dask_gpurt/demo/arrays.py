@@ -27,8 +27,8 @@ __all__ = ["ARRAY_JOBS", "ArrayJob", "Shape", "checksums"]
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 ITEM_NBYTES = 8
-#: Rows and columns of a block: 32 MiB, what dask.array's own heuristics would make a little larger.
-SIDE = 2048
+#: Rows and columns of a block: 18 MiB, so that a worker of a demonstration can hold a few dozen.
+SIDE = 1536
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Shape:
     Examples
     --------
     >>> Shape.larger_than(2 * 2**30)
-    Shape(grid=8, side=2048, module='numpy')
-    >>> Shape.larger_than(2 * 2**30).nbytes / 2**30
-    2.0
+    Shape(grid=11, side=1536, module='numpy')
+    >>> round(Shape.larger_than(2 * 2**30).nbytes / 2**30, 2)
+    2.13
     """
 
     grid: int
@@ -77,7 +77,7 @@ class Shape:
 
         The outer one is short: the work of a product grows with it, and the demonstration is about data.
         """
-        outer = max(1, self.grid // 3)
+        outer = max(1, self.grid // 5)
         return outer, math.ceil(self.grid**2 / (2 * outer))
 
 
@@ -183,9 +183,14 @@ def _add_transposed(_: Shape, sources: tuple[Any, ...]) -> Any:
 
 
 def _rows_to_columns(shape: Shape, _: tuple[Any, ...]) -> Any:
+    import dask
+
     thin = max(1, shape.side // shape.grid)
     rows = _source(shape, 1, (thin, shape.length), (shape.length, shape.length))
-    return rows.rechunk((shape.length, thin))
+    # Dask joins small blocks before a rechunk up to its preferred size, which is made for workers with more memory
+    # than a demonstration's: stock Dask would be killed.
+    with dask.config.set({"array.chunk-size": 2 * ITEM_NBYTES * shape.side**2}):
+        return rows.rechunk((shape.length, thin), method="p2p")
 
 
 def _multiply(_: Shape, sources: tuple[Any, ...]) -> Any:
