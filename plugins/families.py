@@ -17,8 +17,8 @@ roots go decides where everything after them goes, since later tasks stay with t
 2. A meeting that gathers more than a fair share of all roots is no reason to put them all on one worker: it is cut
    into pieces. So are families as such: dealing *small* families in order of priority keeps few reductions open at
    a time, and memory low.
-3. A meeting that also takes results that are in memory already draws its family to the worker that holds most of
-   them. All other families are dealt in order of priority to the worker with the least so far for its threads.
+3. A meeting that also takes results that are in memory already draws its family to the worker that holds
+   most of them. All other families are dealt in order of priority to the worker with the least so far for its threads.
 4. Roots that meet nobody in the graph at hand (a collection that is persisted) are dealt by **position**: the i-th of
    n blocks goes to the worker that holds the fraction i / n of the cluster's threads. Collections of the same shape,
    persisted at different times, lie alike, and a later ``x + y`` moves nothing. A square grid is walked so that the
@@ -43,6 +43,10 @@ __all__ = ["MAX_FAMILY", "WIDE", "Family", "by_meeting", "by_position", "index_o
 MAX_FAMILY = 32
 #: An input with more dependents than this is a broadcast: it says nothing about who belongs together.
 WIDE = 16
+#: Members of neighbouring families that are dealt to one worker in a row, and how far up their neighbourhood is sought.
+#: More would save some transfers high up in a reduction, and keep more of its partial results in memory.
+NEIGHBOURHOOD = 16
+LEVELS = 4
 #: Members of a piece of a collection that is dealt by position: the unit in which the balancer moves such work.
 PIECE = 4
 
@@ -76,8 +80,7 @@ def meetings(
     Parameters
     ----------
     nodes
-        Roots, and tasks that lead on from them. Tasks with several inputs may be among them: they are meetings
-        themselves, and are looked at only if they are roots.
+        Roots, and all tasks that lead on from them and have dependents.
     roots
         Keys of the roots. A root is never a meeting, whatever inputs it has.
     wide
@@ -85,7 +88,8 @@ def meetings(
 
     Returns
     -------
-    Key to the meeting, and key to the last task of the chain for those that have no meeting.
+    Key to the meeting, and key to the last task of the chain for those that have no meeting. Of a task that is a meeting
+    itself, the meeting is the next one on the way.
     """
     joins: dict[Any, bool] = {}
 
@@ -106,8 +110,6 @@ def meetings(
     # A task runs after its inputs, so its priority is the larger number: in this order dependents come first.
     for node in sorted(nodes, key=_priority, reverse=True):
         key = node.key
-        if len(node.dependencies) > 1 and is_join(node):
-            continue
         meeting: Node | None = None
         end: Node | None = None
         for dependent in node.dependents:
@@ -165,22 +167,24 @@ def by_meeting(
             members.append(root.key)
     fair = max(1, -(-len(roots) // max(len(shares), 1)))
     size = min(fair, max_family)
-    known = {share.worker: position for position, share in enumerate(shares)}
+    position_of = {share.worker: position for position, share in enumerate(shares)}
     families: list[Family] = []
-    undealt: list[Family] = []
+    undealt: list[tuple[list[Family], Node]] = []
     load = [0.0] * len(shares)
     for meeting in order:
         members = groups[meeting.key]
         home = holder_of(meeting)
-        position = known.get(home) if home is not None else None
-        if position is not None:
+        position = position_of.get(home) if home is not None else None
+        pieces = [
+            Family(members[start : start + size], None if position is None else home)
+            for start in range(0, len(members), size)
+        ]
+        families.extend(pieces)
+        if position is None:
+            undealt.extend(([piece], meeting) for piece in pieces)
+        else:
             load[position] += len(members) / shares[position].nthreads
-        for start in range(0, len(members), size):
-            family = Family(members[start : start + size], home if position is not None else None)
-            families.append(family)
-            if position is None:
-                undealt.append(family)
-    _deal(undealt, shares, load)
+    _deal(_neighbourhoods(undealt, meets, min(fair, NEIGHBOURHOOD)), shares, load)
     return families
 
 
@@ -243,15 +247,47 @@ def _priority(node: Node) -> Any:
     return node.priority
 
 
-def _deal(families: Sequence[Family], shares: Sequence[Share], load: Sequence[float]) -> None:
-    """Give each family, in turn, to the worker with the least load for its threads."""
+def _neighbourhoods(
+    families: Sequence[tuple[list[Family], Node]], meets: Mapping[Any, Node], limit: int
+) -> list[list[Family]]:
+    """Put families together whose meetings meet in turn, as long as they have no more than ``limit`` members."""
+    groups = list(families)
+    for _ in range(LEVELS):
+        wider: list[tuple[list[Family], Node]] = []
+        # Meeting to the group there that is still open, and its members.
+        open_groups: dict[Any, tuple[list[Family], int]] = {}
+        for group, meeting in groups:
+            size = sum(len(family.keys) for family in group)
+            following = meets.get(meeting.key, meeting)
+            known, held = open_groups.get(following.key, (group, 0))
+            if held and held + size <= limit:
+                known.extend(group)
+                open_groups[following.key] = known, held + size
+            else:
+                wider.append((group, following))
+                open_groups[following.key] = group, size
+        if len(wider) == len(groups):
+            break
+        groups = wider
+    return [group for group, _ in groups]
+
+
+def _deal(groups: Sequence[Sequence[Family]], shares: Sequence[Share], load: Sequence[float]) -> None:
+    """Give each group, in turn, to the worker with the least load for its threads, or as much of it as is fair."""
+    members = sum(len(family.keys) for group in groups for family in group)
+    nthreads = sum(share.nthreads for share in shares)
+    assigned = sum(load[position] * share.nthreads for position, share in enumerate(shares))
+    fair = (members + assigned) / nthreads
     heap = [(load[position], position) for position in range(len(shares))]
     heapq.heapify(heap)
-    for family in families:
-        loaded, position = heap[0]
-        share = shares[position]
-        family.home = share.worker
-        heapq.heapreplace(heap, (loaded + len(family.keys) / share.nthreads, position))
+    for group in groups:
+        loaded, position = heapq.heappop(heap)
+        for family in group:
+            if loaded >= fair:
+                loaded, position = heapq.heappushpop(heap, (loaded, position))
+            family.home = shares[position].worker
+            loaded += len(family.keys) / shares[position].nthreads
+        heapq.heappush(heap, (loaded, position))
 
 
 def _is_square(blocks: Sequence[tuple[Any, tuple[int, ...]]]) -> bool:
