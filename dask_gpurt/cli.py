@@ -1,12 +1,148 @@
-"""``dask gpurt``: the subcommands of Dask's own command line."""
+"""``dask gpurt``: the subcommands of Dask's own command line.
+
+Covers: options, messages and exit statuses.
+Does not cover: what the subcommands do; see :mod:`dask_gpurt.demo`. Heavy libraries are imported when a subcommand
+runs: ``dask --help`` imports this module.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import click
+
+import dask_gpurt
+from dask_gpurt.config import PARTS
 
 __all__ = ["gpurt"]
 
+#: Libraries of the ``demo`` extra that are imported; tpchgen-cli is a program, and is looked for when it is needed.
+DEMO_MODULES = ("pandas", "pyarrow", "duckdb", "bokeh", "rich")
 
-@click.group()
+
+def _nbytes(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    from dask.utils import parse_bytes
+
+    if value is None:
+        return None
+    try:
+        nbytes = int(parse_bytes(value))
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not a size such as '2 GiB'", context, parameter) from error
+    if nbytes < 384 * 2**20:
+        raise click.BadParameter(
+            f"{value!r} is too little: a worker with its libraries takes over 200 MiB; 384 MiB is the least that works",
+            context,
+            parameter,
+        )
+    return nbytes
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(dask_gpurt.__version__, prog_name="dask-gpurt")
 def gpurt() -> None:
     """Place, spill and shuffle better: dask-gpurt."""
+
+
+@gpurt.command()
+@click.option("--scale", type=click.FloatRange(min=0.01), default=1.0, show_default=True, help="TPC-H scale factor.")
+@click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Worker processes.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of each worker.")
+@click.option(
+    "--memory-limit",
+    callback=_nbytes,
+    metavar="SIZE",
+    help="Memory of each worker, of its GPU where it has one.  [default: 1.25 GiB; 16 GiB with a GPU]",
+)
+@click.option(
+    "--array-size",
+    callback=lambda c, p, v: None if v is None else _array_nbytes(c, p, v),
+    metavar="SIZE",
+    help="Size of the arrays.  [default: 1.1 times the memory of all workers]",
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="Runs of each job and side.")
+@click.option("--only", type=click.Choice(["tpch", "array"]), help="Run only these jobs.  [default: all]")
+@click.option(
+    "--without",
+    type=click.Choice(PARTS),
+    multiple=True,
+    help="Leave this part of dask-gpurt out; may be repeated. Without all three, stock Dask is compared with itself.",
+)
+@click.option(
+    "--time-limit",
+    type=click.FloatRange(min=1),
+    default=90.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Give a run up after this time.",
+)
+@click.option(
+    "--cache",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the TPC-H tables.  [default: ~/.cache/dask-gpurt]",
+)
+@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write an HTML report to this file.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here.")
+def demo(  # noqa: PLR0917 - click passes all of them by name
+    scale: float,
+    workers: int,
+    threads: int,
+    memory_limit: int | None,
+    array_size: int | None,
+    rounds: int,
+    only: str | None,
+    without: tuple[str, ...],
+    time_limit: float,
+    cache: Path | None,
+    report: Path | None,
+    json_path: Path | None,
+) -> None:
+    """Run a real workload on stock Dask and on dask-gpurt, and compare.
+
+    TPC-H queries 3, 5, 9 and 18 with dask.dataframe, checked by DuckDB, and three array jobs on more data than the
+    workers have memory, checked by NumPy. Each runs on both sides, in turns, on clusters of local processes.
+
+    The exit status is 0 if all answers were right, 1 if not.
+    """
+    missing = [module for module in DEMO_MODULES if importlib.util.find_spec(module) is None]
+    if missing:
+        raise click.ClickException(f"{', '.join(missing)} not installed; try: pip install 'dask-gpurt[demo]'")
+    for path in (report, json_path):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise click.ClickException(f"there is no folder {path.absolute().parent} to write {path.name} to")
+    from dask_gpurt.demo.app import Options, run
+    from dask_gpurt.errors import GpurtError
+
+    options = Options(
+        scale=scale,
+        workers=workers,
+        threads=threads,
+        memory_limit_nbytes=memory_limit,
+        array_nbytes=array_size,
+        rounds=rounds,
+        only=only,
+        parts=tuple(part for part in PARTS if part not in without),
+        limit_s=time_limit,
+        cache=cache,
+        report=report,
+        json=json_path,
+    )
+    try:
+        agreed = run(options)
+    except GpurtError as error:
+        raise click.ClickException(str(error)) from error
+    if not agreed:
+        raise SystemExit(1)
+
+
+def _array_nbytes(context: click.Context, parameter: click.Parameter, value: str) -> int:
+    from dask.utils import parse_bytes
+
+    try:
+        nbytes = int(parse_bytes(value))
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not a size such as '2 GiB'", context, parameter) from error
+    if nbytes <= 0:
+        raise click.BadParameter(f"{value!r} is not above zero", context, parameter)
+    return nbytes

@@ -41,7 +41,7 @@ class Side:
             install(client, placement=chosen["placement"], shuffle=chosen["shuffle"], memory=chosen["memory"])
 
 
-STOCK = Side("stock Dask")
+STOCK = Side("stock")
 GPURT = Side("dask-gpurt", PARTS)
 
 
@@ -95,7 +95,7 @@ def open_client(spec: ClusterSpec) -> Iterator[Client]:
         "threads_per_worker": spec.threads,
         "host": "127.0.0.1",
         "protocol": "tcp",
-        "dashboard_address": None,
+        "dashboard_address": "127.0.0.1:0",
         "silence_logs": logging.CRITICAL,
     }
     backends = {}

@@ -72,16 +72,18 @@ class Metric:
     """A figure that the two sides are compared by; less is better."""
 
     name: str
+    #: As the head of a column.
+    short: str
     title: str
     of: Callable[[Usage], float | None]
     unit: str
 
 
 METRICS = (
-    Metric("wall_s", "wall time", lambda usage: usage.wall_s, "s"),
-    Metric("moved_nbytes", "moved between workers", lambda usage: usage.moved_nbytes, "B"),
-    Metric("written_nbytes", "spilled to disk", lambda usage: usage.written_nbytes, "B"),
-    Metric("peak_nbytes", "peak memory", lambda usage: usage.peak_nbytes, "B"),
+    Metric("wall_s", "wall", "wall time", lambda usage: usage.wall_s, "s"),
+    Metric("moved_nbytes", "moved", "moved between workers", lambda usage: usage.moved_nbytes, "B"),
+    Metric("written_nbytes", "spilled", "spilled to disk", lambda usage: usage.written_nbytes, "B"),
+    Metric("peak_nbytes", "peak", "peak memory", lambda usage: usage.peak_nbytes, "B"),
 )
 
 

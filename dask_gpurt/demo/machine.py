@@ -1,0 +1,58 @@
+"""What a figure was measured on: the machine, the versions, the command."""
+
+from __future__ import annotations
+
+import datetime as dt
+import importlib.metadata
+import os
+import platform
+import shlex
+import sys
+from typing import Any
+
+import psutil
+
+__all__ = ["describe"]
+
+#: Distributions whose version goes into a report.
+DISTRIBUTIONS = ("dask-gpurt", "dask", "distributed", "numpy", "pandas", "pyarrow", "duckdb", "tpchgen-cli")
+
+
+def describe() -> dict[str, Any]:
+    """Return machine, versions and command as plain data for JSON.
+
+    Examples
+    --------
+    >>> sorted(describe())
+    ['command', 'machine', 'time', 'versions']
+    """
+    versions = {"python": platform.python_version()}
+    for name in DISTRIBUTIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "time": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "machine": {
+            "system": f"{platform.system()} {platform.release()}",
+            "architecture": platform.machine(),
+            "processor": _processor(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_nbytes": psutil.virtual_memory().total,
+        },
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                name, _, value = line.partition(":")
+                if name.strip() == "model name":
+                    return value.strip()
+    except FileNotFoundError:
+        pass
+    return platform.processor()
