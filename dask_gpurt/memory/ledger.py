@@ -10,7 +10,8 @@ Whoever is about to bring bytes into a tier takes a :class:`Reservation` first. 
 into held bytes in :meth:`Ledger.hold`, or is given back by :meth:`Reservation.release`. What does not fit waits in a
 :class:`Request`, strictly first in, first out, so that a large request is not starved by small ones. When nothing can
 be moved out of the way any more, :meth:`Ledger.force` grants the request at the head although it does not fit: a tier
-that is too small makes things slow, and never makes them hang. Only one forced grant is outstanding at a time.
+that is too small makes things slow, and never makes them hang. Only one forced grant is outstanding at a time,
+unless the caller sees that nothing has moved for a while: whoever holds the last one may be waiting in the queue.
 
 Covers: counting, limits, reservations and their queue.
 Does not cover: what is moved away to make room; see :mod:`dask_gpurt.memory.spiller`.
@@ -111,6 +112,8 @@ class Ledger:
 
     def __init__(self, limits: Mapping[Tier, int | None] | None = None) -> None:
         limits = limits or {}
+        #: Requests granted so far.
+        self.grants = 0
         self._accounts = {tier: _Account(limits.get(tier)) for tier in Tier}
 
     def __repr__(self) -> str:
@@ -229,15 +232,19 @@ class Ledger:
             account.queue.remove(request)
             self._grant(tier)
 
-    def force(self, tier: Tier) -> bool:
-        """Grant the oldest request that may be forced, unless a forced reservation is outstanding."""
+    def force(self, tier: Tier, *, again: bool = False) -> bool:
+        """Grant the oldest request that may be forced, unless a forced reservation is outstanding.
+
+        With ``again``, even then.
+        """
         account = self._accounts[tier]
-        if account.forced is not None:
+        if account.forced is not None and not again:
             return False
         for request in account.queue:
             if request.forceable:
                 account.queue.remove(request)
                 reservation = self.reserve(tier, request.nbytes)
+                self.grants += 1
                 if request.nbytes:
                     reservation.forced = True
                     account.forced = reservation
@@ -262,4 +269,5 @@ class Ledger:
             if account.limit is not None and account.held + account.reserved + nbytes > account.limit:
                 return
             request = account.queue.popleft()
+            self.grants += 1
             request.granted(self.reserve(tier, nbytes))

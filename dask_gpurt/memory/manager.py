@@ -32,7 +32,8 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Container, Hashable, MutableMapping, Sequence
+from collections.abc import Container, Hashable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from time import time
 from typing import Any
 
@@ -426,33 +427,46 @@ class MemoryManager:
             return await hooks.get_data(comm, keys, who=who, serializers=serializers)
         served: dict[Hashable, Any] = {}
         pinned: list[tuple[Mover, tuple[Hashable, ...]]] = []
-        reservations = []
+        reservation = None
+        # Where nothing is serialized (inproc), the value itself is wanted, and so it is if it has no frames on disk.
+        raised = [
+            (mover, key)
+            for mover, key in absent
+            if mover is not self._host
+            or comm.peer_address.startswith("inproc://")
+            or isinstance(mover.copy_of(key), _StockCopy)
+        ]
+        as_they_lie = [(mover, key) for mover, key in absent if (mover, key) not in raised]
         try:
-            # Where nothing is serialized (inproc), the value itself is wanted.
-            as_it_lies = not comm.peer_address.startswith("inproc://")
-            for mover, key in absent:
-                try:
-                    frames = None
-                    if as_it_lies and mover is self._host:
-                        block = mover.spiller.blocks.get(key)
-                        reservations.append(await mover.reserve(block.copy_nbytes if block else 0))
+            for mover, key in raised:
+                with self._reporting(mover, key, who):
+                    pinned.append((mover, await mover.ensure([key])))
+            if as_they_lie and self._host is not None:
+                # For all at once: to hold some while waiting for more would hold up others that do the same.
+                copies = [mover.copy_of(key) for mover, key in as_they_lie]
+                reservation = await self._host.reserve(sum(copy.nbytes for copy in copies if copy is not None))
+                for mover, key in as_they_lie:
+                    with self._reporting(mover, key, who):
                         frames = await mover.frames(key)
-                    if frames is not None:
-                        served[key] = codec.serialized(*frames)
-                    else:
-                        pinned.append((mover, await mover.ensure([key])))
-                except SpillError as error:
-                    # The peer learns that the key is not here, and asks the scheduler.
-                    logger.warning("Cannot serve %r to %s: %s", key, who, error)
-                    if self._mapping is not None and key not in mover:
-                        self._mapping.forget(key)
+                        if frames is not None:
+                            served[key] = codec.serialized(*frames)
             with serving(served):
                 return await hooks.get_data(comm, keys, who=who, serializers=serializers)
         finally:
-            for reservation in reservations:
+            if reservation is not None:
                 reservation.release()
             for mover, names in pinned:
                 mover.unpin(names)
+
+    @contextmanager
+    def _reporting(self, mover: Mover, key: Hashable, who: str | None) -> Iterator[None]:
+        """Let a peer know that a key which cannot be read is not here; it asks the scheduler then."""
+        try:
+            yield
+        except SpillError as error:
+            logger.warning("Cannot serve %r to %s: %s", key, who, error)
+            if self._mapping is not None and key not in mover:
+                self._mapping.forget(key)
 
     # Losses
 

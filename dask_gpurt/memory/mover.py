@@ -43,6 +43,11 @@ logger = logging.getLogger(__name__)
 RETRY_S = 1.0
 
 
+#: Seconds without any grant, read or write after which a request is granted although another forced one is
+#: outstanding. Whoever holds that one may be waiting behind it.
+PATIENCE_S = 0.25
+
+
 class RawName:
     """Base of names whose values are lists of buffers, kept as they are."""
 
@@ -282,11 +287,18 @@ class Mover:
             request = self.ledger.request(self.tier, nbytes, lambda r: self._call(grant, r), forceable=forceable)
             self._handle(ev.Pressed(0), garbage)
         try:
-            return await future
+            grants = self.ledger.grants
+            while not (await asyncio.wait([future], timeout=PATIENCE_S))[0]:
+                if forceable and grants == self.ledger.grants and not self._pending:
+                    with self._acting() as garbage:
+                        self.ledger.force(self.tier, again=True)
+                grants = self.ledger.grants
+            return future.result()
         except asyncio.CancelledError:
             with self._acting() as garbage:
                 self.ledger.cancel(self.tier, request)
-                if future.done() and not future.cancelled():
+                # Granted already, or by a callback that is on its way: that one finds the future cancelled.
+                if not future.cancel() and not future.cancelled():
                     future.result().release()
                 self._handle(ev.Pressed(0), garbage)
             raise
