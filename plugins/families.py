@@ -18,7 +18,8 @@ roots go decides where everything after them goes, since later tasks stay with t
    into pieces. So are families as such: dealing *small* families in order of priority keeps few reductions open at
    a time, and memory low.
 3. A meeting that also takes results that are in memory already draws its family to the worker that holds
-   most of them. All other families are dealt in order of priority to the worker with the least so far for its threads.
+   most of them. All other families are dealt in order of priority to the worker with the least so far for its
+   threads, a few in a row where their meetings meet soon in turn, so that the next level of a reduction is local, too.
 4. Roots that meet nobody in the graph at hand (a collection that is persisted) are dealt by **position**: the i-th of
    n blocks goes to the worker that holds the fraction i / n of the cluster's threads. Collections of the same shape,
    persisted at different times, lie alike, and a later ``x + y`` moves nothing. A square grid is walked so that the
@@ -283,7 +284,8 @@ def _deal(groups: Sequence[Sequence[Family]], shares: Sequence[Share], load: Seq
     for group in groups:
         loaded, position = heapq.heappop(heap)
         for family in group:
-            if loaded >= fair:
+            # The nearest to fair that whole families allow.
+            if loaded + len(family.keys) / shares[position].nthreads / 2 > fair:
                 loaded, position = heapq.heappushpop(heap, (loaded, position))
             family.home = shares[position].worker
             loaded += len(family.keys) / shares[position].nthreads

@@ -69,6 +69,8 @@ REMEMBERED = 10_000
 HELPED = 32
 #: Families that are looked at for one idle worker.
 LOOKED_AT = 64
+#: Tasks to come of which it is remembered where their inputs are made.
+SIBLINGS = 100_000
 #: Task prefixes whose sizes are remembered.
 PREFIXES = 10_000
 
@@ -137,6 +139,8 @@ class Placement:
         self._rootish: dict[Any, bool] = {}
         #: Task prefix to the size of its latest planned result.
         self._output_nbytes: dict[str, int] = {}
+        #: Key of a task that is not ready yet to the worker that was chosen last for one of its inputs.
+        self._siblings: dict[Any, Any] = {}
         self._counts: Counter[str] = Counter()
         self._errors = 0
         self._decisions: deque[tuple[Any, str, str]] = deque(maxlen=REMEMBERED)
@@ -408,20 +412,31 @@ class Placement:
             if len(holders) == 1:
                 (ws,) = holders
                 return self._decided(ts, ws, "only-holder") if ws in running else None
+        self._siblings.pop(ts.key, None)
         held, total = policy.holdings(inputs)
         workers = policy.best_holders(held, running)
         if not workers:
             return None
         if len(workers) == 1:
             return self._decided(ts, workers[0], "only-holder")
+        consumer = next(iter(ts.dependents)).key if len(ts.dependents) == 1 else None
+        sibling = self._siblings.get(consumer)
+        # What this task makes has to come to its siblings' results, unless it is made beside them.
+        apart_nbytes = policy.result_nbytes(total, len(inputs)) if sibling is not None else 0
         candidates = []
         for ws in workers:
             missing = total - held[ws]
+            if ws is not sibling:
+                missing += apart_nbytes
             coming = ws.needs_what
             if missing and coming:
                 missing -= sum(d.get_nbytes() for d in inputs if d in coming)
             candidates.append(Candidate(ws, missing, self._wait_s(ws)))
         choice = policy.choose(candidates, self.scheduler.bandwidth)
+        if consumer is not None:
+            if len(self._siblings) >= SIBLINGS:
+                self._siblings.clear()
+            self._siblings[consumer] = choice.worker
         return self._decided(ts, choice.worker, choice.reason)
 
     def _wait_s(self, ws: WorkerState) -> float:
@@ -459,6 +474,7 @@ class Placement:
     def _forget(self) -> None:
         self._plan.clear()
         self._rootish.clear()
+        self._siblings.clear()
         self._queues.clear()
 
     def _slots_opened(self, *, stimulus_id: str) -> None:
@@ -482,8 +498,8 @@ class Placement:
                 key = self._queues.next_for(ws, self._is_queued) if ws in self._with_slots else None
                 if key is None:
                     continue
-                ts = self._tasks[key]
-                first = scheduler.queued.peek()
+                ts: Any = self._tasks[key]
+                first: Any = scheduler.queued.peek()
                 if first.priority[0] < ts.priority[0]:
                     # Priorities that users gave hold across all queues, as in Dask, whatever the plan.
                     key = first.key

@@ -9,6 +9,9 @@ Theory of operation
 twice what moving costs. The factor is there because a move is paid by others, too (both links are busy, and
 the next task finds its inputs apart), and because a queue is a guess while bytes are facts.
 
+*Stay together*: results that are inputs of the same later task have to meet, so a worker on which the task's siblings
+were placed counts as holding a result's worth of bytes more than others.
+
 Only workers that hold an input are looked at, and of inputs with many replicas only if there is nothing else to go by:
 a broadcast that is everywhere says nothing, and walking all its holders is what makes a scheduler slow.
 """
@@ -21,7 +24,18 @@ from typing import Any, Protocol
 
 from dask_gpurt.plugins.view import Candidate, Choice
 
-__all__ = ["CANDIDATES", "GUARD", "MANY", "STAY_PUT", "UNKNOWN_S", "accepts", "best_holders", "choose", "holdings"]
+__all__ = [
+    "CANDIDATES",
+    "GUARD",
+    "MANY",
+    "STAY_PUT",
+    "UNKNOWN_S",
+    "accepts",
+    "best_holders",
+    "choose",
+    "holdings",
+    "result_nbytes",
+]
 
 #: How much later a task may start where its inputs lie, in units of what moving them costs.
 STAY_PUT = 2.0
@@ -133,6 +147,17 @@ def accepts(missing_nbytes: int, consumers: int, best_missing_nbytes: int, outpu
     False
     """
     return missing_nbytes <= GUARD * max(best_missing_nbytes, output_nbytes) * max(consumers, 1)
+
+
+def result_nbytes(inputs_nbytes: int, ninputs: int) -> int:
+    """Guess the size of a result before one of its kind has been seen: half of a typical input.
+
+    Examples
+    --------
+    >>> result_nbytes(300, 3)
+    50
+    """
+    return inputs_nbytes // (2 * max(ninputs, 1))
 
 
 def best_holders(held: dict[Any, int], running: Collection[Any], limit: int = CANDIDATES) -> list[Any]:

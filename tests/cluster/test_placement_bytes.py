@@ -51,14 +51,15 @@ def _run(
     Bytes are counted up to the end of ``job``; the answer is what ``finish`` makes of its result.
     """
     with _client(n_workers) as (_, cluster):
+        scheduler: Any = cluster.scheduler
 
         async def start() -> Placement:
-            placement = Placement(cluster.scheduler, PlacementSettings())
+            placement = Placement(scheduler, PlacementSettings())
             placement.start()
             return placement
 
         async def check() -> None:
-            cluster.scheduler.validate_state()
+            scheduler.validate_state()
 
         placement = cluster.sync(start) if placed else None
         result = job()
@@ -80,7 +81,8 @@ def _blocks(name: str, rows: int, columns: int) -> da.Array:
         index = np.arange(top, bottom)[:, None] * (columns * SIDE) + np.arange(left, right)[None, :]
         return (index / total).astype("f8")
 
-    return da.map_blocks(block, chunks=((SIDE,) * rows, (SIDE,) * columns), dtype="f8", name=name)
+    blocks: da.Array = da.map_blocks(block, chunks=((SIDE,) * rows, (SIDE,) * columns), dtype="f8", name=name)
+    return blocks
 
 
 def _values(rows: int, columns: int) -> np.ndarray[Any, Any]:
@@ -150,7 +152,7 @@ def test_new_blocks_go_where_the_blocks_they_meet_are() -> None:
         wait(x)
         y = _blocks("y", 24, 1)
         with dask.config.set({"optimization.fuse.active": False}):
-            both = da.blockwise(np.hypot, "ij", x, "ij", y.map_blocks(np.copy), "ij", dtype="f8").persist()
+            both = da.hypot(x, da.map_blocks(np.copy, y)).persist()
         wait(both)
         return both
 
@@ -176,7 +178,7 @@ def _matmul() -> bool:
 def _tsqr() -> bool:
     q, r = da.linalg.qr(_blocks("x", 20, 1) + da.eye(20 * SIDE, chunks=SIDE)[:, :SIDE])
     x = _values(20, 1) + np.eye(20 * SIDE)[:, :SIDE]
-    q, r = dask.compute(q, r)
+    q, r = q.compute(), r.compute()
     return bool(np.allclose(q @ r, x) and np.allclose(q.T @ q, np.eye(SIDE)))
 
 

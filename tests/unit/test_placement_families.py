@@ -109,10 +109,31 @@ def test_inputs_that_are_all_wide_do_meet() -> None:
     assert meets["x", 0] == meets["y", 0] == ("xy", 0, 0)
 
 
-def test_families_are_dealt_in_turn_and_stay_small() -> None:
+def test_families_are_small_and_neighbours_are_dealt_in_a_row() -> None:
     dealt = tree(24, 4).deal(WORKERS)
     assert [len(family.keys) for family in dealt] == [4] * 6
-    assert [family.home for family in dealt] == ["a", "b", "c", "a", "b", "c"]
+    assert [family.home for family in dealt] == ["a", "a", "b", "b", "c", "c"]
+
+
+def test_neighbours_in_a_row_are_few() -> None:
+    dealt = tree(240, 4).deal(WORKERS)
+    runs = [len(list(run)) for _, run in itertools.groupby(dealt, key=lambda family: family.home)]
+    assert max(runs) * 4 <= families.NEIGHBOURHOOD
+    assert len(runs) > 3 * len(WORKERS)
+
+
+def test_neighbours_are_parted_rather_than_dealt_unfairly() -> None:
+    # Eight pairs of families for three workers: whole pairs would leave one worker with half as much again.
+    graph = Graph()
+    for pair in range(8):
+        for half in range(2):
+            leaves = [graph.add(("leaf", pair, half, i)).key for i in range(4)]
+            graph.add(("sum", pair, half), *leaves)
+        graph.add(("pair", pair), ("sum", pair, 0), ("sum", pair, 1))
+    dealt = graph.deal(WORKERS)
+    counts = [sum(len(f.keys) for f in dealt if f.home == share.worker) for share in WORKERS]
+    assert sorted(counts) == [20, 20, 24]
+    assert [family.home for family in dealt[:6]] == ["a", "a", "b", "b", "c", "c"]
 
 
 def test_a_meeting_of_all_is_no_reason_to_overload_a_worker() -> None:
@@ -132,7 +153,7 @@ def test_a_family_goes_where_its_meeting_has_data() -> None:
     dealt = tree(24, 4).deal(WORKERS, lambda meeting: "b" if meeting.key == ("sum", 0) else None)
     assert dealt[0].home == "b"
     # Its load is counted: b gets no more than its share of the others.
-    assert sorted(family.home for family in dealt) == ["a", "a", "b", "b", "c", "c"]
+    assert sorted(str(family.home) for family in dealt) == ["a", "a", "b", "b", "c", "c"]
 
 
 def test_a_holder_that_is_no_candidate_is_not_dealt_to() -> None:
