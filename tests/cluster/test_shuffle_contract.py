@@ -1,0 +1,287 @@
+"""What distributed promises of a p2p shuffle, whatever data plane it is on: its state comes and goes, errors are named."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import dask.dataframe as dd
+import numpy as np
+import pandas as pd
+import pytest
+from distributed import Client, Event, LocalCluster, Worker
+
+from dask_gpurt.config import ShuffleSettings
+from dask_gpurt.memory.store import DictBufferStore
+from dask_gpurt.shuffle.run import Run
+from dask_gpurt.shuffle.scheduler import ShuffleScheduler, supports
+from dask_gpurt.shuffle.wire import WireError
+from dask_gpurt.shuffle.worker import ShuffleWorker
+
+
+class Parts:
+    """A cluster in this process, with our shuffle and nothing else of ours."""
+
+    def __init__(self, cluster: LocalCluster, client: Client) -> None:
+        self.cluster = cluster
+        self.client = client
+        self.scheduler = cluster.scheduler
+        self.workers: list[Worker] = list(cluster.workers.values())
+        self.shuffle = ShuffleScheduler(self.scheduler, ShuffleSettings())
+        for worker in self.workers:
+            self.equip(worker)
+        self.shuffle.start()
+
+    def equip(self, worker: Worker) -> None:
+        part = ShuffleWorker(worker, ShuffleSettings(), DictBufferStore())
+        part.start()
+        worker.extensions["gpurt"] = SimpleNamespace(shuffle=part)
+        self.shuffle.set_capable(worker.address, True)
+
+    def part(self, worker: Worker) -> ShuffleWorker:
+        part: ShuffleWorker = worker.extensions["gpurt"].shuffle
+        return part
+
+    def runs(self) -> list[Run]:
+        return [run for worker in self.workers for run in list(self.part(worker)._runs.values())]
+
+    async def at_rest(self) -> None:
+        """Wait until no run is active, and see that nothing is left of any."""
+        for run in self.runs():
+            await asyncio.wait_for(run._closed_event.wait(), 10)
+        for worker in self.workers:
+            part = self.part(worker)
+            assert not part.store._held  # type: ignore[attr-defined]
+            assert part.window.used_nbytes == 0
+
+
+@asynccontextmanager
+async def parts() -> AsyncIterator[Parts]:
+    async with (
+        LocalCluster(
+            n_workers=2,
+            threads_per_worker=2,
+            processes=False,
+            protocol="tcp",
+            host="127.0.0.1",
+            dashboard_address=":0",
+            asynchronous=True,
+        ) as cluster,
+        Client(cluster, asynchronous=True) as client,
+    ):
+        yield Parts(cluster, client)
+
+
+def frame(rows: int = 1000) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    return pd.DataFrame({"key": rng.integers(0, 50, rows), "value": rng.random(rows)})
+
+
+def shuffled(data: pd.DataFrame, inputs: int = 5, outputs: int = 6) -> Any:
+    return dd.from_pandas(data, npartitions=inputs, sort=False).shuffle(
+        "key", npartitions=outputs, shuffle_method="p2p"
+    )
+
+
+def run(main: Any) -> None:
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_nothing_is_left_of_a_shuffle_that_is_forgotten() -> None:
+    async def main() -> None:
+        async with parts() as cluster:
+            data = frame()
+            found = await cluster.client.compute(shuffled(data))
+            pd.testing.assert_frame_equal(found.sort_index(), data)
+            await cluster.at_rest()
+            assert all(cluster.part(worker).runs == 1 for worker in cluster.workers)
+            assert not cluster.scheduler.plugins["shuffle"].active_shuffles
+
+    run(main)
+
+
+def test_results_may_be_dropped_and_others_asked_for_later() -> None:
+    async def main() -> None:
+        async with parts() as cluster:
+            data = frame()
+            collection = shuffled(data)
+            first = cluster.client.compute(collection.partitions[:2].to_delayed())
+            await asyncio.gather(*first)
+            rest = cluster.client.compute(collection.to_delayed())
+            del first
+            found = pd.concat(await asyncio.gather(*rest))
+            pd.testing.assert_frame_equal(found.sort_index(), data)
+            del rest
+            await cluster.at_rest()
+
+    run(main)
+
+
+def test_many_shuffles_go_side_by_side() -> None:
+    async def main() -> None:
+        async with parts() as cluster:
+            data = frame()
+            futures = [cluster.client.compute(shuffled(data, inputs=3 + i, outputs=2 + i)) for i in range(4)]
+            for future in futures:
+                pd.testing.assert_frame_equal((await future).sort_index(), data)
+            del future, futures
+            await cluster.at_rest()
+
+    run(main)
+
+
+def test_the_same_parcel_twice_is_taken_in_once() -> None:
+    async def main() -> None:
+        async with parts() as cluster:
+            data = frame()
+            stock, doubled = Run._deliver, 0
+
+            async def twice(self: Run, address: str, buffers: list[Any]) -> None:
+                nonlocal doubled
+                doubled += 1
+                await asyncio.gather(stock(self, address, buffers), stock(self, address, buffers))
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Run, "_deliver", twice)
+                found = await cluster.client.compute(shuffled(data))
+            assert doubled
+            pd.testing.assert_frame_equal(found.sort_index(), data)
+
+    run(main)
+
+
+def test_a_worker_that_joins_late_may_send() -> None:
+    async def main() -> None:
+        async with parts() as cluster:
+            data = frame()
+            reached, go_on = Event("late-reached"), Event("late-go-on")
+
+            def hold(part: pd.DataFrame) -> pd.DataFrame:
+                if len(part) and Event("late-first").is_set():
+                    Event("late-reached").set()
+                    assert Event("late-go-on").wait(30)
+                Event("late-first").set()
+                return part
+
+            source = dd.from_pandas(data, npartitions=12, sort=False).map_partitions(hold, meta=data.iloc[:0])
+            future = cluster.client.compute(source.shuffle("key", npartitions=4, shuffle_method="p2p"))
+            await reached.wait()
+            async with Worker(cluster.scheduler.address, nthreads=2, host="127.0.0.1", dashboard_address=":0") as late:
+                assert late.address not in {worker.address for worker in cluster.workers}
+                await go_on.set()
+                found = await future
+            pd.testing.assert_frame_equal(found.sort_index(), data)
+
+    run(main)
+
+
+@pytest.mark.parametrize("phase", ["transfer", "unpack"])
+def test_errors_of_our_own_name_the_shuffle_and_its_phase(phase: str) -> None:
+    async def main() -> None:
+        async with parts() as cluster:
+
+            def fail(*_: Any, **__: Any) -> Any:
+                raise ZeroDivisionError("on purpose")
+
+            from dask_gpurt.shuffle import frames
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(frames, "split" if phase == "transfer" else "unpack", fail)
+                future = cluster.client.compute(shuffled(frame()))
+                with pytest.raises(RuntimeError, match=f"failed during {phase} phase") as caught:
+                    await future
+            assert isinstance(caught.value.__cause__, ZeroDivisionError)
+            del future
+            await cluster.at_rest()
+
+    run(main)
+
+
+def test_a_failed_send_fails_the_shuffle_and_not_the_worker() -> None:
+    async def main() -> None:
+        async with parts() as cluster:
+            data = frame()
+
+            async def fail(self: Run, address: str, buffers: list[Any]) -> None:
+                raise ValueError(f"{self} cannot reach {address} with {len(buffers)} buffers")
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Run, "_deliver", fail)
+                future = cluster.client.compute(shuffled(data))
+                with pytest.raises(RuntimeError, match="P2P"):
+                    await future
+            del future
+            await cluster.at_rest()
+            found = await cluster.client.compute(shuffled(data, inputs=4))
+            pd.testing.assert_frame_equal(found.sort_index(), data)
+
+    run(main)
+
+
+def test_garbage_from_a_peer_is_refused_and_does_no_harm() -> None:
+    async def main() -> None:
+        async with parts() as cluster:
+            data = frame()
+            reached, go_on = Event("garbage-reached"), Event("garbage-go-on")
+
+            def hold(part: pd.DataFrame) -> pd.DataFrame:
+                Event("garbage-reached").set()
+                assert Event("garbage-go-on").wait(30)
+                return part
+
+            collection = shuffled(data)
+            future = cluster.client.compute(collection.map_partitions(hold, meta=data.iloc[:0]))
+            await reached.wait()
+            run = cluster.runs()[0]
+            for garbage in ([b"x"], [b"x", b"y"], [b"GPSH" + bytes(40), b""]):
+                with pytest.raises(WireError):
+                    await run.receive(garbage)
+            await go_on.set()
+            pd.testing.assert_frame_equal((await future).sort_index(), data)
+            # A peer that is late is told so, and does not try again.
+            await asyncio.wait_for(run._closed_event.wait(), 10)
+            reply = await run.receive([])
+            assert reply["status"] == "error"
+            assert "P2PConsistencyError" in reply["exception_text"]
+
+    run(main)
+
+
+def test_stock_where_a_worker_lacks_our_part() -> None:
+    async def main() -> None:
+        async with parts() as cluster:
+            data = frame()
+            cluster.shuffle.set_capable(cluster.workers[0].address, False)
+            found = await cluster.client.compute(shuffled(data))
+            pd.testing.assert_frame_equal(found.sort_index(), data)
+            assert all(cluster.part(worker).runs == 0 for worker in cluster.workers)
+            cluster.shuffle.set_capable(cluster.workers[0].address, True)
+            cluster.shuffle.remove_worker("tcp://127.0.0.1:1")
+            await cluster.client.compute(shuffled(data, outputs=3))
+            assert all(cluster.part(worker).runs == 1 for worker in cluster.workers)
+
+    run(main)
+
+
+def test_stop_leaves_no_trace() -> None:
+    async def main() -> None:
+        async with parts() as cluster:
+            plugin = cluster.scheduler.plugins["shuffle"]
+            assert "_retrieve_spec" in vars(plugin)
+            cluster.shuffle.start()  # Twice is once.
+            cluster.shuffle.stop()
+            cluster.shuffle.stop()
+            assert "_retrieve_spec" not in vars(plugin)
+            assert "gpurt_shuffle_decline" not in cluster.scheduler.handlers
+            data = frame()
+            pd.testing.assert_frame_equal((await cluster.client.compute(shuffled(data))).sort_index(), data)
+            assert all(cluster.part(worker).runs == 0 for worker in cluster.workers)
+
+    run(main)
+
+
+def test_what_is_not_known_is_not_supported() -> None:
+    assert not supports(object())
