@@ -28,16 +28,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def cluster() -> Iterator[LocalCluster]:
-    """Two worker processes with one thread and 512 MiB each, validating their state machines."""
+    """Two worker processes with one thread and 1 GiB each, validating their state machines."""
     with (
         dask.config.set({"distributed.scheduler.validate": True, "distributed.worker.validate": True}),
         LocalCluster(
             n_workers=2,
             threads_per_worker=1,
-            memory_limit="512 MiB",
+            memory_limit="1 GiB",
             host="127.0.0.1",
-            dashboard_address=None,
-            silence_logs=False,
+            dashboard_address="127.0.0.1:0",
         ) as cluster,
     ):
         yield cluster

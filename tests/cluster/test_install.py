@@ -10,10 +10,11 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import cloudpickle
 import dask.array as da
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster, wait
+from distributed import Client, LocalCluster, Worker, wait
 
 import dask_gpurt
 from dask_gpurt import seams
@@ -21,14 +22,18 @@ from dask_gpurt.config import PARTS
 from dask_gpurt.errors import ConfigError, InstallError
 from dask_gpurt.installation import Installation
 
+# The servers cannot import this module.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-def fingerprint(dask_scheduler: Any = None, dask_worker: Any = None) -> dict[str, Any]:
+
+def fingerprint(dask_worker: Any) -> dict[str, Any]:
     """Everything on a server that an installation might have touched, in a form that can be compared."""
 
     def name(value: object) -> str:
         return getattr(value, "__qualname__", type(value).__qualname__)
 
-    server = dask_worker or dask_scheduler
+    # Dask gives the scheduler under this name, too, to what runs there.
+    server = dask_worker
     found: dict[str, Any] = {
         "callables": {key: name(value) for key, value in vars(server).items() if callable(value)},
         "attributes": sorted(vars(server)),
@@ -37,14 +42,13 @@ def fingerprint(dask_scheduler: Any = None, dask_worker: Any = None) -> dict[str
         "plugins": {key: name(value) for key, value in server.plugins.items() if not key.startswith("Worker-")},
         "extensions": {key: name(value) for key, value in server.extensions.items()},
     }
-    if dask_worker is not None:
-        found["data"] = (name(dask_worker.data), name(dask_worker.state.data))
-        found["state"] = {key: name(value) for key, value in vars(dask_worker.state).items() if callable(value)}
+    if isinstance(server, Worker):
+        found["data"] = (name(server.data), name(server.state.data))
     else:
-        found["worker plugins"] = sorted(dask_scheduler.worker_plugins)
-        found["transitions"] = {key: name(value) for key, value in dask_scheduler._TRANSITIONS_TABLE.items()}
+        found["worker plugins"] = sorted(server.worker_plugins)
+        found["transitions"] = {key: name(value) for key, value in server._TRANSITIONS_TABLE.items()}
         for key in ("stealing", "shuffle"):
-            extension = dask_scheduler.extensions.get(key) or dask_scheduler.plugins[key]
+            extension = server.extensions.get(key) or server.plugins[key]
             found[key] = sorted(key for key, value in vars(extension).items() if callable(value))
     return found
 
@@ -117,24 +121,24 @@ def _spilled(dask_worker: Any) -> int:
 
 def test_installing_on_a_busy_cluster_with_data_in_memory_and_on_disk_loses_nothing(client: Client) -> None:
     rng = da.random.default_rng(7)
-    # 720 MB on two workers whose target is 0.6 * 512 MiB: stock has spilled some of it.
-    x = rng.random((9000, 10000), chunks=(1500, 2000)).persist()
+    # 1.4 GB on two workers whose target is 0.6 GiB: stock has spilled some of it.
+    x = rng.random((12000, 15000), chunks=(1500, 2500)).persist()
     wait(x)
     expected = x.sum(axis=0).compute()
     assert sum(client.run(_spilled).values()) > 0, "the test needs data on disk"
-    scattered = client.scatter({"some": "value"})
+    [scattered] = client.scatter([{"some": "value"}])
 
     running = (x + 1).sum(axis=1).persist()
     assert all(dask_gpurt.install(client).installed(part) for part in PARTS)
     np.testing.assert_allclose(x.sum(axis=0).compute(), expected)
-    np.testing.assert_allclose(running.compute(), x.sum(axis=1).compute() + 10000)
+    np.testing.assert_allclose(running.compute(), x.sum(axis=1).compute() + 15000)
     assert sum(client.run(_spilled).values()) > 0
     assert scattered.result() == {"some": "value"}
 
     running = (x + 2).sum(axis=1).persist()
     dask_gpurt.uninstall(client)
     np.testing.assert_allclose(x.sum(axis=0).compute(), expected)
-    np.testing.assert_allclose(running.compute(), x.sum(axis=1).compute() + 20000)
+    np.testing.assert_allclose(running.compute(), x.sum(axis=1).compute() + 30000)
     assert scattered.result() == {"some": "value"}
     # The same keys, not keys that were computed again.
     assert client.run_on_scheduler(_recomputed) == 0
@@ -213,7 +217,9 @@ def test_a_worker_on_which_a_part_cannot_start_runs_stock_for_it(client: Client,
 @pytest.mark.parametrize("part", ["placement", "shuffle"])
 def test_a_part_that_cannot_start_on_the_scheduler_is_left_stock(part: str) -> None:
     with (
-        LocalCluster(n_workers=1, processes=False, host="127.0.0.1", dashboard_address=None) as cluster,
+        LocalCluster(
+            n_workers=1, processes=False, protocol="tcp://", host="127.0.0.1", dashboard_address="127.0.0.1:0"
+        ) as cluster,
         Client(cluster) as client,
         pytest.MonkeyPatch.context() as patch,
     ):
@@ -229,7 +235,12 @@ def test_an_asynchronous_client_awaits_the_answer() -> None:
     async def main() -> tuple[Installation, Installation]:
         async with (
             LocalCluster(
-                n_workers=1, processes=False, host="127.0.0.1", dashboard_address=None, asynchronous=True
+                n_workers=1,
+                processes=False,
+                protocol="tcp://",
+                host="127.0.0.1",
+                dashboard_address="127.0.0.1:0",
+                asynchronous=True,
             ) as cluster,
             Client(cluster, asynchronous=True) as client,
         ):
