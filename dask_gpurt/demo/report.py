@@ -131,7 +131,7 @@ def _bars(comparisons: Sequence[Comparison], metric: Metric) -> Any:
         sizing_mode="stretch_width",
         title=f"{metric.title} ({unit})",
         toolbar_location=None,
-        x_range=Range1d(0, _upper(comparisons, metric) / divisor),
+        x_range=Range1d(start=0, end=_upper(comparisons, metric) / divisor),
     )
     for side, colour, offset in zip(_sides(comparisons), COLOURS, (0.19, -0.19), strict=True):
         medians = {comparison.job: comparison.median(metric, side) for comparison in comparisons}
@@ -169,7 +169,7 @@ def _ratios(comparisons: Sequence[Comparison]) -> Any:
     plot = figure(
         y_range=FactorRange(factors=jobs),
         x_axis_type="log",
-        x_range=Range1d(1 / reach, reach),
+        x_range=Range1d(start=1 / reach, end=reach),
         height=90 + 40 * len(jobs),
         sizing_mode="stretch_width",
         toolbar_location=None,

@@ -1,0 +1,64 @@
+"""``python -m benchmarks NAME [--quick] [--json FILE]``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import benchmarks
+from benchmarks.frame import Subject, WrongAnswerError, run_subject
+
+#: Modules of this folder that are no subjects.
+FRAME = ("__main__", "frame")
+
+
+def subjects() -> dict[str, Subject]:
+    """Return all subjects by name: each module of this folder has one, under the name ``SUBJECT``."""
+    found = {}
+    for module in pkgutil.iter_modules(benchmarks.__path__):
+        if module.name not in FRAME:
+            subject = importlib.import_module(f"benchmarks.{module.name}").SUBJECT
+            found[subject.name] = subject
+    return found
+
+
+def main(arguments: Sequence[str] | None = None, known: dict[str, Subject] | None = None) -> int:
+    """Run the command; return its exit status."""
+    known = subjects() if known is None else known
+    listed = "\n".join(f"  {name:<12}{subject.title}" for name, subject in sorted(known.items()))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measure dask-gpurt beside its peers.",
+        epilog=f"subjects:\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", metavar="NAME", help="the subject")
+    parser.add_argument("--quick", action="store_true", help="fewer runs: two minutes on two cores")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, machine and versions to FILE")
+    options = parser.parse_args(arguments)
+    if options.name not in known:
+        parser.print_usage(sys.stderr)
+        print(f"there is no subject {options.name!r}; there are:\n{listed}", file=sys.stderr)
+        return 2
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        print(f"there is no folder to write {options.json} to", file=sys.stderr)
+        return 2
+    try:
+        run_subject(
+            known[options.name],
+            quick=options.quick,
+            json_path=options.json,
+            say=lambda text: print(text, flush=True),
+        )
+    except WrongAnswerError as error:
+        print(f"wrong answer: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

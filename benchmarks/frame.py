@@ -1,0 +1,165 @@
+"""What every benchmark has in common: pairs of runs, ratios, one line a case.
+
+Covers: :class:`Subject`, :class:`Line`, :func:`ratio_of_pairs`, the output.
+Does not cover: what is measured; one module a subject.
+
+Ours and the peer take turns in one process on one machine, ABBA, so that a drift weighs on both. Of each pair of
+neighbouring runs the ratio is taken; the median of these ratios is what is reported, with the quartiles as its spread:
+a ratio whose quartiles enclose 1 says nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dask_gpurt.demo import machine
+from dask_gpurt.demo.runner import quotient
+
+__all__ = ["Line", "Subject", "WrongAnswerError", "line_of_pairs", "run_subject", "turns"]
+
+
+class WrongAnswerError(Exception):
+    """Ours and the peer do not give the same answer: there is nothing to compare."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One case of a subject.
+
+    Parameters
+    ----------
+    case, metric
+        What was done, and what was measured, with its unit last: ``wall_s``.
+    ratio
+        Above 1: ours is better.
+    ours, peer
+        The figures, medians if there are several runs.
+    peer_name
+        What ours is compared with.
+    quartiles
+        Of the pairs' ratios.
+    pairs
+        Pairs of runs.
+    """
+
+    case: str
+    metric: str
+    ratio: float
+    ours: float
+    peer: float
+    peer_name: str
+    quartiles: tuple[float, float]
+    pairs: int
+
+    def text(self, subject: str) -> str:
+        """Return the line as it is printed.
+
+        Examples
+        --------
+        >>> Line("sum", "wall_s", 1.25, 2.0, 2.5, "stock", (1.2, 1.3), 7).text("demo")
+        'demo sum wall_s ratio=1.250 ours=2 peer=2.5 peer_name=stock q1=1.200 q3=1.300 pairs=7'
+        """
+        low, high = self.quartiles
+        return (
+            f"{subject} {self.case} {self.metric} ratio={self.ratio:.3f} ours={self.ours:.6g} peer={self.peer:.6g} "
+            f"peer_name={self.peer_name} q1={low:.3f} q3={high:.3f} pairs={self.pairs}"
+        )
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A benchmark.
+
+    Parameters
+    ----------
+    name
+        As on the command line.
+    title
+        What it measures, in one line.
+    run
+        Called with whether it is to be quick (two minutes on two cores); yields the cases as they are done.
+    """
+
+    name: str
+    title: str
+    run: Callable[[bool], Iterable[Line]]
+
+
+def turns(pairs: int) -> Iterator[tuple[int, bool]]:
+    """Say whose turn it is: the number of the pair, and whether it is ours.
+
+    Examples
+    --------
+    >>> list(turns(2))
+    [(0, False), (0, True), (1, True), (1, False)]
+    """
+    for number in range(pairs):
+        for ours in (False, True) if number % 2 == 0 else (True, False):
+            yield number, ours
+
+
+def line_of_pairs(case: str, metric: str, ours: Sequence[float], peer: Sequence[float], peer_name: str) -> Line:
+    """Make a line of paired figures, of which less is better.
+
+    Examples
+    --------
+    >>> line = line_of_pairs("sum", "wall_s", ours=[1.0, 2.0, 1.0], peer=[2.0, 4.0, 4.0], peer_name="stock")
+    >>> line.ratio, line.ours, line.peer
+    (2.0, 1.0, 4.0)
+    """
+    # Where neither did anything, neither is better.
+    ratios = [quotient(theirs, mine) if mine or theirs else 1.0 for mine, theirs in zip(ours, peer, strict=True)]
+    low, high = _quartiles(ratios)
+    return Line(
+        case=case,
+        metric=metric,
+        ratio=statistics.median(ratios),
+        ours=statistics.median(ours),
+        peer=statistics.median(peer),
+        peer_name=peer_name,
+        quartiles=(low, high),
+        pairs=len(ratios),
+    )
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float]:
+    if len(values) == 1 or not all(map(math.isfinite, values)):
+        return min(values), max(values)
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+def _plain(line: Line) -> dict[str, object]:
+    """Return the line as plain data; JSON has no infinity, which becomes null."""
+    plain = dataclasses.asdict(line)
+    plain["ratio"] = line.ratio if math.isfinite(line.ratio) else None
+    plain["quartiles"] = [ratio if math.isfinite(ratio) else None for ratio in line.quartiles]
+    return plain
+
+
+def run_subject(subject: Subject, *, quick: bool, json_path: Path | None, say: Callable[[str], None]) -> None:
+    """Run a subject: say each line when it is there, and write all of them to a file at the end.
+
+    Raises
+    ------
+    WrongAnswerError
+        If the answers differ. Nothing is written then.
+    """
+    lines = []
+    for line in subject.run(quick):
+        lines.append(line)
+        say(line.text(subject.name))
+    if json_path is not None:
+        content = {
+            "subject": subject.name,
+            "quick": quick,
+            **machine.describe(),
+            "lines": [_plain(line) for line in lines],
+        }
+        json_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
