@@ -166,6 +166,8 @@ MEMORY: tuple[Seam, ...] = (
     Seam("worker", "distributed.worker_state_machine:WorkerState.has_what"),
     Seam("worker", "distributed.worker_state_machine:TaskState.dependents"),
     Seam("worker", "distributed.worker_state_machine:TaskState.dependencies"),
+    Seam("worker", "distributed.worker_state_machine:TaskState.run_spec"),
+    Seam("worker", "distributed.worker_state_machine:TaskState.who_has"),
     Seam("worker", "distributed.worker_state_machine:TaskState.priority"),
     Seam("worker", "distributed.worker_state_machine:FreeKeysEvent", ("stimulus_id", "keys")),
     Seam("worker", "distributed.worker_state_machine:RescheduleEvent", ("stimulus_id", "key")),
@@ -444,6 +446,12 @@ def ahead(worker: Any) -> tuple[Any, list[Any], int]:
     state = worker.state
     now = min((task.priority for task in state.executing if task.priority is not None), default=None)
     return now, sorted(task.priority for task in state.ready), 1 + len(state.has_what)
+
+
+def is_pure_data(worker: Any, key: Any) -> bool:
+    """Whether nobody seems to know how to make ``key`` again: it was scattered, and no other worker has it."""
+    task = worker.state.tasks.get(key)
+    return task is not None and task.run_spec is None and not task.who_has
 
 
 def forget_replica(worker: Any, key: Any, stimulus_id: str) -> None:

@@ -14,8 +14,9 @@ A peer that asks for a key which is not in memory (``get_data``) is sent the cop
 
 When a copy below turns out to be missing or damaged, the worker tells the scheduler that it has no such replica
 (FreeKeysEvent, as when a key is freed), and gives back the tasks that wanted it (RescheduleEvent). The scheduler takes
-the key from another worker, or computes it again; what cannot be computed again (scattered data) is reported lost to
-the clients that hold it. A key that is lost for the fourth time fails the tasks that want it instead.
+the key from another worker, or computes it again. A key that is lost for the fourth time fails the tasks that want it
+instead. What cannot be computed again (scattered data) stays on the list as *ruined*: whoever asks for it, task, peer
+or client, gets the error. (Telling the scheduler would not do: 2026.7.1 tries to compute it all the same, and hangs.)
 
 :meth:`MemoryManager.stop` moves everything back to stock's own store, key by key and off the loop as long as tasks
 still put new ones, the rest in one go.
@@ -32,14 +33,14 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Container, Hashable, Iterator, MutableMapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from time import time
 from typing import Any
 
 from dask_gpurt import seams
 from dask_gpurt.config import MemorySettings
-from dask_gpurt.errors import CorruptDataError, InstallError, SpillError
+from dask_gpurt.errors import CorruptDataError, GpurtError, InstallError, SpillError
 from dask_gpurt.memory import codec
 from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.device import DeviceFrames, HostFrames, device_total_nbytes, on_device
@@ -383,6 +384,9 @@ class MemoryManager:
                     # Wait for room, as long as something is on its way out.
                     (await mover.reserve(0)).release()
             except SpillError as error:
+                ruined = self._mapping is not None and any(k in self._mapping.ruined for k in inputs)
+                if ruined:
+                    return seams.failure_event(key, run_id, error, f"gpurt-ruined-input-{time()}")
                 return self._give_up(key, run_id, inputs, error)
             lost = [k for k in inputs if k in self._losses and k not in seams.worker_store(self._worker)]
             if lost:
@@ -424,6 +428,7 @@ class MemoryManager:
         movers = self._movers()
         absent = [(mover, key) for mover in movers for key in keys if key in mover.absent]
         if not absent:
+            self._refuse_ruined(keys)
             return await hooks.get_data(comm, keys, who=who, serializers=serializers)
         served: dict[Hashable, Any] = {}
         pinned: list[tuple[Mover, tuple[Hashable, ...]]] = []
@@ -450,6 +455,7 @@ class MemoryManager:
                         frames = await mover.frames(key)
                         if frames is not None:
                             served[key] = codec.serialized(*frames)
+            self._refuse_ruined(keys)
             with serving(served):
                 return await hooks.get_data(comm, keys, who=who, serializers=serializers)
         finally:
@@ -457,6 +463,13 @@ class MemoryManager:
                 reservation.release()
             for mover, names in pinned:
                 mover.unpin(names)
+
+    def _refuse_ruined(self, keys: Iterable[Hashable]) -> None:
+        ruined = {} if self._mapping is None else self._mapping.ruined
+        for key in keys if ruined else ():
+            if key in ruined:
+                # Not as an OSError: a peer takes that for a fault of the network, and asks again for ever.
+                raise GpurtError(f"{key!r} was lost and cannot be computed again: {ruined[key]}")
 
     @contextmanager
     def _reporting(self, mover: Mover, key: Hashable, who: str | None) -> Iterator[None]:
@@ -466,7 +479,7 @@ class MemoryManager:
         except SpillError as error:
             logger.warning("Cannot serve %r to %s: %s", key, who, error)
             if self._mapping is not None and key not in mover:
-                self._mapping.forget(key)
+                self._strike(self._mapping, key, error)
 
     # Losses
 
@@ -474,7 +487,7 @@ class MemoryManager:
         """Tell the scheduler that a value is gone."""
         if isinstance(name, ChunkName | DeviceFrames):
             return  # whoever takes it is told
-        logger.error("Lost %r, it will be computed again if it can be: %s", name, error)
+        logger.error("Lost %r: %s", name, error)
         self._losses[name] += 1
         self._last_error[name] = error
         if self._mapping is None:
@@ -482,8 +495,16 @@ class MemoryManager:
         for mover in self._movers():
             if name in mover:
                 return  # it is there again already
-        self._mapping.forget(name)
-        seams.forget_replica(self._worker, name, f"gpurt-lost-data-{time()}")
+        if self._strike(self._mapping, name, error):
+            seams.forget_replica(self._worker, name, f"gpurt-lost-data-{time()}")
+
+    def _strike(self, mapping: TieredMapping, key: Hashable, error: Exception) -> bool:
+        """Take a lost key off the list if it can be made again; say whether it was."""
+        if seams.is_pure_data(self._worker, key):
+            mapping.ruin(key, error)
+            return False
+        mapping.forget(key)
+        return True
 
     # Figures
 

@@ -69,6 +69,8 @@ class TieredMapping(MutableMapping[Hashable, object]):
         self._need = need
         #: Keys in the order in which they were put -> where they are.
         self._homes: dict[Hashable, Mover] = {}
+        #: Keys whose value is lost for good -> why.
+        self.ruined: dict[Hashable, Exception] = {}
 
     def __repr__(self) -> str:
         return f"<TieredMapping of {len(self)} keys, {len(self.fast)} in memory>"
@@ -77,6 +79,8 @@ class TieredMapping(MutableMapping[Hashable, object]):
 
     def __getitem__(self, key: Hashable) -> object:
         home = self._homes[key]
+        if self.ruined and key in self.ruined:
+            raise self.ruined[key]
         served = _serving.get()
         if served is not None and key in served and key in home.absent:
             return served[key]
@@ -85,13 +89,15 @@ class TieredMapping(MutableMapping[Hashable, object]):
     def __setitem__(self, key: Hashable, value: object) -> None:
         home = self._host if self._device is None or not self._on_device(value) else self._device
         old = self._homes.get(key)
-        if old is not None and old is not home:
+        if old is not None and old is not home and key in old:
             old.delete(key)
+        self.ruined.pop(key, None)
         self._homes[key] = home
         home.put(key, value)
 
     def __delitem__(self, key: Hashable) -> None:
         home = self._homes.pop(key)
+        self.ruined.pop(key, None)
         if key in home:
             home.delete(key)
 
@@ -114,6 +120,11 @@ class TieredMapping(MutableMapping[Hashable, object]):
     def forget(self, key: Hashable) -> None:
         """Take a key that its mover has lost off the list."""
         self._homes.pop(key, None)
+
+    def ruin(self, key: Hashable, error: Exception) -> None:
+        """Keep a key that its mover has lost on the list; whoever asks for it gets ``error``."""
+        if key in self._homes:
+            self.ruined[key] = error
 
     def adopt(self, key: Hashable) -> None:
         """Put a key on the list that the HOST mover has adopted."""
