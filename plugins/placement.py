@@ -195,7 +195,8 @@ class Placement:
 
         Returns
         -------
-        ``decisions``: reason to count; ``errors``: decisions that fell to Dask because of an exception; ``planned``:
+        ``decisions``: reason to count (``planned``, ``urgent``, ``only-holder``, ``most-bytes``, ``earlier-elsewhere``; of
+        families ``rehomed`` and ``relieved``; of Dask's stealing ``steal-allowed`` and ``steal-refused``); ``errors``: decisions that fell to Dask because of an exception; ``planned``:
         tasks with a plan that are not done; ``waiting``: those of them that wait in the scheduler.
         """
         return {
@@ -346,6 +347,8 @@ class Placement:
 
     def _waiting_queued(self, scheduler: Any, key: Any, stimulus_id: str) -> seams.Answer:
         assert self._stock is not None
+        if not self._plan:
+            return self._stock.waiting_queued(scheduler, key, stimulus_id)
         family = self._plan.get(key)
         ts = self._tasks[key]
         if family is None:
@@ -589,7 +592,8 @@ class Placement:
         )
         for family in found[:taken]:
             queues.move(family, thief, self._priority_of)
-        self._counts["relieved"] += taken
+        if taken:
+            self._counts["relieved"] += taken
         return taken > 0
 
     def _get_thief(self, scheduler: Any, ts: TaskState, potential_thieves: Any, *, occupancies: Any) -> Any:
@@ -605,7 +609,7 @@ class Placement:
         wait_s = max(ahead, 1) * _duration_s(ts.prefix) / victim.nthreads
         nbytes = self._output_nbytes.get(ts.prefix.name, 0)
         if stealing.pays(wait_s, nbytes, self.scheduler.bandwidth):
-            self._counts["stolen"] += 1
+            self._counts["steal-allowed"] += 1
             return thief
         self._counts["steal-refused"] += 1
         return None

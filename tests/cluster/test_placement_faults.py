@@ -209,6 +209,27 @@ def test_workers_join_and_take_over_what_waits() -> None:
     run(test, 2)
 
 
+def test_stealing_respects_a_plan_until_leaving_it_pays() -> None:
+    async def test(built: House) -> None:
+        future = built.client.compute(tree())
+        decisions = built.placement.metrics
+        await built.until(lambda: decisions()["decisions"].get("planned") == N_LEAVES)
+        thief = await built.add_worker()
+        await built.until(lambda: thief.address in built.scheduler.idle)
+        stealing = built.scheduler.extensions["stealing"]
+        stealing.balance()
+        assert decisions()["decisions"]["steal-refused"] > 0  # nobody knows yet how long a leaf takes
+        assert not stealing.in_flight
+        built.scheduler.tasks["leaf-t", 0].prefix.add_exec_time(60)
+        stealing.balance()
+        assert decisions()["decisions"]["steal-allowed"] > 0
+        await built.until(lambda: built.scheduler.workers[thief.address].processing)
+        built.gate.set()
+        assert await future == EXPECTED
+
+    run(test, 2, {"distributed.scheduler.worker-saturation": float("inf")})
+
+
 def test_a_worker_retires_with_its_results() -> None:
     async def test(built: House) -> None:
         built.gate.set()
