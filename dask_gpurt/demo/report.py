@@ -22,12 +22,15 @@ from bokeh.transform import dodge
 from dask.utils import format_bytes
 
 from dask_gpurt.demo.runner import METRICS, Comparison, Metric
-from dask_gpurt.demo.show import format_ratio, format_value
+from dask_gpurt.demo.show import EVEN, format_ratio, format_value
 
 __all__ = ["render", "write"]
 
 #: First side, second side: told apart without colour vision, and in print.
 COLOURS = ("#9aa5b1", "#d9730d")
+
+#: Ratios from 1/REACH to REACH are plotted where they are.
+REACH = 16
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
@@ -38,7 +41,7 @@ h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top:
 table { border-collapse: collapse; width: 100%; } th { text-align: left; font-weight: 600; }
 th, td { padding: .25rem .6rem; } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 tr.first td { border-top: 1px solid #cbd2d9; } tr.ratio td { color: #616e7c; }
-td.better { color: #2f855a; font-weight: 600; } td.worse { color: #c81e1e; font-weight: 600; }
+tr.ratio td.better { color: #2f855a; font-weight: 600; } tr.ratio td.worse { color: #c81e1e; font-weight: 600; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 1rem; }
 dl { display: grid; grid-template-columns: max-content auto; gap: .1rem 1rem; } dt { color: #616e7c; } dd { margin: 0; }
 """
@@ -123,7 +126,9 @@ def _facts(about: Mapping[str, Any]) -> dict[str, str]:
 
 def _bars(comparisons: Sequence[Comparison], metric: Metric) -> Any:
     """Plot one metric of all jobs; None if nothing was measured."""
-    divisor, unit = (1.0, "s") if metric.unit == "s" else (2.0**30, "GiB")
+    divisor, unit = 1.0, "s"
+    if metric.unit == "B":
+        divisor, unit = (2.0**30, "GiB") if _upper(comparisons, metric) >= 2.0**30 else (2.0**20, "MiB")
     jobs = [comparison.job for comparison in comparisons][::-1]
     plot = figure(
         y_range=FactorRange(factors=jobs),
@@ -160,38 +165,51 @@ def _bars(comparisons: Sequence[Comparison], metric: Metric) -> Any:
 
 
 def _ratios(comparisons: Sequence[Comparison]) -> Any:
-    """Plot all ratios on a logarithmic axis, so that 2 and 1/2 are equally far from 1."""
+    """Plot all ratios on a logarithmic axis, so that 2 and 1/2 are equally far from 1.
+
+    What lies beyond the axis, or is infinite, stands at its edge with its value written beside it.
+    """
     jobs = [comparison.job for comparison in comparisons][::-1]
-    finite = [
-        ratio for c in comparisons for metric in METRICS if (ratio := c.ratio(metric)) and not math.isinf(ratio)
-    ] or [1.0]
-    reach = 1.25 * max(2.0, *finite, 1 / min(finite))
     plot = figure(
         y_range=FactorRange(factors=jobs),
         x_axis_type="log",
-        x_range=Range1d(start=1 / reach, end=reach),
-        height=90 + 40 * len(jobs),
+        x_range=Range1d(start=0.8 / REACH, end=1.25 * REACH),
+        height=90 + 48 * len(jobs),
         sizing_mode="stretch_width",
         toolbar_location=None,
     )
     marks = ("circle", "square", "triangle", "diamond")
     colours = ("#d9730d", "#2b6cb0", "#2f855a", "#805ad5")
-    for metric, mark, colour in zip(METRICS, marks, colours, strict=True):
-        points = [(c.job, ratio) for c in comparisons if (ratio := c.ratio(metric)) and not math.isinf(ratio)]
-        source = ColumnDataSource({"job": [job for job, _ in points], "ratio": [ratio for _, ratio in points]})
-        plot.scatter(
-            x="ratio",
-            y="job",
+    offsets = (0.27, 0.09, -0.09, -0.27)
+    for metric, mark, colour, offset in zip(METRICS, marks, colours, offsets, strict=True):
+        points = [(c.job, ratio) for c in comparisons if (ratio := c.ratio(metric)) is not None]
+        data: dict[str, Any] = {
+            "job": [job for job, _ in points],
+            "at": [min(max(ratio, 1 / REACH), REACH) for _, ratio in points],
+            "text": ["" if 1 / REACH <= ratio <= REACH else format_ratio(ratio) for _, ratio in points],
+        }
+        source = ColumnDataSource(data)
+        y = dodge("job", offset, range=plot.y_range)
+        plot.scatter(x="at", y=y, source=source, marker=mark, size=9, color=colour, legend_label=metric.title)
+        plot.text(
+            x="at",
+            y=y,
+            text="text",
             source=source,
-            marker=mark,
-            size=11,
-            color=colour,
-            alpha=0.85,
-            legend_label=metric.title,
+            x_offset=-8,
+            text_align="right",
+            text_baseline="middle",
+            text_font_size="8pt",
+            text_color=colour,
         )
     plot.add_glyph(VSpan(x=1, line_color="#616e7c", line_dash="dashed"))
     _dress(plot)
+    steps = [2**power for power in range(round(math.log2(REACH)) + 1)]
+    plot.xaxis.ticker = [1 / step for step in steps[:0:-1]] + steps
+    labels: dict[Any, Any] = {step: str(step) for step in steps} | {1 / step: f"1/{step}" for step in steps[1:]}
+    plot.xaxis.major_label_overrides = labels
     plot.add_layout(plot.legend[0], "right")
+    plot.legend.border_line_color = None
     return plot
 
 
@@ -233,5 +251,5 @@ def _table(comparisons: Sequence[Comparison]) -> str:
 
 
 def _ratio_cell(ratio: float | None) -> str:
-    kind = "" if ratio is None or abs(ratio - 1) < 0.05 else "better" if ratio > 1 else "worse"
+    kind = "" if ratio is None or abs(ratio - 1) < EVEN else "better" if ratio > 1 else "worse"
     return f'<td class="number {kind}">{format_ratio(ratio)}</td>'

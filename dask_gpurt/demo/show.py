@@ -20,7 +20,7 @@ from rich.text import Text
 from dask_gpurt.demo.cluster import Side
 from dask_gpurt.demo.runner import METRICS, Comparison, Job, Metric, Outcome
 
-__all__ = ["Display", "format_ratio", "format_value", "make_table"]
+__all__ = ["EVEN", "Display", "format_ratio", "format_value", "make_table"]
 
 #: Ratios nearer to 1 than this are shown without a colour: they are within what repeated runs differ by.
 EVEN = 0.05

@@ -13,6 +13,7 @@ from dask_gpurt.demo import runner
 from dask_gpurt.demo.arrays import ARRAY_JOBS, Shape
 from dask_gpurt.demo.cluster import STOCK, ClusterSpec
 from dask_gpurt.demo.compare import array_differences
+from dask_gpurt.demo.tpch import QUERIES
 
 SPEC = ClusterSpec(workers=1, memory_limit_nbytes=2**29)
 
@@ -21,7 +22,12 @@ def invoke(*arguments: Any) -> Any:
     return CliRunner().invoke(cli.gpurt, ["demo", *arguments])
 
 
-def test_a_small_demo(tmp_path: Any) -> None:
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_small_demo(tmp_path: Any, monkeypatch: Any) -> None:
+    # Half of the jobs: each takes two clusters. All queries and all truths have tests of their own.
+    monkeypatch.setattr(runner, "QUERIES", {name: QUERIES[name] for name in ("q9", "q18")})
+    monkeypatch.setattr(runner, "ARRAY_JOBS", {name: ARRAY_JOBS[name] for name in ("transpose", "rechunk")})
     report, figures = tmp_path / "report.html", tmp_path / "figures.json"
     result = invoke(
         *("--scale", "0.01", "--array-size", "4MB", "--memory-limit", "600MB", "--cache", str(tmp_path / "cache")),
@@ -30,12 +36,11 @@ def test_a_small_demo(tmp_path: Any) -> None:
     assert result.exit_code == 0, result.output
     assert "All answers agreed" in result.output
     written = json.loads(figures.read_text())
-    assert [job["job"] for job in written["jobs"]] == ["q3", "q5", "q9", "q18", "transpose", "rechunk", "matmul"]
+    assert [job["job"] for job in written["jobs"]] == ["q9", "q18", "transpose", "rechunk"]
     for job in written["jobs"]:
         assert sorted(run["side"] for run in job["runs"]) == ["dask-gpurt", "stock"]
         assert job["ratios"]["wall_s"] > 0
     assert report.stat().st_size > 100_000
-    assert "--scale 0.01" in written["command"] or written["command"]
 
 
 def test_a_wrong_answer_gives_status_1(tmp_path: Any, monkeypatch: Any) -> None:

@@ -87,14 +87,15 @@ def test_a_wrong_answer_has_no_figures(bad: Any) -> None:
 
 
 def test_the_table_fits_a_terminal(good: Any, bad: Any) -> None:
-    console = Console(width=80, file=io.StringIO())
+    screen = io.StringIO()
+    console = Console(width=80, file=screen)
     console.print(make_table([good, bad]))
-    lines = console.file.getvalue().splitlines()
+    lines = screen.getvalue().splitlines()
     assert any(re.search(r"q3 +stock +3\.00 s +1\.00 GiB +1\.00 MiB +1\.00 GiB +right", line) for line in lines)
     assert any(re.search(r"ratio +2\.00 +2\.00 +∞ +1\.00", line) for line in lines)
     assert any(re.search(r"matmul +stock +(- +){4}failed", line) for line in lines)
     assert any(re.search(r"dask-gpurt +(- +){4}wrong", line) for line in lines)
-    assert "…" not in console.file.getvalue()
+    assert "…" not in screen.getvalue()
 
 
 def test_plain_data_is_json(good: Any, bad: Any) -> None:
@@ -109,7 +110,7 @@ class _Loads(HTMLParser):
 
     def __init__(self) -> None:
         super().__init__()
-        self.loaded = []
+        self.loaded: list[Any] = []
 
     def handle_starttag(self, tag: Any, attrs: Any) -> None:
         wanted = {"script": "src", "img": "src", "link": "href", "iframe": "src"}
