@@ -183,11 +183,11 @@ def run_once(job: Job, side: Side, spec: ClusterSpec, number: int = 0, limit_s: 
     Whatever goes wrong in the run becomes part of the outcome: that a side fails is a result.
     """
     with open_client(spec) as client:
-        side.install(client)
-        warm_up(client)
         late = threading.Event()
         with _deadline(client, limit_s, late):
             try:
+                side.install(client)
+                warm_up(client)
                 with measure(client) as usage:
                     answer = job.run()
             except Exception as error:  # noqa: BLE001 - reported, with its reason

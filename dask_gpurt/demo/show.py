@@ -54,8 +54,8 @@ def format_ratio(ratio: float | None) -> str:
 
 def make_table(comparisons: Sequence[Comparison]) -> Table:
     """Return the table of all jobs, two rows a job, and the ratio of each figure."""
-    caption = "Less is better. Ratio: stock ÷ dask-gpurt, above 1 dask-gpurt is better."
-    table = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    caption = "Less is better. A ratio, stock ÷ dask-gpurt, above 1 speaks for dask-gpurt."
+    table = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), min_width=78)
     table.add_column("job", style="bold", no_wrap=True)
     table.add_column("side", no_wrap=True)
     for metric in METRICS:

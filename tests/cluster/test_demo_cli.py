@@ -11,9 +11,10 @@ from click.testing import CliRunner
 from dask_gpurt import cli
 from dask_gpurt.demo import runner
 from dask_gpurt.demo.arrays import ARRAY_JOBS, Shape
-from dask_gpurt.demo.cluster import STOCK, ClusterSpec
+from dask_gpurt.demo.cluster import GPURT, STOCK, ClusterSpec
 from dask_gpurt.demo.compare import array_differences
 from dask_gpurt.demo.tpch import QUERIES
+from dask_gpurt.errors import InstallError
 
 SPEC = ClusterSpec(workers=1, memory_limit_nbytes=2**29)
 
@@ -92,6 +93,15 @@ def test_a_run_that_fails_is_a_result() -> None:
     outcome = runner.run_once(job(lambda: 1 / 0), STOCK, SPEC)
     assert outcome.error == "ZeroDivisionError: division by zero"
     assert not outcome.right
+
+
+def test_a_side_that_cannot_be_installed_is_a_result(monkeypatch: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise InstallError("not on this cluster")
+
+    monkeypatch.setattr("dask_gpurt.installer.install", refuse)
+    outcome = runner.run_once(job(lambda: 1), GPURT, SPEC)
+    assert outcome.error == "InstallError: not on this cluster"
 
 
 def test_a_run_that_hangs_is_given_up() -> None:
