@@ -42,7 +42,7 @@ from distributed.utils import sync
 from distributed.utils_comm import retry
 
 from dask_gpurt import seams
-from dask_gpurt.errors import CorruptDataError
+from dask_gpurt.errors import CorruptDataError, SpillError
 from dask_gpurt.memory.store import Buffer
 from dask_gpurt.seams import P2PConsistencyError, P2POutOfDiskError, ShuffleClosedError, ShuffleRun
 from dask_gpurt.shuffle.outbox import Outbox
@@ -252,8 +252,8 @@ class Run(ShuffleRun[Any, Any]):
                 await self._take_in(parcel)
                 self.total_recvd += parcel.nbytes
                 self.part.received_nbytes += parcel.nbytes
-        except (P2PConsistencyError, P2POutOfDiskError) as error:
-            # Answered, not raised: a sender tries again after an OSError.
+        except (P2PConsistencyError, P2POutOfDiskError, SpillError) as error:
+            # Answered, not raised: a sender tries again after an OSError, which the last two are.
             return error_message(error)
         return {"status": "OK"}
 
