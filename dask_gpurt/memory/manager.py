@@ -40,14 +40,14 @@ from typing import Any
 
 from dask_gpurt import seams
 from dask_gpurt.config import MemorySettings
-from dask_gpurt.errors import CorruptDataError, GpurtError, InstallError, SpillError
+from dask_gpurt.errors import CorruptDataError, InstallError, SpillError
 from dask_gpurt.memory import codec
 from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.device import DeviceFrames, HostFrames, device_total_nbytes, on_device
 from dask_gpurt.memory.disk import SpillFolder
 from dask_gpurt.memory.horizon import IDLE, Snapshot, Use, next_use
 from dask_gpurt.memory.ledger import Ledger, Tier
-from dask_gpurt.memory.mapping import TieredMapping, serving
+from dask_gpurt.memory.mapping import Ruined, RuinedForClient, TieredMapping, serving
 from dask_gpurt.memory.mover import DiskStore, Mover
 from dask_gpurt.memory.shards import ChunkName, ShardStore
 from dask_gpurt.memory.spiller import Spiller
@@ -427,8 +427,7 @@ class MemoryManager:
         assert hooks is not None
         movers = self._movers()
         absent = [(mover, key) for mover in movers for key in keys if key in mover.absent]
-        if not absent:
-            self._refuse_ruined(keys)
+        if not absent and not (self._mapping is not None and self._mapping.ruined):
             return await hooks.get_data(comm, keys, who=who, serializers=serializers)
         served: dict[Hashable, Any] = {}
         pinned: list[tuple[Mover, tuple[Hashable, ...]]] = []
@@ -455,7 +454,7 @@ class MemoryManager:
                         frames = await mover.frames(key)
                         if frames is not None:
                             served[key] = codec.serialized(*frames)
-            self._refuse_ruined(keys)
+            self._serve_ruined(keys, who, served)
             with serving(served):
                 return await hooks.get_data(comm, keys, who=who, serializers=serializers)
         finally:
@@ -464,12 +463,13 @@ class MemoryManager:
             for mover, names in pinned:
                 mover.unpin(names)
 
-    def _refuse_ruined(self, keys: Iterable[Hashable]) -> None:
+    def _serve_ruined(self, keys: Iterable[Hashable], who: str | None, served: dict[Hashable, Any]) -> None:
         ruined = {} if self._mapping is None else self._mapping.ruined
-        for key in keys if ruined else ():
+        for key in keys:
             if key in ruined:
-                # Not as an OSError: a peer takes that for a fault of the network, and asks again for ever.
-                raise GpurtError(f"{key!r} was lost and cannot be computed again: {ruined[key]}")
+                reason = f"{key!r} was lost and cannot be computed again: {ruined[key]}"
+                # Workers say who they are; clients, and the scheduler on their behalf, do not.
+                served[key] = RuinedForClient(reason) if who is None else Ruined(reason)
 
     @contextmanager
     def _reporting(self, mover: Mover, key: Hashable, who: str | None) -> Iterator[None]:

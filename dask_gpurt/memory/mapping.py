@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
+from dask_gpurt.errors import CorruptDataError, GpurtError
 from dask_gpurt.memory.mover import Mover, RawName
 
-__all__ = ["Spilled", "TieredMapping", "serving"]
+__all__ = ["Ruined", "RuinedForClient", "Spilled", "TieredMapping", "serving"]
 
 _serving: ContextVar[Mapping[Hashable, object] | None] = ContextVar("gpurt_serving", default=None)
 
@@ -28,6 +29,37 @@ class Spilled(NamedTuple):
 
     memory: int
     disk: int
+
+
+class Ruined:
+    """Stands for a value that is lost for good, on its way to another worker, whose mapping refuses it to tasks.
+
+    A worker takes an error in the place of an answer for the end of the key alone, and lets the tasks that need it wait
+    for ever; so the key is delivered, and the tasks fail.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def __getattr__(self, name: str) -> object:
+        # A worker without the tiers hands it to a task as it is.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise CorruptDataError(self.__dict__.get("reason", "lost"))
+
+
+class RuinedForClient:
+    """As :class:`Ruined`, for a client: unpacking it raises the error, where another answer is asked for again."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
+        return _refuse, (self.reason,)
+
+
+def _refuse(reason: str) -> object:
+    raise GpurtError(reason)
 
 
 @contextmanager
@@ -79,11 +111,11 @@ class TieredMapping(MutableMapping[Hashable, object]):
 
     def __getitem__(self, key: Hashable) -> object:
         home = self._homes[key]
+        served = _serving.get()
+        if served is not None and key in served and (key in home.absent or key in self.ruined):
+            return served[key]
         if self.ruined and key in self.ruined:
             raise self.ruined[key]
-        served = _serving.get()
-        if served is not None and key in served and key in home.absent:
-            return served[key]
         return home.get(key)
 
     def __setitem__(self, key: Hashable, value: object) -> None:
@@ -91,8 +123,13 @@ class TieredMapping(MutableMapping[Hashable, object]):
         old = self._homes.get(key)
         if old is not None and old is not home and key in old:
             old.delete(key)
-        self.ruined.pop(key, None)
         self._homes[key] = home
+        if type(value) is Ruined:
+            if key in home:
+                home.delete(key)
+            self.ruined[key] = CorruptDataError(value.reason)
+            return
+        self.ruined.pop(key, None)
         home.put(key, value)
 
     def __delitem__(self, key: Hashable) -> None:

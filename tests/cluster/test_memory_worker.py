@@ -18,7 +18,7 @@ from distributed import Client, LocalCluster, wait
 from distributed.utils_test import gen_test
 
 from dask_gpurt.config import MemorySettings
-from dask_gpurt.errors import CorruptDataError, SpillError
+from dask_gpurt.errors import CorruptDataError, GpurtError, SpillError
 from dask_gpurt.memory.manager import MemoryManager
 from dask_gpurt.memory.mapping import TieredMapping
 
@@ -182,6 +182,8 @@ def test_what_cannot_be_computed_again_fails_clearly(client: Client) -> None:
             again = client.submit(double, future, pure=False, workers=[elsewhere])
             wait(again, timeout=30)
             assert again.status == "error"
+            with pytest.raises(GpurtError, match="cannot be computed again"):
+                future.result(timeout=10)
     assert statuses == {"finished", "error"}
     client.run(stop)
 
