@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Awaitable, Iterator
+from typing import Any, cast
 
 import cloudpickle
 import dask.array as da
@@ -105,10 +106,11 @@ def test_installing_twice_replaces_and_one_uninstall_is_enough(client: Client) -
 
 @pytest.mark.parametrize("part", PARTS)
 def test_each_part_alone_and_each_part_left_out(client: Client, part: str) -> None:
-    alone = dask_gpurt.install(client, **{other: other == part for other in PARTS})
+    alone = dask_gpurt.install(client, config={f"{other}.enabled": other == part for other in PARTS})
     assert [p for p in PARTS if alone.installed(p)] == [part]
     assert client.submit(sum, [1, 2]).result(timeout=30) == 3
-    without = dask_gpurt.install(client, config={f"{part}.enabled": False})
+    arguments: dict[str, Any] = {part: False}
+    without = dask_gpurt.install(client, **arguments)
     assert [p for p in PARTS if not without.installed(p)] == [part]
     x = da.ones((400, 400), chunks=(100, 100))
     assert (x + x.T).sum().compute() == 2 * 400 * 400
@@ -244,9 +246,9 @@ def test_an_asynchronous_client_awaits_the_answer() -> None:
             ) as cluster,
             Client(cluster, asynchronous=True) as client,
         ):
-            return await dask_gpurt.install(client), await dask_gpurt.uninstall(client)
-
-    import asyncio
+            installing = cast("Awaitable[Installation]", dask_gpurt.install(client))
+            installed = await installing
+            return installed, await cast("Awaitable[Installation]", dask_gpurt.uninstall(client))
 
     installed, uninstalled = asyncio.run(main())
     assert all(installed.installed(part) for part in PARTS)
