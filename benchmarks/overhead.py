@@ -47,7 +47,8 @@ def small_workload(client: Client, side: int = 3000, rows: int = 300_000) -> tup
     )
     joined = left.merge(right, on="key", shuffle_method="p2p")
     grouped = joined.groupby("group_x").value_y.sum().max()
-    return tuple(float(answer) for answer in client.gather(client.compute([product, joined.value_x.sum(), grouped])))
+    futures = [client.compute(answer) for answer in (product, joined.value_x.sum(), grouped)]
+    return tuple(float(answer) for answer in client.gather(futures))
 
 
 def _identity(number: int) -> int:

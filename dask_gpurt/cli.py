@@ -72,7 +72,7 @@ def gpurt() -> None:
 @click.option(
     "--time-limit",
     type=click.FloatRange(min=1),
-    default=90.0,
+    default=120.0,
     show_default=True,
     metavar="SECONDS",
     help="Give a run up after this time.",

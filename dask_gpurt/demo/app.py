@@ -43,7 +43,7 @@ class Options:
     rounds: int = 1
     only: str | None = None
     parts: tuple[str, ...] = GPURT.parts
-    limit_s: float = 90.0
+    limit_s: float = 120.0
     cache: Path | None = None
     report: Path | None = None
     json: Path | None = None

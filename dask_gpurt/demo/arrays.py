@@ -72,6 +72,11 @@ class Shape:
         return ITEM_NBYTES * self.length**2
 
     @property
+    def flat(self) -> tuple[int, int]:
+        """Rows and columns of a block of the left factor of a product: flat, so that the product is small."""
+        return 2 * self.side // 3, 3 * self.side // 2
+
+    @property
     def inner(self) -> tuple[int, int]:
         """Blocks along the outer and the inner dimension of a product whose two factors have the square's bytes.
 
@@ -172,9 +177,9 @@ def _square(shape: Shape) -> tuple[Any, ...]:
 
 
 def _factors(shape: Shape) -> tuple[Any, ...]:
-    outer, inner = (blocks * shape.side for blocks in shape.inner)
-    block = (shape.side, shape.side)
-    return _source(shape, 2, block, (outer, inner)), _source(shape, 3, block, (inner, outer))
+    low, wide = shape.flat
+    outer, inner = shape.inner[0] * low, shape.inner[1] * wide
+    return _source(shape, 2, (low, wide), (outer, inner)), _source(shape, 3, (wide, low), (inner, outer))
 
 
 def _add_transposed(_: Shape, sources: tuple[Any, ...]) -> Any:
@@ -227,11 +232,11 @@ def _truth_rows_to_columns(shape: Shape) -> Array:
 
 
 def _truth_multiply(shape: Shape) -> Array:
-    outer, inner = shape.inner
-    left = np.zeros((outer, inner * shape.side))
-    right = np.zeros((inner * shape.side, outer))
-    for i, span in enumerate(_spans(outer, shape.side)):
-        for shared in _spans(inner, shape.side):
+    (outer, inner), (low, wide) = shape.inner, shape.flat
+    left = np.zeros((outer, inner * wide))
+    right = np.zeros((inner * wide, outer))
+    for i, span in enumerate(_spans(outer, low)):
+        for shared in _spans(inner, wide):
             block = elements(span, shared, 2)
             left[i, shared] = weights(span, 1, block) @ block
             block = elements(shared, span, 3)

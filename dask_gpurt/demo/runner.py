@@ -33,7 +33,7 @@ __all__ = ["METRICS", "Comparison", "Job", "Metric", "Outcome", "array_jobs", "r
 OVERSIZE = 1.1
 
 #: A run that takes longer is given up: several times what the slowest job takes on two cores.
-TIME_LIMIT_S = 90.0
+TIME_LIMIT_S = 120.0
 
 
 @dataclass(frozen=True)

@@ -119,13 +119,18 @@ def test_the_truth_of_the_array_jobs(name: Any) -> None:
     # Against NumPy on whole arrays, which the blockwise truth never makes.
     from dask_gpurt.demo.arrays import checksum, elements
 
-    shape = Shape(grid=6, side=8)
-    n, (outer, inner) = shape.length, [8 * blocks for blocks in shape.inner]
+    shape = Shape(grid=6, side=12)
+    n, (low, wide) = shape.length, shape.flat
+    outer, inner = shape.inner[0] * low, shape.inner[1] * wide
     x = elements(slice(0, n), slice(0, n), 1)
     whole, rows, columns = {
-        "transpose": (x + x.T, 8, 8),
-        "rechunk": (x, n, 1),
-        "matmul": (elements(slice(0, outer), slice(0, inner), 2) @ elements(slice(0, inner), slice(0, outer), 3), 8, 8),
+        "transpose": (x + x.T, 12, 12),
+        "rechunk": (x, n, 2),
+        "matmul": (
+            elements(slice(0, outer), slice(0, inner), 2) @ elements(slice(0, inner), slice(0, outer), 3),
+            low,
+            low,
+        ),
     }[name]
     expected = [
         [
@@ -135,6 +140,6 @@ def test_the_truth_of_the_array_jobs(name: Any) -> None:
         for i in range(0, whole.shape[0], rows)
     ]
     assert array_differences(ARRAY_JOBS[name].truth(shape), expected) == []
-    whole[3, 4] += 1e-3
-    changed = checksum(whole[:rows, :columns] if rows < n else whole[:, 4:5], slice(0, rows), slice(0, columns))
+    whole[3, 1] += 1e-3
+    changed = checksum(whole[:rows, :columns], slice(0, rows), slice(0, columns))
     assert changed != expected[0][0]
