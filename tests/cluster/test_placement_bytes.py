@@ -13,6 +13,7 @@ import pytest
 from distributed import Client, LocalCluster, wait
 
 from dask_gpurt.config import PlacementSettings
+from dask_gpurt.plugins import stealing
 from dask_gpurt.plugins.placement import Placement
 
 #: Side of a block; a block has 8 times its square in bytes.
@@ -28,7 +29,8 @@ class Outcome(NamedTuple):
 @contextmanager
 def _client(n_workers: int) -> Iterator[tuple[Client, LocalCluster]]:
     with (
-        dask.config.set({"distributed.scheduler.validate": True}),
+        # On a loaded machine, stealing rightly takes tasks from where they were planned; here it is the plan that counts.
+        dask.config.set({"distributed.scheduler.validate": True, "distributed.scheduler.work-stealing": False}),
         LocalCluster(
             n_workers=n_workers,
             threads_per_worker=1,
@@ -91,6 +93,13 @@ def _values(rows: int, columns: int) -> np.ndarray[Any, Any]:
     return values
 
 
+@pytest.fixture
+def no_relief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no idle worker take over planned work, however long a loaded machine makes it wait."""
+    monkeypatch.setattr(stealing, "pays", lambda *_: False)
+
+
+@pytest.mark.usefixtures("no_relief")
 def test_collections_persisted_separately_are_aligned() -> None:
     def job() -> Any:
         x = _blocks("x", 6, 6).persist()
@@ -103,10 +112,11 @@ def test_collections_persisted_separately_are_aligned() -> None:
 
     ours = _run(job, lambda total: total.compute(), placed=True)
     np.testing.assert_allclose(ours.answer, 2 * _values(6, 6))
-    # Work that is taken over by an idle worker may leave a few blocks apart; of 36, stock leaves about 30.
+    # Stock leaves about 30 of the 36 pairs apart.
     assert ours.moved_nbytes <= 0.1 * 36 * SIDE * SIDE * 8
 
 
+@pytest.mark.usefixtures("no_relief")
 def test_a_persisted_square_and_its_transpose_are_aligned() -> None:
     def job() -> Any:
         x = _blocks("x", 6, 6).persist()
@@ -146,6 +156,7 @@ def test_a_tree_whose_partial_results_are_large_moves_less_than_stock() -> None:
     assert ours.moved_nbytes < 0.6 * stock.moved_nbytes
 
 
+@pytest.mark.usefixtures("no_relief")
 def test_new_blocks_go_where_the_blocks_they_meet_are() -> None:
     def job() -> Any:
         x = _blocks("x", 24, 1).persist()
