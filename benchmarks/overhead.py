@@ -63,8 +63,8 @@ def _frame(part: int, rows: int, factor: int) -> pd.DataFrame:
 
 #: Case -> workload, and the pairs of runs: in full, and quick.
 CASES: dict[str, tuple[Workload, int, int]] = {
-    "tasks-10000": (trivial_tasks, 11, 7),
-    "fits": (small_workload, 11, 7),
+    "tasks-10000": (trivial_tasks, 11, 5),
+    "fits": (small_workload, 11, 5),
 }
 
 
