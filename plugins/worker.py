@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from distributed.core import Status
 from distributed.diagnostics.plugin import WorkerPlugin
 
 from dask_gpurt.installation import PartStatus
@@ -65,13 +66,16 @@ class WorkerRuntime:
                 shuffle.start()
                 self.shuffle = shuffle
 
-    async def stop(self) -> None:
-        """Put stock Dask back. The shuffle goes first: its runs take their shards out of the tiers."""
+    async def stop(self, *, closing: bool) -> None:
+        """Put stock Dask back; on a worker that is ``closing``, data is let go instead of being moved back.
+
+        The shuffle goes first: its runs take their shards out of the tiers.
+        """
         if self.shuffle is not None:
             await self.shuffle.stop()
             self.shuffle = None
         if self.memory is not None:
-            await self.memory.stop()
+            await (self.memory.close() if closing else self.memory.stop())
             self.memory = None
 
 
@@ -107,4 +111,4 @@ class GpurtWorkerPlugin(WorkerPlugin):
         """Put stock Dask back on ``worker``."""
         runtime = worker.extensions.pop("gpurt", None)
         if runtime is not None:
-            await runtime.stop()
+            await runtime.stop(closing=worker.status in (Status.closing, Status.closed))
