@@ -144,6 +144,9 @@ SHUFFLE: tuple[Seam, ...] = (
     Seam("worker", "distributed.shuffle._exceptions:ShuffleClosedError"),
     Seam("worker", "distributed.shuffle._exceptions:DataUnavailable"),
     Seam("worker", ".extensions"),
+    Seam("worker", ".periodic_callbacks"),
+    Seam("worker", ".monitor.get_process_memory"),
+    Seam("worker", ".memory_manager.memory_limit"),
     Seam("worker", ".state.tasks"),
 )
 
@@ -553,6 +556,12 @@ def restart_shuffle(scheduler: Any, shuffle_id: str, run_id: int) -> bool:
 def shuffle_executor(plugin: Any) -> Any:
     """Return the threads of a worker's shuffle plugin."""
     return plugin._executor
+
+
+def worker_memory_fraction(worker: Any) -> float:
+    """Return the part of its memory limit that a worker's process uses; 0 where it has no limit."""
+    limit = worker.memory_manager.memory_limit
+    return float(worker.monitor.get_process_memory() / limit) if limit else 0.0
 
 
 def worker_task_state(worker: Any, key: Any) -> str | None:

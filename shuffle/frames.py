@@ -99,11 +99,12 @@ def _partition_ids(frame: pd.DataFrame, column: Hashable, plan: PartitionPlan) -
 
     series = frame[column]
     if isinstance(series.dtype, np.dtype) and series.dtype.kind in "biuf":
-        values = series.to_numpy()
+        values: npt.NDArray[Any] = series.to_numpy()
         return values.view(np.uint8) if values.dtype.kind == "b" else values
     # Whatever else there may be is compared as pandas compares, like the join that stock makes of it.
     found = pd.Index(plan.partitions).get_indexer(pd.Index(series))
-    return np.where(found >= 0, plan.partitions[found], -1)
+    ids: npt.NDArray[np.int64] = np.where(found >= 0, plan.partitions[found], -1)
+    return ids
 
 
 def encode_table(table: pa.Table) -> pa.Buffer:
@@ -233,7 +234,7 @@ def to_frame(table: pa.Table, meta: pd.DataFrame) -> pd.DataFrame:
     """Make the output frame of the joined shards; ``meta`` is the empty frame that says what is expected."""
     import pandas as pd
     from dask.dataframe.dispatch import from_pyarrow_table_dispatch
-    from pandas.core.dtypes.cast import find_common_type  # type: ignore[attr-defined]
+    from pandas.core.dtypes.cast import find_common_type
 
     arrow = _arrow_places(meta)
     kept = {str(place): pd.arrays.ArrowExtensionArray(table.column(str(place))) for place in arrow}

@@ -7,9 +7,13 @@ See also: :mod:`dask_gpurt.shuffle.scheduler`, where it is decided which data pl
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+from tornado.ioloop import PeriodicCallback
+
+from dask_gpurt import seams
 from dask_gpurt.config import ShuffleSettings
 from dask_gpurt.memory.store import BufferStore, DictBufferStore
 from dask_gpurt.shuffle.credits import ByteWindow
@@ -19,7 +23,15 @@ if TYPE_CHECKING:
 
     from dask_gpurt.shuffle.run import Run
 
-__all__ = ["ShuffleWorker", "part_of"]
+__all__ = ["TRIM_FRACTION", "TRIM_INTERVAL_S", "ShuffleWorker", "part_of"]
+
+#: From this part of a worker's memory limit on, Arrow's allocator has to give back what it only keeps for later. Dask
+#: pauses a worker at 0.8 of its limit, and nothing that a paused worker does would make Arrow give anything back.
+TRIM_FRACTION = 0.7
+#: How often that is looked at, which costs some ten microseconds; giving back costs milliseconds.
+TRIM_INTERVAL_S = 0.2
+
+_TRIM = "gpurt-shuffle-trim"
 
 
 class ShuffleWorker:
@@ -61,12 +73,25 @@ class ShuffleWorker:
         Dask's own plugin, which owns the runs, need not be there yet: a worker that joins is given both at once, and
         one that preloads dask-gpurt has it first.
         """
+        # Where Dask stops them when the worker closes.
+        trim = self.worker.periodic_callbacks[_TRIM] = PeriodicCallback(self.trim, 1000 * TRIM_INTERVAL_S)
+        trim.start()
 
     async def stop(self) -> None:
         """End. Runs that are under way go on to their end with what they hold, in memory, for the store may go now."""
+        trim = self.worker.periodic_callbacks.pop(_TRIM, None)
+        if trim is not None:
+            trim.stop()
         self.store = DictBufferStore()
         for run in list(self._runs.values()):
             await run.move()
+
+    def trim(self) -> None:
+        """Have Arrow give back memory that it does not use, where memory is short."""
+        if self.runs and "pyarrow" in sys.modules and seams.worker_memory_fraction(self.worker) > TRIM_FRACTION:
+            import pyarrow as pa
+
+            pa.default_memory_pool().release_unused()
 
     def opened(self, run: Run) -> None:
         """Note a run."""
