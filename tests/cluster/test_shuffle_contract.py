@@ -28,7 +28,7 @@ class Parts:
     def __init__(self, cluster: LocalCluster, client: Client) -> None:
         self.cluster = cluster
         self.client = client
-        self.scheduler = cluster.scheduler
+        self.scheduler: Any = cluster.scheduler
         self.workers: list[Worker] = list(cluster.workers.values())
         self.shuffle = ShuffleScheduler(self.scheduler, ShuffleSettings())
         for worker in self.workers:
@@ -243,7 +243,7 @@ def test_garbage_from_a_peer_is_refused_and_does_no_harm() -> None:
             pd.testing.assert_frame_equal((await future).sort_index(), data)
             # A peer that is late is told so, and does not try again.
             await asyncio.wait_for(run._closed_event.wait(), 10)
-            reply = await run.receive([])
+            reply: Any = await run.receive([])
             assert reply["status"] == "error"
             assert "P2PConsistencyError" in reply["exception_text"]
 

@@ -66,7 +66,7 @@ def fail() -> None:
 
 def metrics(client: Client, key: str) -> float:
     found = client.run(lambda dask_worker: dask_worker.extensions["gpurt"].shuffle.metrics()[key])
-    return sum(found.values())
+    return float(sum(found.values()))
 
 
 @pytest.mark.parametrize("phase", ["transfer", "unpack"])

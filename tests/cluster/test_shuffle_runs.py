@@ -75,10 +75,10 @@ def frame(rows: int = 5000, seed: int = 0) -> pd.DataFrame:
         {
             "key": rng.integers(0, 200, rows),
             "value": rng.random(rows),
-            "name": pd.Series(rng.choice(["a", "b", None], rows), dtype="str"),
+            "name": pd.Series([["a", "b", None][i] for i in rng.integers(0, 3, rows)], dtype="str"),
             "kind": pd.Categorical(rng.choice(["u", "v", "w"], rows)),
             "when": pd.to_datetime(rng.integers(0, 10**9, rows), unit="s", utc=True),
-            "maybe": pd.array(np.where(rng.random(rows) < 0.2, None, rng.integers(0, 9, rows)), dtype="Int64"),
+            "maybe": pd.array([None if i == 9 else i for i in rng.integers(0, 10, rows)], dtype="Int64"),
         }
     )
 

@@ -91,18 +91,20 @@ def test_messages_are_joined_and_limited() -> None:
         wire, window = Wire(), ByteWindow(100)
         outbox = Outbox(wire, window)
         for number in range(10):
-            await outbox.post("a", [number], 10)
+            await outbox.post("a", [bytes([number])], 10)
         await turns()
         assert 1 <= wire.in_flight <= SENDERS
         assert outbox.pending_nbytes == window.used_nbytes == 100
-        waiting = asyncio.create_task(outbox.post("b", ["last"], 1))
+        waiting = asyncio.create_task(outbox.post("b", [b"last"], 1))
         await turns()
         assert not waiting.done()
         wire.open.set()
         await waiting
         await outbox.flush()
-        assert [n for address, buffers in wire.sent for n in buffers if address == "a"] == list(range(10))
-        assert ("b", ["last"]) in wire.sent
+        assert [n for address, buffers in wire.sent for n in buffers if address == "a"] == [
+            bytes([number]) for number in range(10)
+        ]
+        assert ("b", [b"last"]) in wire.sent
         assert wire.most_in_flight <= 2 * SENDERS
         assert outbox.messages == len(wire.sent) < 11
         assert (outbox.pending_nbytes, window.used_nbytes, outbox.sent_nbytes) == (0, 0, 101)
@@ -116,9 +118,9 @@ def test_large_messages_go_alone() -> None:
         wire.open.set()
         outbox = Outbox(wire, ByteWindow(10 * JOIN_NBYTES))
         for number in range(4):
-            await outbox.post("a", [number], JOIN_NBYTES)
+            await outbox.post("a", [bytes([number])], JOIN_NBYTES)
         await outbox.flush()
-        assert sorted(wire.sent) == [("a", [number]) for number in range(4)]
+        assert sorted(wire.sent) == [("a", [bytes([number])]) for number in range(4)]
 
     asyncio.run(main())
 
@@ -128,8 +130,8 @@ def test_the_first_failure_is_kept_and_nothing_is_held_back() -> None:
         wire, window = Wire(), ByteWindow(5)
         wire.error = ValueError("no such peer")
         outbox = Outbox(wire, window)
-        await outbox.post("a", [1], 5)
-        late = asyncio.create_task(outbox.post("a", [2], 5))
+        await outbox.post("a", [b"1"], 5)
+        late = asyncio.create_task(outbox.post("a", [b"2"], 5))
         await turns()
         wire.open.set()
         with pytest.raises(ValueError, match="no such peer"):
@@ -137,7 +139,7 @@ def test_the_first_failure_is_kept_and_nothing_is_held_back() -> None:
         with pytest.raises(ValueError, match="no such peer"):
             await late
         with pytest.raises(ValueError, match="no such peer"):
-            await outbox.post("b", [3], 1)
+            await outbox.post("b", [b"3"], 1)
         assert (outbox.pending_nbytes, window.used_nbytes) == (0, 0)
 
     asyncio.run(main())
@@ -147,10 +149,10 @@ def test_closing_drops_what_is_under_way() -> None:
     async def main() -> None:
         wire, window = Wire(), ByteWindow(10)
         outbox = Outbox(wire, window)
-        await outbox.post("a", [1], 5)
+        await outbox.post("a", [b"1"], 5)
         await turns()
-        await outbox.post("a", [2], 5)
-        late = asyncio.create_task(outbox.post("a", [3], 5))
+        await outbox.post("a", [b"2"], 5)
+        late = asyncio.create_task(outbox.post("a", [b"3"], 5))
         await turns()
         await outbox.close()
         with pytest.raises(RuntimeError, match="closed"):
