@@ -1,7 +1,7 @@
 """What dask-gpurt costs where there is nothing to gain.
 
 Cases: ``tasks-10000`` (10,000 tasks that do nothing) and ``fits`` (arrays and dataframes that fit in memory many times
-over), with all parts and, where it is not quick, with each part alone: ``tasks-10000-memory``. Quick runs 2,000 tasks.
+over) with all parts; the subject ``overhead_parts`` has each part alone: ``tasks-10000-memory``. Quick runs 2,000 tasks.
 
 One cluster serves both: dask-gpurt is installed and uninstalled in turn. The differences that are looked for, a few
 percent, are smaller than those between two clusters that were started alike. After each change a short run that is not
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import dask.array as da
 import dask.dataframe as dd
@@ -22,7 +22,6 @@ from distributed import Client
 
 from benchmarks.frame import Line, Subject, WrongAnswerError, line_of_pairs, turns
 from dask_gpurt import uninstall
-from dask_gpurt.config import PARTS
 from dask_gpurt.demo.cluster import GPURT, ClusterSpec, Side, open_client, warm_up
 
 #: Enough that neither case ever spills, so that what is measured is bookkeeping.
@@ -72,15 +71,13 @@ def cases(*, quick: bool) -> dict[str, Workload]:
     return {f"tasks-{tasks}": functools.partial(trivial_tasks, tasks=tasks), "fits": small_workload}
 
 
-def run(*, quick: bool) -> Iterator[Line]:
-    """Yield the cases: with all parts, then with each part alone."""
+def run(*, quick: bool, sides: Mapping[str, Side]) -> Iterator[Line]:
+    """Yield each case with each of ``sides``, by suffix of its name."""
     with open_client(SPEC) as client:
         warm_up(client)
         for case, workload in cases(quick=quick).items():
-            yield compare(client, case, GPURT, workload, PAIRS)
-        for case, workload in () if quick else cases(quick=quick).items():
-            for part in PARTS:
-                yield compare(client, f"{case}-{part}", Side(part, (part,)), workload, PAIRS)
+            for suffix, side in sides.items():
+                yield compare(client, case + suffix, side, workload, PAIRS)
 
 
 def compare(client: Client, case: str, side: Side, workload: Workload, pairs: int) -> Line:
@@ -107,4 +104,6 @@ def compare(client: Client, case: str, side: Side, workload: Workload, pairs: in
     return line_of_pairs(case, "wall_s", ours, peer, peer_name="stock")
 
 
-SUBJECT = Subject("overhead", "what installing costs when nothing is to be gained", lambda quick: run(quick=quick))
+SUBJECT = Subject(
+    "overhead", "what installing costs when nothing is to be gained", lambda quick: run(quick=quick, sides={"": GPURT})
+)

@@ -28,6 +28,8 @@ class Parts:
     def __init__(self, cluster: LocalCluster, client: Client) -> None:
         self.cluster = cluster
         self.client = client
+        assert cluster.scheduler is not None
+        assert cluster.scheduler is not None
         self.scheduler: Any = cluster.scheduler
         self.workers: list[Worker] = list(cluster.workers.values())
         self.shuffle = ShuffleScheduler(self.scheduler, ShuffleSettings())
