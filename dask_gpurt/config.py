@@ -191,11 +191,10 @@ class Settings:
         """
         tree: dict[str, dict[str, object]] = {}
         sections = {f.name for f in dataclasses.fields(cls)}
-        # Looked at before the defaults are merged in, which would paper over a value that is no mapping.
+        # Looked at before the defaults are merged in, which would paper over a value that is no mapping; and what is
+        # missing has its default in the dataclasses: the defaults in Dask's configuration are there to be seen, and go
+        # with the end of a `dask.config.set` within which they were put there.
         configured = dask.config.get("gpurt", {})
-        if isinstance(configured, Mapping):
-            ensure_defaults()
-            configured = dask.config.get("gpurt")
         if not isinstance(configured, Mapping):
             raise ConfigError("gpurt", configured, "a mapping with the keys " + ", ".join(sorted(sections)))
         for section, values in configured.items():
@@ -209,6 +208,7 @@ class Settings:
             if section not in sections or not key:
                 raise ConfigError(dotted, value, "a key such as gpurt.memory.host-limit")
             tree.setdefault(section, {})[key.replace("_", "-")] = value
+        ensure_defaults()
         return cls(
             placement=PlacementSettings.parse(tree.get("placement", {}), "gpurt.placement"),
             shuffle=ShuffleSettings.parse(tree.get("shuffle", {}), "gpurt.shuffle"),

@@ -87,6 +87,13 @@ def test_limits_are_sizes_fractions_or_auto(given: object, parsed: object) -> No
     assert Settings.load({"gpurt.memory.host-limit": given}).memory.host_limit == parsed
 
 
+def test_the_defaults_outlive_a_context_in_which_they_were_loaded() -> None:
+    with dask.config.set({"gpurt.shuffle.enabled": False}):
+        assert not Settings.load().enabled("shuffle")
+    with dask.config.set(gpurt={}):
+        assert Settings.load() == Settings()
+
+
 def test_overrides_win_over_the_configuration() -> None:
     with dask.config.set({"gpurt.shuffle.enabled": False, "gpurt.memory.host_limit": "1 GiB"}):
         settings = Settings.load({"shuffle.enabled": True})
