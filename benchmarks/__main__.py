@@ -29,7 +29,7 @@ def subjects() -> dict[str, Subject]:
 def main(arguments: Sequence[str] | None = None, known: dict[str, Subject] | None = None) -> int:
     """Run the command; return its exit status."""
     known = subjects() if known is None else known
-    listed = "\n".join(f"  {name:<12}{subject.title}" for name, subject in sorted(known.items()))
+    listed = "\n".join(f"  {name:<16}{subject.title}" for name, subject in sorted(known.items()))
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measure dask-gpurt beside its peers.",
