@@ -14,9 +14,10 @@ roots go decides where everything after them goes, since later tasks stay with t
    and is reached from a root through tasks with one input each, is the meeting of that root. The siblings under a
    first reduction meet there, and so do the blocks of two collections that are added. An input that very many tasks
    take (a broadcast) makes no meeting, as it has to go everywhere.
-2. A meeting that gathers more than a fair share of all roots is no reason to put them all on one worker: it is cut
-   into pieces. So are families as such: dealing *small* families in order of priority keeps few reductions open at
-   a time, and memory low.
+2. A meeting that gathers most of a collection (the barrier of a shuffle, the last step of a reduction) is no reason to
+   put anything anywhere: those roots are not planned. One that gathers more than a fair share of a collection is
+   cut into pieces. So are families as such: dealing *small* families in order of priority keeps few reductions open
+   at a time, and memory low.
 3. A meeting that also takes results that are in memory already draws its family to the worker that holds
    most of them. All other families are dealt in order of priority to the worker with the least so far for its
    threads, a few in a row where their meetings meet soon in turn, so that the next level of a reduction is local, too.
@@ -32,6 +33,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
@@ -154,7 +156,7 @@ def by_meeting(
 
     Returns
     -------
-    The families, in order of priority.
+    The families, in order of priority. Roots of which a meeting gathers most of their collection are in none.
     """
     groups: dict[Any, list[Any]] = {}
     order: list[Node] = []
@@ -166,14 +168,21 @@ def by_meeting(
             order.append(meeting)
         else:
             members.append(root.key)
+    totals = Counter(_collection(root.key) for root in roots)
     fair = max(1, -(-len(roots) // max(len(shares), 1)))
-    size = min(fair, max_family)
     position_of = {share.worker: position for position, share in enumerate(shares)}
     families: list[Family] = []
     undealt: list[tuple[list[Family], Node]] = []
     load = [0.0] * len(shares)
     for meeting in order:
         members = groups[meeting.key]
+        counts = Counter(map(_collection, members))
+        # By collection, and not for all roots together: a table of four partitions is shared by two workers, however
+        # many other tables the graph reads.
+        fair_of = {collection: -(-totals[collection] // max(len(shares), 1)) for collection in counts}
+        if any(count > max(fair_of[name], totals[name] // 2) for name, count in counts.items()):
+            continue
+        size = min(sum(fair_of.values()), max_family)
         home = holder_of(meeting)
         position = position_of.get(home) if home is not None else None
         pieces = [
@@ -242,6 +251,13 @@ def index_of(key: object) -> tuple[str, tuple[int, ...]] | None:
     if not all(type(i) is int for i in index):
         return None
     return key[0], index
+
+
+def _collection(key: Any) -> Any:
+    """Tell what a root is a part of: a collection by its name, or delayed calls by their function."""
+    if type(key) is tuple and key:
+        return key[0]
+    return key.rpartition("-")[0] if type(key) is str else None
 
 
 def _priority(node: Node) -> Any:

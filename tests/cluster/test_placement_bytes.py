@@ -177,7 +177,9 @@ def test_answers_are_those_of_numpy_and_pandas(name: str) -> None:
     assert JOBS[name] is not None
     ours = _run(JOBS[name], placed=True, n_workers=4)
     assert ours.placement is not None
-    assert ours.placement.metrics()["decisions"].get("planned", 0) > 0
+    decisions = ours.placement.metrics()["decisions"]
+    # All parts of a groupby meet in one step: there is nothing to plan, and tasks follow their inputs.
+    assert decisions.get("only-holder" if name == "groupby" else "planned", 0) > 0
     assert ours.answer is True
 
 

@@ -136,11 +136,43 @@ def test_neighbours_are_parted_rather_than_dealt_unfairly() -> None:
     assert [family.home for family in dealt[:6]] == ["a", "a", "b", "b", "c", "c"]
 
 
-def test_a_meeting_of_all_is_no_reason_to_overload_a_worker() -> None:
-    dealt = tree(9, 9).deal(WORKERS)
-    assert [len(family.keys) for family in dealt] == [3, 3, 3]
-    assert {family.home for family in dealt} == {"a", "b", "c"}
-    assert all(len(family.keys) <= 2 for family in tree(9, 9).deal(WORKERS, max_family=2))
+def test_a_meeting_of_all_plans_nothing() -> None:
+    assert tree(9, 9).deal(WORKERS) == []
+    # The barrier of a shuffle, beside two other collections of which the graph reads more.
+    graph = Graph()
+    for name, count in (("few", 4), ("many", 12), ("more", 12)):
+        moves = [graph.add(("move-" + name, i), graph.add((name, i)).key).key for i in range(count)]
+        graph.add("barrier-" + name, *moves)
+    assert graph.deal(WORKERS) == []
+
+
+def test_a_meeting_of_many_is_cut_into_fair_pieces() -> None:
+    graph = Graph()
+    for half in range(2):
+        graph.add(("sum", half), *(graph.add(("leaf", half, i)).key for i in range(9)))
+    dealt = graph.deal(WORKERS)
+    assert [len(family.keys) for family in dealt] == [6, 3, 6, 3]
+    counts = [sum(len(f.keys) for f in dealt if f.home == share.worker) for share in WORKERS]
+    assert max(counts) <= 9
+    assert all(len(family.keys) <= 2 for family in graph.deal(WORKERS, max_family=2))
+
+
+def test_the_share_of_a_meeting_is_fair_to_each_collection() -> None:
+    # Four parts of a table meet in pairs; forty of another in tens. The small table is shared, too.
+    graph = Graph()
+    for name, count, size in (("small", 4, 2), ("large", 40, 10)):
+        for first in range(0, count, size):
+            graph.add(("sum-" + name, first), *(graph.add((name, i)).key for i in range(first, first + size)))
+    dealt = graph.deal([Share("a", 1), Share("b", 1)])
+    for name in ("small", "large"):
+        homes = [family.home for family in dealt for key in family.keys if key[0] == name]
+        assert set(homes) == {"a", "b"}
+
+
+def test_delayed_calls_are_one_collection() -> None:
+    graph = Graph()
+    graph.add("sum-0", *(graph.add(f"load-{i}").key for i in range(30)))
+    assert graph.deal(WORKERS) == []
 
 
 def test_families_are_dealt_by_threads() -> None:
