@@ -34,7 +34,7 @@ def describe() -> dict[str, Any]:
             continue
     return {
         "time": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "command": command(sys.argv),
         "machine": {
             "system": f"{platform.system()} {platform.release()}",
             "architecture": platform.machine(),
@@ -56,3 +56,18 @@ def _processor() -> str:
     except FileNotFoundError:
         pass
     return platform.processor()
+
+
+def command(argv: list[str]) -> str:
+    """Write a command line as one would type it.
+
+    Examples
+    --------
+    >>> command(["/somewhere/benchmarks/__main__.py", "demo", "--quick"])
+    'python -m benchmarks demo --quick'
+    >>> command(["/somewhere/bin/dask", "gpurt", "demo"])
+    'dask gpurt demo'
+    """
+    folder, name = os.path.split(argv[0])
+    program = ["python", "-m", os.path.basename(folder)] if name == "__main__.py" else [name]
+    return shlex.join([*program, *argv[1:]])
