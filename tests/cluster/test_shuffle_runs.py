@@ -231,7 +231,8 @@ def test_the_heartbeat_is_what_the_dashboard_reads(ours: Client) -> None:
         assert Event("beat").wait(60)
         return part
 
-    shuffled = dd.from_pandas(frame(), npartitions=4).shuffle("key", npartitions=4, shuffle_method="p2p")
+    # Many outputs: a worker unpacks the next ones while the first is on its way to `hold`, and the run ends with the last.
+    shuffled = dd.from_pandas(frame(), npartitions=4).shuffle("key", npartitions=200, shuffle_method="p2p")
     future = ours.compute(shuffled.map_partitions(hold, meta=shuffled))
     assert Event("beating").wait(60)
     for found in ours.run(beat).values():
