@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pathlib
 import sys
@@ -142,8 +143,12 @@ def test_a_result_that_is_lost_after_its_shards_are_gone_restarts_the_shuffle(cl
             assert Event("go-on").wait(60)
         return part
 
-    def lose(dask_scheduler: Any, keys: list[Any]) -> None:
+    async def lose(dask_scheduler: Any, keys: list[Any]) -> None:
         dask_scheduler.transitions(dict.fromkeys(keys, "released"), stimulus_id="lost")
+        # A client hears of it later, and would take the old results for the new ones: so the scheduler itself is asked.
+        async with asyncio.timeout(60):
+            while any(dask_scheduler.tasks[key].state != "memory" for key in keys):  # noqa: ASYNC110 - Dask has no event for it
+                await asyncio.sleep(0.01)
 
     one = dd.from_pandas(data, npartitions=4, sort=False)
     if join:
@@ -159,7 +164,6 @@ def test_a_result_that_is_lost_after_its_shards_are_gone_restarts_the_shuffle(cl
     assert len(done) == 4
     runs = metrics(client, "runs")
     client.run_on_scheduler(lose, keys=list(done))
-    wait(futures[2:6], timeout=60)
     # Not because the run ended: one of its outputs is still missing.
     assert metrics(client, "runs") > runs
     Event("go-on").set()
