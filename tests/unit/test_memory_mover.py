@@ -467,7 +467,7 @@ def test_a_thread_that_reads_while_the_loop_moves(tmp_path: Path) -> None:
             await filled(r, 6)
 
             def reader() -> None:
-                for _ in range(4):  # a reader waits for room up to a quarter of a second each time
+                for _ in range(1):  # a reader waits for room up to a quarter of a second each time
                     for number in range(6):
                         assert (np.asarray(r.mover.get(number)) == number).all()
 
