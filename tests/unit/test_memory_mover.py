@@ -466,15 +466,22 @@ def test_a_thread_that_reads_while_the_loop_moves(tmp_path: Path) -> None:
         async with rig(tmp_path, limit=2 * CHUNK) as r:
             await filled(r, 6)
 
+            enough = threading.Event()
+            read = 0
+
             def reader() -> None:
-                for _ in range(1):  # a reader waits for room up to a quarter of a second each time
+                nonlocal read
+                while read < 20 or not enough.is_set():
                     for number in range(6):
                         assert (np.asarray(r.mover.get(number)) == number).all()
+                    read += 1
 
             work = asyncio.get_running_loop().run_in_executor(None, reader)
-            while not work.done():
-                r.mover.unpin(await r.mover.ensure([0, 3]))
-                await asyncio.sleep(0)
+            # Pairs in turn: each time something has to move. A loop that found all in place would do nothing but take
+            # the lock, and a lock is not fair: the thread would hardly get it.
+            for pair in [(0, 3), (1, 4), (2, 5)] * 30:
+                r.mover.unpin(await r.mover.ensure(pair))
+            enough.set()
             await work
             await r.mover.settle()
             assert not r.lost
