@@ -7,8 +7,9 @@ See also: :class:`dask_gpurt.shuffle.credits.ByteWindow`.
 
 Theory of operation: :meth:`Outbox.post` takes bytes from the window before a message is queued, so the queues need no
 limit of their own; the bytes return when the peer has answered. A peer has at most :data:`SENDERS` messages in flight:
-one on the wire while another is being taken in. What is queued meanwhile goes together into the next one. The first
-failure ends the outbox: it is kept, and raised by every later call.
+one on the wire while another is being taken in. What is queued meanwhile goes together into the next one. A sender leaves
+in the same step in which it finds its queue empty: were it still counted when the next message is queued, that one would
+have nobody to send it. The first failure ends the outbox: it is kept, and raised by every later call.
 """
 
 from __future__ import annotations
@@ -86,6 +87,9 @@ class Outbox:
         while tasks := [task for senders in self._senders.values() for task in senders]:
             await asyncio.wait(tasks)
         self._check()
+        if any(self._queues.values()):
+            # To go on without them would be a wrong answer.
+            raise RuntimeError(f"{self!r} has messages that nobody sends")
 
     async def close(self) -> None:
         """Drop what is under way."""
@@ -133,3 +137,6 @@ class Outbox:
                 self._drop()
             finally:
                 self._delivered(nbytes)
+        task = asyncio.current_task()
+        assert task is not None
+        self._senders[address].discard(task)

@@ -160,3 +160,29 @@ def test_closing_drops_what_is_under_way() -> None:
         assert (wire.in_flight, wire.sent, window.used_nbytes, outbox.peers) == (0, [], 0, 0)
 
     asyncio.run(main())
+
+
+def test_a_message_that_is_queued_when_all_senders_end_is_sent() -> None:
+    async def main() -> None:
+        wire = Wire()
+        outbox = Outbox(wire, ByteWindow(10 * JOIN_NBYTES))
+        for _ in range(SENDERS):
+            await outbox.post("a", [b""], JOIN_NBYTES)
+        await turns()
+        assert wire.in_flight == SENDERS
+
+        async def post_late() -> None:
+            # Woken after all senders, which have ended then, in the same turn of the loop.
+            await wire.open.wait()
+            assert wire.in_flight == 0
+            await outbox.post("a", [b"late"], 4)
+
+        late = asyncio.create_task(post_late())
+        await turns()
+        wire.open.set()
+        await late
+        await outbox.flush()
+        assert [buffers for _, buffers in wire.sent] == [[b""], [b""], [b"late"]]
+        assert outbox.pending_nbytes == 0
+
+    asyncio.run(main())
