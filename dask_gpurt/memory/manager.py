@@ -293,7 +293,10 @@ class MemoryManager:
                 pinned = await home.ensure([key])
             except SpillError:
                 continue  # it was reported lost
-            if pinned:
+            if key not in home:
+                # Deleted while it was read.
+                home.unpin(pinned)
+            elif pinned:
                 value = home.get(key)
                 copy = await loop.run_in_executor(None, stock.give_back, key, value, self._nbytes(key))
                 home.unpin(pinned)

@@ -21,6 +21,7 @@ from dask_gpurt.config import MemorySettings
 from dask_gpurt.errors import CorruptDataError, GpurtError, SpillError
 from dask_gpurt.memory.manager import MemoryManager
 from dask_gpurt.memory.mapping import TieredMapping
+from dask_gpurt.memory.mover import Mover
 
 
 async def start(settings: MemorySettings, dask_worker: Any = None) -> None:
@@ -254,6 +255,45 @@ async def test_the_figures_of_the_dashboard_are_right() -> None:
         await manager.stop()
         await manager.stop()
         assert worker.data is stock
+
+
+@gen_test(timeout=60)
+async def test_a_key_that_is_deleted_while_data_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with (
+        LocalCluster(
+            n_workers=1,
+            threads_per_worker=1,
+            processes=False,
+            protocol="tcp",
+            host="127.0.0.1",
+            dashboard_address=":0",
+            memory_limit="100 MB",
+            asynchronous=True,
+        ) as cluster,
+        Client(cluster, asynchronous=True) as client,
+    ):
+        worker = cluster.workers[0]
+        stock = worker.data
+        manager = MemoryManager(worker, MemorySettings(host_limit=1_000_000))
+        await manager.start()
+        futures = {key: client.submit(np.full, 50_000, n, key=key) for n, key in enumerate("abcdef")}
+        await wait(list(futures.values()))
+        ensure = Mover.ensure
+
+        async def ensure_late(mover: Mover, names: Any, **options: Any) -> Any:
+            pinned = await ensure(mover, names, **options)
+            if "c" in names:
+                futures.pop("c").release()
+                await async_poll(lambda: "c" not in worker.data)
+            return pinned
+
+        monkeypatch.setattr(Mover, "ensure", ensure_late)
+        await manager.stop()
+        assert worker.data is stock
+        assert sorted(stock) == ["a", "b", "d", "e", "f"]
+        for number, key in enumerate("abcdef"):
+            if key != "c":
+                assert (stock[key] == number).all()
 
 
 @gen_test(timeout=60)
