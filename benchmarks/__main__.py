@@ -13,7 +13,7 @@ import benchmarks
 from benchmarks.frame import Subject, WrongAnswerError, run_subject
 
 #: Modules of this folder that are no subjects.
-FRAME = ("__main__", "frame")
+FRAME = ("__main__", "contest", "frame", "tables", "tpch_queries")
 
 
 def subjects() -> dict[str, Subject]:
@@ -39,17 +39,30 @@ def main(arguments: Sequence[str] | None = None, known: dict[str, Subject] | Non
     parser.add_argument("name", metavar="NAME", help="the subject")
     parser.add_argument("--quick", action="store_true", help="fewer runs: two minutes on two cores")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, machine and versions to FILE")
+    parser.add_argument(
+        "--case",
+        action="append",
+        metavar="CASE",
+        help="only this case; can be given several times; not all subjects can",
+    )
     options = parser.parse_args(arguments)
     if options.name not in known:
         parser.print_usage(sys.stderr)
         print(f"there is no subject {options.name!r}; there are:\n{listed}", file=sys.stderr)
         return 2
+    subject = known[options.name]
+    if options.case:
+        if missing := [case for case in options.case if case not in subject.cases]:
+            there = f"there are {', '.join(subject.cases)}" if subject.cases else "it runs as a whole"
+            print(f"{subject.name} has no case {missing[0]!r} to run alone; {there}", file=sys.stderr)
+            return 2
+        subject = subject.only(options.case)
     if options.json is not None and not options.json.absolute().parent.is_dir():
         print(f"there is no folder to write {options.json} to", file=sys.stderr)
         return 2
     try:
         run_subject(
-            known[options.name],
+            subject,
             quick=options.quick,
             json_path=options.json,
             say=lambda text: print(text, flush=True),

@@ -11,17 +11,21 @@ a ratio whose quartiles enclose 1 says nothing.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from dask_gpurt.demo import machine
 from dask_gpurt.demo.runner import quotient
 
-__all__ = ["Line", "Subject", "WrongAnswerError", "line_of_pairs", "run_subject", "turns"]
+__all__ = ["Line", "Subject", "WrongAnswerError", "line_of_pairs", "rounds", "run_subject", "turns"]
+
+T = TypeVar("T")
 
 
 class WrongAnswerError(Exception):
@@ -84,11 +88,31 @@ class Subject:
         What it measures, in one line.
     run
         Called with whether it is to be quick (two minutes on two cores); yields the cases as they are done.
+    cases
+        What does the same for one case, by its name, where cases can be run alone; see :meth:`of_cases`.
     """
 
     name: str
     title: str
     run: Callable[[bool], Iterable[Line]]
+    cases: Mapping[str, Callable[[bool], Iterable[Line]]] = field(default_factory=dict)
+
+    @classmethod
+    def of_cases(cls, name: str, title: str, cases: Mapping[str, Callable[[bool], Iterable[Line]]]) -> Subject:
+        """Return a subject whose cases can be run alone."""
+        return cls(
+            name, title, lambda quick: itertools.chain.from_iterable(run(quick) for run in cases.values()), cases
+        )
+
+    def only(self, names: Sequence[str]) -> Subject:
+        """Return the subject with these of its cases.
+
+        Raises
+        ------
+        KeyError
+            If there is no such case.
+        """
+        return self.of_cases(self.name, self.title, {name: self.cases[name] for name in names})
 
 
 def turns(pairs: int) -> Iterator[tuple[int, bool]]:
@@ -102,6 +126,19 @@ def turns(pairs: int) -> Iterator[tuple[int, bool]]:
     for number in range(pairs):
         for ours in (False, True) if number % 2 == 0 else (True, False):
             yield number, ours
+
+
+def rounds(sides: Sequence[T], count: int) -> Iterator[tuple[int, T]]:
+    """Say whose turn it is where there are more than two: the number of the round, and the side.
+
+    Examples
+    --------
+    >>> list(rounds("abc", 2))
+    [(0, 'a'), (0, 'b'), (0, 'c'), (1, 'c'), (1, 'b'), (1, 'a')]
+    """
+    for number in range(count):
+        for side in sides if number % 2 == 0 else sides[::-1]:
+            yield number, side
 
 
 def line_of_pairs(case: str, metric: str, ours: Sequence[float], peer: Sequence[float], peer_name: str) -> Line:

@@ -1,0 +1,250 @@
+"""Tables that workers make by themselves, and how their shuffled form is judged.
+
+Covers: frames of eight columns that follow from row numbers, TPC-H's lineitem in equal parts, fingerprints of
+partitions; shuffles of both as :class:`~benchmarks.contest.Workload`.
+Does not cover: who competes; see :mod:`benchmarks.contest`. How large the cases are; see :mod:`benchmarks.shuffle`.
+
+A partition's *fingerprint* is the number of its rows and the sum, modulo 2**64, of a 64-bit hash of each row, index
+included, by pandas. It does not depend on the order of the rows; a row that is lost, doubled, changed in any column or
+put into another partition changes it. What the fingerprint of each output partition has to be follows from the inputs
+without any shuffle: each input partition is hashed where it lies, and the hashes are summed by output partition.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from distributed import Client, wait
+from distributed.client import futures_of
+
+from benchmarks.frame import WrongAnswerError
+
+__all__ = ["Fingerprint", "Shuffle", "fingerprint", "fingerprints_by_output", "in_parts", "lineitem", "numeric"]
+
+#: Bytes of a row of :func:`numeric`, without its index.
+ROW_NBYTES = 64
+#: Coprime to any count of rows below it, so that ``number * STRIDE % rows`` meets each key once.
+STRIDE = 2_147_483_647
+
+#: Multipliers of the columns other than the key: odd, so that no two rows have the same value.
+FACTORS = np.array(
+    [
+        0x9E3779B97F4A7C15,
+        0xC2B2AE3D27D4EB4F,
+        0x165667B19E3779F9,
+        0xD6E8FEB86659FD93,
+        0xA0761D6478BD642F,
+        0xE7037ED1A0B428DB,
+        0x8EBC6AF09C88C6E3,
+    ],
+    dtype="uint64",
+)
+
+#: Rows, and the sum of their hashes.
+Fingerprint = tuple[int, int]
+
+
+def numeric(part: int, *, rows: int, parts: int, hot: bool = False) -> pd.DataFrame:
+    """Make one partition of a table of four integer and four float columns.
+
+    Parameters
+    ----------
+    part, parts
+        Number of the partition, and how many there are.
+    rows
+        Rows of each.
+    hot
+        Whether every second row of the table has the key 0; else all keys are different.
+
+    Examples
+    --------
+    >>> numeric(0, rows=3, parts=2).columns.to_list()
+    ['key', 'int_0', 'int_1', 'int_2', 'float_0', 'float_1', 'float_2', 'float_3']
+    """
+    number = np.arange(part * rows, (part + 1) * rows, dtype="uint64")
+    key = number * np.uint64(STRIDE) % np.uint64(rows * parts)
+    if hot:
+        key[::2] = 0
+    return values(key.astype("int64"), number)
+
+
+def values(key: Any, number: Any, prefix: str = "") -> pd.DataFrame:
+    """Make a frame of these keys and of seven columns that follow from ``number``, a uint64 a row."""
+    # One block for all columns of a type, as a frame has that was read from a file.
+    integers = np.empty((4, len(key)), dtype="int64")
+    integers[0] = key
+    for column, factor in zip(integers[1:], FACTORS[:3], strict=True):
+        np.multiply(number, factor, out=column.view("uint64"))
+    floats = np.empty((4, len(key)))
+    for column, factor in zip(floats, FACTORS[3:], strict=True):
+        # The upper 53 bits as a fraction: every float in [0, 1) that can come.
+        np.multiply((number * factor) >> np.uint64(11), 2.0**-53, out=column)
+    names = ["key", *(f"{prefix}int_{i}" for i in range(3))], [f"{prefix}float_{i}" for i in range(4)]
+    return pd.concat(
+        [pd.DataFrame(block.T, columns=columns) for block, columns in zip((integers, floats), names, strict=True)],
+        axis=1,
+    )
+
+
+def lineitem(part: int, *, files: Sequence[Path], parts: int) -> pd.DataFrame:
+    """Read one of equal parts of lineitem, with the types that dask.dataframe gives it."""
+    import dask.dataframe as dd
+
+    per_file = parts // len(files)
+    whole = dd.read_parquet(str(files[part // per_file])).compute(scheduler="synchronous")
+    bounds = np.linspace(0, len(whole), per_file + 1).astype(int)
+    # A slice would share the strings of the whole file, and ship them.
+    return whole.take(np.arange(*bounds[part % per_file :][:2])).reset_index(drop=True)
+
+
+def in_parts(client: Client, make: Callable[[int], Any], parts: int) -> list[Any]:
+    """Return futures of ``make(0)``, ``make(1)`` …, which lie on the workers in turn."""
+    workers = sorted(client.scheduler_info()["workers"])
+    return [client.submit(make, part, workers=[workers[part % len(workers)]], pure=False) for part in range(parts)]
+
+
+def persisted_frame(client: Client, make: Callable[[int], pd.DataFrame], parts: int, meta: pd.DataFrame) -> Any:
+    """Return a dataframe whose partitions lie in the memory of the workers in turn."""
+    import dask.dataframe as dd
+
+    frame = client.persist(dd.from_delayed(in_parts(client, make, parts), meta=meta, verify_meta=False))
+    wait(frame)
+    return frame
+
+
+def fingerprint(frame: pd.DataFrame) -> Fingerprint:
+    """Return the fingerprint of a partition.
+
+    Examples
+    --------
+    >>> frame = numeric(0, rows=3, parts=1)
+    >>> fingerprint(frame) == fingerprint(frame[::-1]), fingerprint(frame) == fingerprint(frame[:2])
+    (True, False)
+    """
+    return len(frame), int(_row_hashes(frame).sum(dtype="uint64"))
+
+
+def _row_hashes(frame: pd.DataFrame) -> Any:
+    return pd.util.hash_pandas_object(frame).to_numpy()
+
+
+def output_of(frame: pd.DataFrame, key: str, outputs: int) -> Any:
+    """Return the output partition that Dask gives each row: the hash of its key, which becomes a float for that."""
+    return pd.util.hash_pandas_object(frame[[key]].astype("float64"), index=False).to_numpy() % np.uint64(outputs)
+
+
+def fingerprints_by_output(frame: pd.DataFrame, key: str, outputs: int) -> list[Fingerprint]:
+    """Return what one input partition adds to the fingerprint of each output partition."""
+    output = output_of(frame, key, outputs)
+    order = np.argsort(output, kind="stable")
+    rows = np.bincount(output.astype("int64"), minlength=outputs)
+    # Sums of neighbours as differences of running sums, which wrap around as they should.
+    running = np.concatenate([np.zeros(1, dtype="uint64"), np.cumsum(_row_hashes(frame)[order], dtype="uint64")])
+    ends = np.cumsum(rows)
+    sums = running[ends] - running[ends - rows]
+    return [(int(count), int(total)) for count, total in zip(rows, sums, strict=True)]
+
+
+def add_fingerprints(parts: Sequence[Sequence[Fingerprint]]) -> list[Fingerprint]:
+    """Add up what all input partitions give to each output partition.
+
+    Examples
+    --------
+    >>> add_fingerprints([[(1, 5), (2, 6)], [(3, 7), (0, 0)]])
+    [(4, 12), (2, 6)]
+    """
+    return [
+        (sum(rows for rows, _ in output), sum(total for _, total in output) % 2**64)
+        for output in zip(*parts, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Shuffle:
+    """A shuffle of a table that lies in memory, by one column, into as many partitions as it has.
+
+    Parameters
+    ----------
+    make
+        Makes an input partition, on a worker.
+    parts
+        How many there are.
+    nbytes
+        Bytes of all of them.
+    key
+        Column to shuffle by.
+    row_key
+        Columns that tell rows apart.
+    """
+
+    make: Callable[[int], pd.DataFrame]
+    parts: int
+    nbytes: int
+    key: str
+    row_key: tuple[str, ...]
+
+    @classmethod
+    def of_numeric(cls, *, parts: int, rows: int, hot: bool = False) -> Shuffle:
+        """Return the shuffle of a table of :func:`numeric`."""
+        make = functools.partial(numeric, rows=rows, parts=parts, hot=hot)
+        return cls(make, parts, parts * rows * ROW_NBYTES, "key", ("int_0",))
+
+    def load(self, client: Client) -> Any:
+        """Make the partitions on the workers."""
+        return persisted_frame(client, self.make, self.parts, self.make(0).iloc[:0])
+
+    def build(self, inputs: Any) -> Any:
+        """Return the shuffled dataframe."""
+        return inputs.shuffle(self.key, npartitions=self.parts)
+
+    def truth(self, client: Client, inputs: Any) -> list[Fingerprint]:
+        """Return the fingerprint of each output partition."""
+        # As a partial: client.map takes ``key`` for itself.
+        add = functools.partial(fingerprints_by_output, key=self.key, outputs=self.parts)
+        added = client.map(add, futures_of(inputs), pure=False)
+        return add_fingerprints(client.gather(added))
+
+    def check(self, client: Client, answer: Any, truth: list[Fingerprint]) -> None:
+        """Compare the fingerprints."""
+        found = client.gather(client.map(fingerprint, ordered_futures(answer), pure=False))
+        wrong = [number for number, (mine, true) in enumerate(zip(found, truth, strict=True)) if tuple(mine) != true]
+        if wrong:
+            number = wrong[0]
+            raise WrongAnswerError(
+                f"{len(wrong)} of {len(truth)} partitions are wrong; partition {number} is {found[number]}, "
+                f"expected {truth[number]}"
+            )
+
+    def excerpt(self, client: Client, answer: Any) -> pd.DataFrame:
+        """Return the first partition, in order."""
+        frame: pd.DataFrame = client.gather(ordered_futures(answer)[0])
+        return frame.sort_values(list(self.row_key))
+
+    def compare(self, first: pd.DataFrame, second: pd.DataFrame) -> None:
+        """Compare columns, types, index and values."""
+        compare_frames(first, second)
+
+
+def ordered_futures(collection: Any) -> list[Any]:
+    """Return the futures of a persisted collection in the order of its partitions."""
+    return sorted(futures_of(collection), key=lambda future: tuple(future.key[1:]))
+
+
+def compare_frames(first: pd.DataFrame, second: pd.DataFrame) -> None:
+    """Raise if two frames differ in anything.
+
+    Raises
+    ------
+    WrongAnswerError
+        With what pandas says about it.
+    """
+    try:
+        pd.testing.assert_frame_equal(first, second)
+    except AssertionError as error:
+        raise WrongAnswerError(str(error)) from error
