@@ -1,0 +1,386 @@
+"""All that is said to UCX: a context, a worker, an endpoint a peer, and the requests that are under way.
+
+Covers: the settings UCX needs, sends and receives as requests, what becomes of them when a peer is gone, and when a
+buffer is free again.
+Does not cover: which message is taken (:mod:`dask_gpurt.shuffle.transport.inbox`); threads and the event loop
+(:mod:`dask_gpurt.shuffle.transport.ucx`). All methods are called from one thread.
+
+Theory of operation
+    *Credits.* Every frame is larger than the threshold above which UCX sends by rendezvous: the sender sends a few
+    bytes, and no byte of the frame moves before the receiver has given a buffer for it. Since a receiver reserves the
+    memory first, a sender cannot make it hold more than it has reserved.
+
+    *Endpoints have error handling.* Without it, UCX ends the process of the survivor (SIGABRT) when it reads from the
+    memory of a peer that was killed. UCX leaves out shared memory where errors are to be handled, unless it is told that
+    shared memory can do that too (:data:`_DEFAULTS`). Then it is as fast as without.
+
+    *Buffers.* UCX cannot take back a request that is under way. What a caller has cancelled is answered at once, but its
+    buffers stay referenced here until UCX is done with them: they are in *quarantine*. A send ends when its peer takes
+    it, refuses it (which a withdrawal makes it do), or is dropped; a receive ends by itself or with the endpoint.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dask_gpurt.shuffle.transport.address import (
+    MANIFEST_NBYTES,
+    Address,
+    Manifest,
+    Part,
+    TransportError,
+    TransportUnavailable,
+    off_wire,
+    on_wire,
+    owner_of,
+)
+from dask_gpurt.shuffle.transport.inbox import Fail, Inbox, Instruction, Receipt, Refuse, Take
+
+__all__ = ["MAX_GONE", "RENDEZVOUS_NBYTES", "Engine", "Transfer"]
+
+#: Messages from this size on go by rendezvous. UCX's own choice depends on the link, and may be a megabyte.
+RENDEZVOUS_NBYTES = 8192
+
+#: Incarnations of dropped peers that are remembered. Dask itself forgets a worker that is gone.
+MAX_GONE = 4096
+
+#: Times that UCX is progressed when it is closed, for requests to end.
+_CLOSING_ROUNDS = 1000
+
+#: Settings that UCX needs, where the user has not set another in the environment.
+_DEFAULTS = {
+    # Shared memory is to be used together with error handling. A peer that dies is not noticed by these two: it
+    # is Dask that says so. CMA (one process reads from the other's memory) does notice.
+    "POSIX_ERROR_HANDLING": "y",
+    "SYSV_ERROR_HANDLING": "y",
+    "CMA_MEMORY_INVALIDATE": "y",
+}
+#: Settings without which credits would not hold.
+_FORCED = {"RNDV_THRESH": str(RENDEZVOUS_NBYTES)}
+
+
+def _load() -> tuple[Any, Any]:
+    """Import ucxx: what it offers of UCX, and what it wraps buffers in."""
+    # UCX warns of variables for parts of it that are not there, which is so for all that ucxx sets without a GPU.
+    os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
+    try:
+        from ucxx import libucxx
+        from ucxx._lib.arr import Array
+    except (ImportError, OSError, AttributeError, RuntimeError) as error:
+        # Shared libraries that do not fit together say so in many ways.
+        raise TransportUnavailable(f"ucxx cannot be imported: {error}") from error
+    return libucxx, Array
+
+
+class Transfer:
+    """A delivery on its way out or in.
+
+    Parameters
+    ----------
+    peer
+        The other side.
+    tag
+        Tag of the delivery.
+    arrays
+        Its frames, wrapped by :meth:`Engine.wrap`.
+    """
+
+    __slots__ = ("arrays", "peer", "posted", "receipt", "requests", "settle", "settled", "tag")
+
+    def __init__(self, peer: Address, tag: int, arrays: Sequence[Any]) -> None:
+        self.peer = peer
+        self.tag = tag
+        self.arrays = arrays
+        #: Called once: with None when all is over, or with the error.
+        self.settle: Callable[[TransportError | None], None] = lambda _: None
+        self.settled = False
+        #: What was asked of the inbox, for a receive.
+        self.receipt: Receipt | None = None
+        #: Requests under way, each with the array that UCX works on.
+        self.requests: deque[tuple[Any, Any]] = deque()
+        #: Frames for which there was a request.
+        self.posted = 0
+
+    def __repr__(self) -> str:
+        state = "settled" if self.settled else "under way"
+        return f"<Transfer {self.tag:#x} {self.posted}/{len(self.arrays)} posted, {len(self.requests)} open, {state}>"
+
+
+class Engine:
+    """UCX, and the state of all deliveries of one worker.
+
+    Raises
+    ------
+    TransportUnavailable
+        If UCX does not start here.
+    """
+
+    def __init__(self) -> None:
+        settings = {key: value for key, value in _DEFAULTS.items() if f"UCX_{key}" not in os.environ} | _FORCED
+        self._api, self._array = _load()
+        api = self._api
+        features = (api.Feature.TAG, api.Feature.WAKEUP)
+        try:
+            try:
+                self._context = api.UCXContext(settings, features)
+            except api.UCXInvalidParamError:
+                # An older UCX does not know all of the defaults. It is slower on one host then, and as safe.
+                self._context = api.UCXContext(_FORCED, features)
+            self._worker = api.UCXWorker(self._context, enable_delayed_submission=False, enable_python_future=False)
+            self._worker.init_blocking_progress_mode()
+            self.address = Address.new(api.UCXAddress.create_from_worker(self._worker).tobytes())
+        except (api.UCXError, RuntimeError, OSError) as error:
+            raise TransportUnavailable(f"UCX does not start: {error}") from error
+        self._any_tag = api.UCXXTag(0)
+        self._any_mask = api.UCXXTagMask(0)
+        #: Where messages are put that are refused.
+        self._nowhere = self._array(np.empty(1, dtype=np.uint8))
+        self._inbox = Inbox()
+        #: Incarnation to endpoint.
+        self._endpoints: dict[int, Any] = {}
+        #: Deliveries that have requests open, or wait for messages.
+        self._transfers: dict[Transfer, None] = {}
+        #: Receipt to its delivery.
+        self._receiving: dict[Receipt, Transfer] = {}
+        #: Small messages and refusals: requests, each with the array that UCX works on.
+        self._minor: deque[tuple[Any, Any]] = deque()
+        #: Incarnations that were dropped, oldest first.
+        self._gone: dict[int, None] = {}
+
+    def __repr__(self) -> str:
+        return f"<Engine {len(self._endpoints)} peers, {len(self._transfers)} transfers, {self._inbox!r}>"
+
+    # What the environment needs to know
+
+    @property
+    def event_fd(self) -> int:
+        """A file descriptor that becomes readable when there is something to do, after :meth:`arm`."""
+        fd: int = self._worker.epoll_file_descriptor
+        return fd
+
+    def arm(self) -> bool:
+        """Whether it is safe to wait on :attr:`event_fd`; else there is something to do already."""
+        return bool(self._worker.arm())
+
+    def wrap(self, buffer: Any) -> Any:
+        """Return a buffer in host or device memory as UCX takes it. Any thread may ask."""
+        return self._array(buffer)
+
+    def describe(self) -> dict[str, Any]:
+        """Say which UCX this is, and what it found on this machine."""
+        import ucxx
+
+        return {
+            "transport": "ucx",
+            "version": ".".join(map(str, ucxx.get_ucx_version())),
+            "found": _transports(self._context.info),
+        }
+
+    @property
+    def quarantined_nbytes(self) -> int:
+        """Bytes of buffers whose callers have their answer, and UCX is not done."""
+        return sum(array.nbytes for t in self._transfers if t.settled for _, array in t.requests)
+
+    # What the worker asks for
+
+    def send(self, transfer: Transfer) -> None:
+        """Begin to send."""
+        try:
+            endpoint = self._endpoint(transfer.peer)
+            manifest = Manifest.of([array.nbytes for array in transfer.arrays])
+            self._say(endpoint, transfer.tag, Part.MANIFEST, manifest)
+            self._transfers[transfer] = None
+            tag = self._api.UCXXTag(on_wire(transfer.tag, Part.FRAME))
+            for array in transfer.arrays:
+                transfer.requests.append((endpoint.tag_send(array, tag), array))
+                transfer.posted += 1
+        except (TransportError, self._api.UCXError) as error:
+            self._settle(transfer, _as_transport_error(error))
+
+    def withdraw(self, transfer: Transfer) -> None:
+        """Give up sending; the peer is asked to refuse what it has not taken."""
+        if transfer.settled:
+            return
+        self._settle(transfer, TransportError("withdrawn"))
+        endpoint = self._endpoints.get(transfer.peer.incarnation)
+        if endpoint is not None:
+            try:
+                self._say(endpoint, transfer.tag, Part.WITHDRAWAL, Manifest(transfer.posted, 0))
+            except self._api.UCXError:
+                # It has failed, and its requests end by that.
+                self._fail_peer(transfer.peer.incarnation, "the connection failed")
+
+    def receive(self, transfer: Transfer) -> None:
+        """Begin to receive: messages are taken as they come."""
+        try:
+            # The endpoint that UCX takes data from is this one if it is made first, and can be closed then.
+            self._endpoint(transfer.peer)
+        except (TransportError, self._api.UCXError) as error:
+            self._settle(transfer, _as_transport_error(error))
+            return
+        transfer.receipt = Receipt(transfer.tag, tuple(array.nbytes for array in transfer.arrays))
+        self._receiving[transfer.receipt] = transfer
+        self._transfers[transfer] = None
+        self._follow(self._inbox.want(transfer.receipt))
+
+    def cancel(self, transfer: Transfer) -> None:
+        """Give up receiving; what comes is refused."""
+        if not transfer.settled:
+            self._abandon(transfer, TransportError("cancelled"))
+
+    def drop(self, peer: Address) -> None:
+        """End all that is under way with a peer, for good."""
+        self._gone.pop(peer.incarnation, None)
+        self._gone[peer.incarnation] = None
+        if len(self._gone) > MAX_GONE:
+            del self._gone[next(iter(self._gone))]
+        self._fail_peer(peer.incarnation, "the peer is gone")
+
+    def close(self, reason: str = "the transport is closed") -> None:
+        """End everything and give up UCX."""
+        for transfer in list(self._transfers):
+            if transfer.receipt is not None:
+                self._abandon(transfer, TransportError(reason))
+            else:
+                self.withdraw(transfer)
+        for incarnation in {*self._endpoints, *(owner_of(tag) for tag in self._inbox.tags)}:
+            self._fail_peer(incarnation, reason)
+        rounds = 0
+        while (self._transfers or self._minor) and rounds < _CLOSING_ROUNDS:
+            self.step()
+            rounds += 1
+        # In this order: UCX is done with all buffers when its worker is no more.
+        del self._worker, self._context
+        self._transfers.clear()
+        self._minor.clear()
+
+    # What happens
+
+    def step(self) -> bool:
+        """Let UCX go on, and do what follows from it; says whether there was anything."""
+        self._worker.progress()
+        busy = False
+        while (probe := self._worker.tag_probe(self._any_tag, self._any_mask, True)).matched:
+            busy = True
+            self._message(probe)
+        while self._minor and self._minor[0][0].completed:
+            # A refusal always ends with an error, and a peer that a small message cannot reach is found out by the rest.
+            self._minor.popleft()
+        for transfer in list(self._transfers):
+            busy |= self._advance(transfer)
+        return busy
+
+    def _message(self, probe: Any) -> None:
+        tag, part = off_wire(probe.sender_tag.value)
+        if part == Part.FRAME and owner_of(tag) not in self._gone:
+            self._follow(self._inbox.arrived(tag, probe.length, probe))
+        elif part in (Part.MANIFEST, Part.WITHDRAWAL) and probe.length == MANIFEST_NBYTES:
+            scratch = np.empty(MANIFEST_NBYTES, dtype=np.uint8)
+            request = self._worker.tag_recv_with_handle(self._array(scratch), probe)
+            # Small messages come with their data.
+            assert request.completed, "a message below the rendezvous threshold came without its data"
+            request.check_error()
+            if part == Part.MANIFEST:
+                self._follow(self._inbox.announced(tag, Manifest.decode(scratch.tobytes())))
+            else:
+                self._follow(self._inbox.withdrawn(tag))
+        else:
+            self._refuse(probe)
+
+    def _follow(self, instructions: Iterable[Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case Take(message, receipt, index):
+                    transfer = self._receiving[receipt]
+                    array = transfer.arrays[index]
+                    transfer.posted += 1
+                    transfer.requests.append((self._worker.tag_recv_with_handle(array, message), array))
+                    if transfer.posted == len(transfer.arrays):
+                        del self._receiving[receipt]
+                case Refuse(message):
+                    self._refuse(message)
+                case Fail(receipt, reason):
+                    transfer = self._receiving.pop(receipt)
+                    self._settle(transfer, TransportError(reason))
+
+    def _advance(self, transfer: Transfer) -> bool:
+        requests = transfer.requests
+        moved = False
+        while requests and requests[0][0].completed:
+            request, _ = requests.popleft()
+            moved = True
+            try:
+                request.check_error()
+            except self._api.UCXError as error:
+                self._abandon(transfer, _as_transport_error(error))
+                endpoint = self._endpoints.get(transfer.peer.incarnation)
+                if endpoint is not None and not endpoint.alive:
+                    self._fail_peer(transfer.peer.incarnation, f"the connection failed: {error}")
+        if not requests and transfer.posted == len(transfer.arrays):
+            self._settle(transfer, None)
+        if not requests and transfer.settled:
+            self._transfers.pop(transfer, None)
+        return moved
+
+    def _abandon(self, transfer: Transfer, error: TransportError) -> None:
+        self._settle(transfer, error)
+        receipt = transfer.receipt
+        if receipt is not None and self._receiving.pop(receipt, None) is not None:
+            self._follow(self._inbox.cancel(receipt))
+
+    def _settle(self, transfer: Transfer, error: TransportError | None) -> None:
+        if not transfer.settled:
+            transfer.settled = True
+            transfer.settle(error)
+
+    def _fail_peer(self, incarnation: int, reason: str) -> None:
+        error = TransportError(reason)
+        self._follow(self._inbox.gone(incarnation, reason))
+        for transfer in list(self._transfers):
+            if transfer.peer.incarnation == incarnation:
+                self._abandon(transfer, error)
+        endpoint = self._endpoints.pop(incarnation, None)
+        if endpoint is not None:
+            endpoint.close_blocking()
+
+    def _refuse(self, message: Any) -> None:
+        # Too small for it: UCX tells the sender that it is done, and moves nothing.
+        self._minor.append((self._worker.tag_recv_with_handle(self._nowhere, message), self._nowhere))
+
+    def _say(self, endpoint: Any, tag: int, part: Part, manifest: Manifest) -> None:
+        array = self._array(manifest.encode())
+        self._minor.append((endpoint.tag_send(array, self._api.UCXXTag(on_wire(tag, part))), array))
+
+    def _endpoint(self, peer: Address) -> Any:
+        if peer.incarnation in self._gone:
+            raise TransportError("the peer is gone")
+        endpoint = self._endpoints.get(peer.incarnation)
+        if endpoint is not None and not endpoint.alive:
+            self._fail_peer(peer.incarnation, "the connection failed")
+            endpoint = None
+        if endpoint is None:
+            address = self._api.UCXAddress.create_from_buffer(peer.ucx)
+            endpoint = self._api.UCXEndpoint.create_from_worker_address(self._worker, address, True)
+            self._endpoints[peer.incarnation] = endpoint
+        return endpoint
+
+
+def _as_transport_error(error: Exception) -> TransportError:
+    return error if isinstance(error, TransportError) else TransportError(f"UCX: {error}")
+
+
+def _transports(info: str) -> list[str]:
+    """Find the names of transports in what UCX prints about a context.
+
+    Examples
+    --------
+    >>> _transports("# resource 0 : md 0 dev 0 flags -- self/memory")
+    ['self']
+    """
+    ends = [line.split()[-1] for line in info.splitlines() if " resource " in line]
+    return list(dict.fromkeys(end.partition("/")[0] for end in ends))
