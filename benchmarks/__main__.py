@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import benchmarks
-from benchmarks.frame import Subject, WrongAnswerError, run_subject
+from benchmarks.frame import BrokenRunError, Subject, WrongAnswerError, run_subject
 
 #: Modules of this folder that are no subjects.
 FRAME = ("__main__", "contest", "frame", "tables", "tpch_queries")
@@ -69,6 +69,9 @@ def main(arguments: Sequence[str] | None = None, known: dict[str, Subject] | Non
         )
     except WrongAnswerError as error:
         print(f"wrong answer: {error}", file=sys.stderr)
+        return 1
+    except BrokenRunError as error:
+        print(f"broken run: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -39,10 +39,12 @@ from typing import Any, Protocol
 
 import dask
 import numpy as np
+import pandas as pd
 from distributed import Client, Scheduler, SchedulerPlugin, wait
 from distributed.client import futures_of
 
-from benchmarks.frame import Line, line_of_pairs, rounds
+from benchmarks.frame import BrokenRunError, Line, line_of_pairs, rounds
+from benchmarks.tables import compare_frames
 from dask_gpurt import status
 from dask_gpurt.config import PARTS
 from dask_gpurt.demo.cluster import GPURT, STOCK, ClusterSpec, Side, open_client
@@ -52,7 +54,6 @@ __all__ = [
     "P2P",
     "P2P_MEMORY",
     "TASKS",
-    "BrokenRunError",
     "Case",
     "Contender",
     "ShardsInMemory",
@@ -67,13 +68,12 @@ AMPLE_NBYTES = 4 * 2**30
 
 COPIED_NBYTES = 256_000_000
 
+#: A run that takes longer hangs: several times what the slowest takes on two cores.
+RUN_LIMIT_S = 240
+
 #: A worker that still holds results after this time will not drop them.
 SETTLE_LIMIT_S = 60.0
 SETTLE_PERIOD_S = 0.02
-
-
-class BrokenRunError(Exception):
-    """A run did not come to its end as it should: there is nothing to report."""
 
 
 class ShardsInMemory(SchedulerPlugin):
@@ -134,12 +134,11 @@ P2P_MEMORY = Contender("p2p-memory", "p2p", shards_in_memory=True)
 class Workload(Protocol):
     """What is done to which data."""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the input."""
-
     def load(self, client: Client) -> Any:
-        """Bring the inputs into the memory of the workers, and return them; their futures keep them there."""
+        """Return the inputs: collections that lie in the memory of the workers, unless the tasks are to make them."""
+
+    def nbytes(self, client: Client, inputs: Any) -> int:
+        """Return the bytes of the inputs."""
 
     def build(self, inputs: Any) -> Any:
         """Return the lazy collection that is measured."""
@@ -150,11 +149,8 @@ class Workload(Protocol):
     def check(self, client: Client, answer: Any, truth: Any) -> None:
         """Raise :exc:`~benchmarks.frame.WrongAnswerError` if the persisted ``answer`` is wrong."""
 
-    def excerpt(self, client: Client, answer: Any) -> Any:
-        """Return a part of the answer in a form of which all contenders' are equal, by :meth:`compare`."""
-
-    def compare(self, first: Any, second: Any) -> None:
-        """Raise :exc:`~benchmarks.frame.WrongAnswerError` if two excerpts differ."""
+    def excerpt(self, client: Client, answer: Any) -> pd.DataFrame | None:
+        """Return a part of the answer that has to be the same for all contenders; None: :meth:`check` sees it all."""
 
 
 @dataclass(frozen=True)
@@ -219,20 +215,21 @@ def contest(case: Case) -> Iterator[Line]:
         inputs = {name: case.workload.load(client) for name, client in clients.items()}
         stock = clients[STOCK.name]
         truth = case.workload.truth(stock, inputs[STOCK.name])
-        excerpt = None
+        nbytes = case.workload.nbytes(stock, inputs[STOCK.name])
+        excerpts: list[pd.DataFrame] = []
         copying = memcpy_rate()
         for number, contender in rounds(contenders, case.rounds):
             if len(bounds_s) == number:
-                bounds_s.append(case.workload.nbytes / copying())
+                bounds_s.append(nbytes / copying())
             client = clients[contender.side.name]
             with _dropping(client):
                 run, answer = _measure(case, contender, client, inputs[contender.side.name])
                 case.workload.check(client, answer, truth)
                 if number == 0:
-                    mine = case.workload.excerpt(client, answer)
-                    if excerpt is None:
-                        excerpt = mine
-                    case.workload.compare(mine, excerpt)
+                    excerpt = case.workload.excerpt(client, answer)
+                    if excerpt is not None:
+                        excerpts = excerpts or [excerpt]
+                        compare_frames(excerpts[0], excerpt)
                 del answer
             runs[contender].append(run)
     yield from _lines(case, runs, bounds_s)
@@ -288,11 +285,15 @@ def _measure(case: Case, contender: Contender, client: Client, inputs: Any) -> t
     with contender.chosen(client):
         started = time.perf_counter()
         answer = client.persist(case.workload.build(inputs))
-        wait(answer)
+        try:
+            wait(answer, timeout=RUN_LIMIT_S)
+        except TimeoutError as error:
+            raise BrokenRunError(f"{case.name} on {contender.name} did not end within {RUN_LIMIT_S} s") from error
         wall_s = time.perf_counter() - started
     for future in futures_of(answer):
         if future.status == "error":
-            raise BrokenRunError(f"{case.name} failed on {contender.name}") from future.exception()
+            error = future.exception()
+            raise BrokenRunError(f"{case.name} failed on {contender.name}: {error}") from error
     if _pids(client) != before:
         raise BrokenRunError(f"{case.name}: {contender.name} lost a worker")
     return Run(wall_s, tuple(map(_peak_nbytes, before)) if peaks_known else ()), answer

@@ -23,13 +23,17 @@ from typing import TypeVar
 from dask_gpurt.demo import machine
 from dask_gpurt.demo.runner import quotient
 
-__all__ = ["Line", "Subject", "WrongAnswerError", "line_of_pairs", "rounds", "run_subject", "turns"]
+__all__ = ["BrokenRunError", "Line", "Subject", "WrongAnswerError", "line_of_pairs", "rounds", "run_subject", "turns"]
 
 T = TypeVar("T")
 
 
 class WrongAnswerError(Exception):
     """Ours and the peer do not give the same answer: there is nothing to compare."""
+
+
+class BrokenRunError(Exception):
+    """A run did not come to its end as it should: there is nothing to compare."""
 
 
 @dataclass(frozen=True)
@@ -185,8 +189,8 @@ def run_subject(subject: Subject, *, quick: bool, json_path: Path | None, say: C
 
     Raises
     ------
-    WrongAnswerError
-        If the answers differ. Nothing is written then.
+    WrongAnswerError, BrokenRunError
+        If the answers differ, or there is none. Nothing is written then.
     """
     lines = []
     for line in subject.run(quick):

@@ -1,22 +1,25 @@
 """Shuffles of dataframes: large partitions, strings, many small partitions, more than memory, a hot key.
 
-See :mod:`benchmarks.contest` for what is compared with what, and when an answer is right.
+See :mod:`benchmarks.contest` for what is compared with what, and :mod:`benchmarks.tables` for the data, and for when an
+answer is right.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from benchmarks.contest import P2P, P2P_MEMORY, TASKS, Case, runner
 from benchmarks.frame import Subject
-from benchmarks.tables import Shuffle
+from benchmarks.tables import Shuffle, SummedShuffle
+from dask_gpurt.demo.data import default_cache, ensure_tables
 
-#: Rows of a partition of the 64 MB that are in the range that Dask's documentation recommends.
+#: Rows of a numeric partition of 64 MB, which is in the range that Dask's documentation recommends.
 ROWS = 1_000_000
 
 
 def numeric_16(*, quick: bool) -> Case:
-    """1 GB of numbers in partitions of 64 MB; quick: a quarter of it."""
+    """Shuffle 1 GB of numbers in partitions of 64 MB; quick: a quarter of it."""
     return Case(
         name="numeric-16",
         workload=Shuffle.of_numeric(parts=16, rows=ROWS // 4 if quick else ROWS),
@@ -26,12 +29,71 @@ def numeric_16(*, quick: bool) -> Case:
     )
 
 
-#: Makes a case, given whether it is to be quick.
-CASES: Mapping[str, Callable[..., Case]] = {"numeric-16": numeric_16}
+def lineitem_16(*, quick: bool) -> Case:
+    """Shuffle TPC-H's lineitem, all columns as dask.dataframe reads them, by order; quick: a tenth of it."""
+    return Case(
+        name="lineitem-16",
+        workload=Shuffle.of_lineitem(parts=16, files=_lineitem_files(0.1 if quick else 1.0)),
+        small=Shuffle.of_lineitem(parts=16, files=_lineitem_files(0.01)),
+        peers=(P2P,),
+        rounds=3 if quick else 5,
+    )
 
+
+def _lineitem_files(scale: float) -> list[Path]:
+    return sorted((ensure_tables(scale, default_cache()) / "lineitem").iterdir())
+
+
+def many_500(*, quick: bool) -> Case:
+    """Shuffle 256 MB in 500 partitions, which is mostly tasks; quick: 150 partitions."""
+    parts = 150 if quick else 500
+    return Case(
+        name=f"many-{parts}",
+        workload=Shuffle.of_numeric(parts=parts, rows=8_000),
+        # More than 32 partitions, from where on stock's tasks go in stages.
+        small=Shuffle.of_numeric(parts=40, rows=1_000),
+        peers=(P2P, TASKS),
+        rounds=1 if quick else 3,
+    )
+
+
+def beyond_memory(*, quick: bool) -> Case:
+    """Shuffle 4 GB through two workers of 1 GB, which make the data and sum them up; quick: 2.5 GB.
+
+    In partitions of 32 MB: with 64 MB, stock's workers exceed their limit and are killed, again and again.
+    """
+    return Case(
+        name="beyond-memory",
+        workload=SummedShuffle.of_numeric(parts=80 if quick else 128, rows=ROWS // 2),
+        small=SummedShuffle.of_numeric(parts=16, rows=ROWS // 64),
+        peers=(P2P,),
+        rounds=1 if quick else 3,
+        memory_limit_nbytes=10**9,
+        against_limit=True,
+    )
+
+
+def hot_key(*, quick: bool) -> Case:
+    """Shuffle 1 GB of numbers of which half the rows have one key; quick: a quarter of it."""
+    return Case(
+        name="hot-key",
+        workload=Shuffle.of_numeric(parts=16, rows=ROWS // 4 if quick else ROWS, hot=True),
+        small=Shuffle.of_numeric(parts=16, rows=ROWS // 16, hot=True),
+        peers=(P2P,),
+        rounds=3 if quick else 5,
+        peaks_against=(P2P,),
+    )
+
+
+#: Makes a case, given whether it is to be quick.
+CASES: Mapping[str, Callable[..., Case]] = {
+    "numeric-16": numeric_16,
+    "lineitem-16": lineitem_16,
+    "many-500": many_500,
+    "beyond-memory": beyond_memory,
+    "hot-key": hot_key,
+}
 
 SUBJECT = Subject.of_cases(
-    "shuffle",
-    "dataframe shuffles beside stock p2p and tasks",
-    {name: runner(make) for name, make in CASES.items()},
+    "shuffle", "dataframe shuffles beside stock p2p and tasks", {name: runner(make) for name, make in CASES.items()}
 )
