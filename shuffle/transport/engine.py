@@ -22,6 +22,7 @@ Theory of operation
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -49,8 +50,9 @@ RENDEZVOUS_NBYTES = 8192
 #: Incarnations of dropped peers that are remembered. Dask itself forgets a worker that is gone.
 MAX_GONE = 4096
 
-#: Times that UCX is progressed when it is closed, for requests to end.
-_CLOSING_ROUNDS = 1000
+#: How long requests are given to end when the transport is closed, and how often they are looked at.
+_CLOSING_S = 0.2
+_CLOSING_STEP_S = 0.0005
 
 #: Settings that UCX needs, where the user has not set another in the environment.
 _DEFAULTS = {
@@ -66,8 +68,8 @@ _FORCED = {"RNDV_THRESH": str(RENDEZVOUS_NBYTES)}
 
 def _load() -> tuple[Any, Any]:
     """Import ucxx: what it offers of UCX, and what it wraps buffers in."""
-    # UCX warns of variables for parts of it that are not there, which is so for all that ucxx sets without a GPU.
-    os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
+    # ucxx sets this too, but only once UCX has been loaded, so that it has no effect but a warning.
+    os.environ.setdefault("UCX_MEMTYPE_CACHE", "n")
     try:
         from ucxx import libucxx
         from ucxx._lib.arr import Array
@@ -248,16 +250,25 @@ class Engine:
                 self._abandon(transfer, TransportError(reason))
             else:
                 self.withdraw(transfer)
-        for incarnation in {*self._endpoints, *(owner_of(tag) for tag in self._inbox.tags)}:
+        for incarnation in {owner_of(tag) for tag in self._inbox.tags}:
+            self._follow(self._inbox.gone(incarnation, reason))
+        # Peers that live end in this time what is under way. It is worth the wait: a send that ends with its endpoint
+        # leaves something behind in ucxx, which keeps the UCX worker and its files to the end of the process.
+        self._drain()
+        for incarnation in list(self._endpoints):
             self._fail_peer(incarnation, reason)
-        rounds = 0
-        while (self._transfers or self._minor) and rounds < _CLOSING_ROUNDS:
-            self.step()
-            rounds += 1
-        # In this order: UCX is done with all buffers when its worker is no more.
+        self._drain()
+        # UCX is done with all buffers when its worker is no more.
         del self._worker, self._context
         self._transfers.clear()
         self._minor.clear()
+
+    def _drain(self) -> None:
+        deadline_s = time.monotonic() + _CLOSING_S
+        while self.step() or self._transfers or self._minor:
+            if time.monotonic() > deadline_s:
+                break
+            time.sleep(_CLOSING_STEP_S)
 
     # What happens
 
@@ -325,6 +336,7 @@ class Engine:
             self._settle(transfer, None)
         if not requests and transfer.settled:
             self._transfers.pop(transfer, None)
+            transfer.arrays = ()
         return moved
 
     def _abandon(self, transfer: Transfer, error: TransportError) -> None:

@@ -296,9 +296,11 @@ class UCXTransport:
             logger.exception("the UCX transport ends")
             failure = error
         finally:
-            self._engine.close()
-            self._tell(self._hear, self._answers)
-            self._tell(self._has_ended, failure)
+            try:
+                self._engine.close()
+            finally:
+                self._tell(self._hear, self._answers)
+                self._tell(self._has_ended, failure)
 
     def _work(self) -> None:
         engine = self._engine
@@ -311,6 +313,8 @@ class UCXTransport:
                 if command is None:
                     return
                 command()
+                # It holds the buffers.
+                del command
             busy = engine.step()
             if self._answers:
                 self._tell(self._hear, self._answers)
