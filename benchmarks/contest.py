@@ -292,8 +292,8 @@ def _measure(case: Case, contender: Contender, client: Client, inputs: Any) -> t
         wall_s = time.perf_counter() - started
     for future in futures_of(answer):
         if future.status == "error":
-            error = future.exception()
-            raise BrokenRunError(f"{case.name} failed on {contender.name}: {error}") from error
+            reason = future.exception()
+            raise BrokenRunError(f"{case.name} failed on {contender.name}: {reason}") from reason
     if _pids(client) != before:
         raise BrokenRunError(f"{case.name}: {contender.name} lost a worker")
     return Run(wall_s, tuple(map(_peak_nbytes, before)) if peaks_known else ()), answer

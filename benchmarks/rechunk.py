@@ -48,7 +48,7 @@ class RowsToColumns:
     def load(self, client: Client) -> Any:
         """Make the array on the workers."""
         import dask.array as da
-        from dask import delayed
+        from dask.delayed import delayed
 
         shape = (self.thin, self.side)
         blocks = [
