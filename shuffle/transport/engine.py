@@ -185,8 +185,9 @@ class Engine:
 
     @property
     def quarantined_nbytes(self) -> int:
-        """Bytes of buffers whose callers have their answer, and UCX is not done."""
-        return sum(array.nbytes for t in self._transfers if t.settled for _, array in t.requests)
+        """Bytes of buffers whose callers have their answer, and UCX is not done. Any thread may ask."""
+        # Copied before they are looked at: copying is one step for the interpreter.
+        return sum(array.nbytes for t in list(self._transfers) if t.settled for _, array in list(t.requests))
 
     # What the worker asks for
 

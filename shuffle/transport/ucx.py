@@ -86,8 +86,6 @@ class UCXTransport:
         self._answers: list[_Answer] = []
         #: Those who wait. Only the event loop touches it.
         self._waiting: set[asyncio.Future[None]] = set()
-        #: Bytes of buffers that nobody waits for any more, and UCX is not done with.
-        self._quarantined_nbytes = 0
         self._closing = False
         #: Done when the thread has ended.
         self._ended: asyncio.Future[None] = loop.create_future()
@@ -136,7 +134,7 @@ class UCXTransport:
         """Say which UCX this is, what it found on this machine, and what is under way."""
         return self._description | {
             "under_way": len(self._waiting),
-            "quarantined_nbytes": self._quarantined_nbytes,
+            "quarantined_nbytes": self._engine.quarantined_nbytes,
             "sent_nbytes": self.sent_nbytes,
             "received_nbytes": self.received_nbytes,
         }
@@ -321,7 +319,6 @@ class UCXTransport:
                 self._answers = []
             if busy or self._commands:
                 continue
-            self._quarantined_nbytes = engine.quarantined_nbytes
             if engine.arm() and any(fd == self._waker for fd, _ in poll.poll(1000 * _PATIENCE_S)):
                 os.eventfd_read(self._waker)
 
