@@ -5,9 +5,9 @@ Does not cover: what the data are and when an answer is right; see :mod:`benchma
 
 Two clusters that were started alike live side by side, each of two worker processes of one thread: one on which
 dask-gpurt is installed with its defaults, as its users have it, and one that it never touched, on which all of stock's
-methods run. While one works, the other does nothing but send heartbeats. Installing and uninstalling in turn on one
-cluster would cost ours its warm state, its pools of memory above all, which a user's cluster keeps; a fresh cluster a
-run would cost both theirs.
+methods run. The one that waits takes about 3 % of two cores, for heartbeats and Dask's profiler, whoever works.
+Installing and uninstalling in turn on one cluster would cost ours its warm state, its pools of memory above all, which
+a user's cluster keeps; a fresh cluster a run would cost both theirs.
 
 Both clusters get the same inputs, dealt to the workers in turn, and the same expressions; of the configuration, the
 method alone differs. Each contender first does a small run of the same kind, which is not counted. Then they take turns

@@ -58,13 +58,13 @@ def many_500(*, quick: bool) -> Case:
 
 
 def beyond_memory(*, quick: bool) -> Case:
-    """Shuffle 4 GB through two workers of 1 GB, which make the data and sum them up; quick: 2.5 GB.
+    """Shuffle 4 GB through two workers of 1 GB, which make the data and sum them up; quick: 1.5 GB.
 
     In partitions of 32 MB: with 64 MB, stock's workers exceed their limit and are killed, again and again.
     """
     return Case(
         name="beyond-memory",
-        workload=SummedShuffle.of_numeric(parts=80 if quick else 128, rows=ROWS // 2),
+        workload=SummedShuffle.of_numeric(parts=48 if quick else 128, rows=ROWS // 2),
         small=SummedShuffle.of_numeric(parts=16, rows=ROWS // 64),
         peers=(P2P,),
         rounds=1 if quick else 3,
