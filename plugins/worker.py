@@ -62,7 +62,8 @@ class WorkerRuntime:
         if parts.startable("shuffle"):
             with parts.starting("shuffle"):
                 store: BufferStore = self.memory.store if self.memory is not None else DictBufferStore()
-                shuffle = ShuffleWorker(worker, settings.shuffle, store)
+                pool = self.memory.pool if self.memory is not None else None
+                shuffle = ShuffleWorker(worker, settings.shuffle, store, pool)
                 shuffle.start()
                 self.shuffle = shuffle
 

@@ -5,10 +5,10 @@ Does not cover: object arrays and arrays of other libraries; :func:`dtype_token`
 See also: :mod:`dask_gpurt.shuffle.frames`, the same for data frames; the theory of rechunking in
 :mod:`distributed.shuffle._rechunk`, whose ``split_axes`` says how an input chunk is cut.
 
-Theory of operation: the shards of a chunk that go to one peer are copied once, one behind the other, into one body of
-raw elements. A segment is (output chunk, place among the shards of that chunk, shape), a number for each dimension each.
-Packed for the store, a body holds shards of one output chunk; its segments are (place, shape). The output is allocated
-once, and every shard is copied to where its place says.
+Theory of operation: a body is raw elements. A large shard has a body of its own; the small ones of a chunk that go to one
+peer are copied one behind the other into one. A segment is (output chunk, place among the shards of that chunk, shape), a
+number for each dimension each. Packed for the store, a body holds shards of one output chunk; its segments are (place,
+shape). The output is allocated once, and every shard is copied to where its place says.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from dask_gpurt.memory.store import Buffer
 from dask_gpurt.shuffle.shelf import Parcel
 from dask_gpurt.shuffle.wire import Header, Kind, WireError, decode, encode
 
-__all__ = ["check_parcel", "dtype_of", "dtype_token", "pack", "split", "unpack"]
+__all__ = ["LARGE_NBYTES", "check_parcel", "dtype_of", "dtype_token", "pack", "ready", "split", "unpack"]
+
+#: From this size on a shard has a body of its own; see :data:`dask_gpurt.shuffle.frames.LARGE_NBYTES`.
+LARGE_NBYTES = 2**18
 
 Index = tuple[int, ...]
 #: For each axis, for each input chunk: (output chunk, place, slice) of its pieces.
@@ -83,12 +86,15 @@ def split(
     token = dtype_token(chunk.dtype)
     if token is None:
         raise TypeError(f"elements of {chunk.dtype} are not plain bytes")
-    cuts: dict[str, list[tuple[Index, Index, npt.NDArray[Any]]]] = {}
+    bodies: dict[tuple[str, Index | None], list[tuple[Index, Index, npt.NDArray[Any]]]] = {}
     for pieces in itertools.product(*(axis[i] for axis, i in zip(axes, index, strict=True))):
         target, place, where = zip(*pieces, strict=True)
-        cuts.setdefault(worker_for[target], []).append((target, place, chunk[where]))
+        shard = chunk[where]
+        # Large ones stay by themselves.
+        key = (worker_for[target], target if shard.nbytes >= LARGE_NBYTES else None)
+        bodies.setdefault(key, []).append((target, place, shard))
     parts = []
-    for address, shards in cuts.items():
+    for (address, _), shards in bodies.items():
         segments = np.array([target + place + shard.shape for target, place, shard in shards], dtype=np.int64)
         body = np.empty(sum(shard.size for _, _, shard in shards), dtype=chunk.dtype)
         offset = 0
@@ -118,6 +124,17 @@ def check_parcel(header: Header, wanted: Callable[[Hashable], bool]) -> None:
         size += math.prod(segment[2 * ndim :])
     if size * dtype_of(header.extra).itemsize != header.body_nbytes:
         raise WireError(f"shards of {size} elements were expected, got {header.body_nbytes} bytes")
+
+
+def ready(parcel: Parcel) -> tuple[Index, list[Buffer]] | None:
+    """Give the packed form of a parcel that needs no packing; None for the others."""
+    header = parcel.header
+    if len(header.segments) != 1 or parcel.nbytes < LARGE_NBYTES:
+        return None
+    ndim = len(header.input_id)
+    target = tuple(header.segments[0, :ndim].tolist())
+    packed = Header(Kind.BRICK, target, header.segments[:, ndim:], parcel.nbytes, header.extra)
+    return target, [encode(packed), parcel.body]
 
 
 def pack(parcels: Sequence[Parcel]) -> dict[Hashable, list[Buffer]]:

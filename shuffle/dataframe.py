@@ -15,9 +15,9 @@ from dask_gpurt.memory.store import Buffer
 from dask_gpurt.seams import DataFrameShuffleSpec
 from dask_gpurt.shuffle import frames
 from dask_gpurt.shuffle.plan import PartitionPlan
-from dask_gpurt.shuffle.run import Declined, Message, Run
+from dask_gpurt.shuffle.run import Declined, Run, Shards
 from dask_gpurt.shuffle.shelf import Parcel
-from dask_gpurt.shuffle.wire import Header, Kind
+from dask_gpurt.shuffle.wire import Header, WireError
 from dask_gpurt.shuffle.worker import part_of
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ class FrameRun(Run):
         self.meta = meta
         self.drop_column = drop_column
         self._plan = PartitionPlan.build(common["worker_for"])
+        #: Input partition to whether its shards arrive together.
+        self._many: dict[int, bool] = {}
         self._output_meta = meta.drop(columns=[column]) if drop_column else meta
         super().__init__(**common)
 
@@ -68,20 +70,24 @@ class FrameRun(Run):
         if set(data.columns) != set(self.meta.columns):
             raise ValueError(f"Expected {self.meta.columns=} to match {data.columns=}.")
 
-    def _split(self, data: Any, partition_id: int) -> tuple[list[Message], Parcel | None]:
+    def _split(self, data: Any, partition_id: int) -> Shards:
         import pandas as pd
 
         if type(data) is not pd.DataFrame:
             raise Declined(f"input partition {partition_id} is a {type(data).__name__}")
-        messages: list[Message] = []
-        own = None
-        for address, segments, table in frames.split(data, self.column, self._plan, self._output_meta):
-            if address == self.local_address:
-                own = frames.parcel_of(partition_id, segments, table)
-            else:
-                body = memoryview(frames.encode_table(table))
-                messages.append((address, Header(Kind.FRAME, (partition_id,), segments, body.nbytes), body))
-        return messages, own
+        shards = frames.split(data, partition_id, self.column, self._plan, self._output_meta, allocate=self._allocate)
+        return self._sort_out(shards)
+
+    def _identity(self, header: Header) -> Hashable:
+        (number,) = header.input_id
+        many = len(header.segments) > 1
+        if self._many.setdefault(number, many) is not many:
+            # The task ran twice, and did not give the same.
+            raise WireError(f"input partition {number} was split in two ways")
+        return number if many else (number, int(header.segments[0, 0]))
+
+    def _ready(self, parcel: Parcel) -> tuple[Hashable, list[Buffer]] | None:
+        return frames.ready(parcel)
 
     def _pack(self, parcels: Sequence[Parcel]) -> dict[Hashable, list[Buffer]]:
         return frames.pack(parcels)
@@ -90,8 +96,7 @@ class FrameRun(Run):
         frames.check_parcel(header, self._own.__contains__)
 
     def _join(self, partition_id: int, buffers: list[Buffer]) -> pd.DataFrame:  # noqa: ARG002
-        meta = self._output_meta
-        return frames.to_frame(frames.unpack(buffers), meta) if buffers else meta.copy()
+        return frames.join(buffers, self._output_meta, allocate=self._allocate) if buffers else self._output_meta.copy()
 
 
 @dataclass(frozen=True)

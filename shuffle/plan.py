@@ -15,12 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["PartitionPlan", "Peer", "RowSplit", "gather_ranges"]
+from dask_gpurt.shuffle.kernels import ScatterKernels
+
+__all__ = ["PartitionPlan", "Peer", "RowOrder", "gather_ranges"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -34,20 +37,44 @@ class Peer:
     stop: int
 
 
-@dataclass(frozen=True)
-class RowSplit:
-    """The rows of one input partition in the order of the plan.
+class RowOrder:
+    """The rows of one input partition by position: counted at once, sorted when that is asked for.
 
     Parameters
     ----------
-    rows
-        Row numbers, ordered by position, and by row within a position. Rows that no output wants are missing.
-    bounds
-        ``rows[bounds[p]:bounds[p + 1]]`` are the rows of position ``p``.
+    positions
+        Of each row; ``count`` for a row that no output wants.
+    count
+        How many positions there are.
+    kernels
+        Used for counting, if there are any; then :attr:`ranks` are there too.
     """
 
-    rows: npt.NDArray[np.intp]
-    bounds: Ints
+    def __init__(self, positions: npt.NDArray[Any], count: int, kernels: ScatterKernels | None) -> None:
+        self.positions = positions
+        self.count = count
+        self.kernels = kernels
+        #: Of each row, how many with the same position are before it.
+        self.ranks = np.empty(0 if kernels is None else len(positions), np.uint32)
+        if kernels is not None:
+            self.positions = positions.astype(np.uint16, copy=False)
+            sizes = kernels.rank(self.positions, count, self.ranks)
+        else:
+            sizes = np.bincount(positions, minlength=count + 1)[:count]
+        #: Rows before each position, and of all at the end.
+        self.bounds = np.zeros(count + 1, dtype=np.int64)
+        np.cumsum(sizes, out=self.bounds[1:])
+
+    @cached_property
+    def rows(self) -> npt.NDArray[np.intp]:
+        """Row numbers, ordered by position, and by row within a position. Rows that no output wants are missing."""
+        # The cost of a radix sort is in the width of what is sorted. Unwanted rows have the highest position.
+        narrow = self.positions.astype(np.uint8) if self.count < 2**8 else self.positions
+        return np.argsort(narrow, kind="stable")[: self.bounds[-1]]
+
+    def rows_of(self, start: int, stop: int) -> npt.NDArray[np.intp]:
+        """Row numbers of the positions from ``start`` to ``stop``."""
+        return self.rows[self.bounds[start] : self.bounds[stop]]
 
 
 @dataclass(frozen=True)
@@ -107,15 +134,9 @@ class PartitionPlan:
         found = np.minimum(np.searchsorted(ids, values), count - 1)
         return np.where(ids[found] == values, by_id[found], count).astype(narrow)
 
-    def split(self, values: npt.NDArray[Any]) -> RowSplit:
+    def split(self, values: npt.NDArray[Any], kernels: ScatterKernels | None = None) -> RowOrder:
         """Order the rows whose partition ids are ``values``."""
-        positions = self.positions(values)
-        count = len(self.partitions)
-        sizes = np.bincount(positions, minlength=count + 1)[:count]
-        bounds = np.zeros(count + 1, dtype=np.int64)
-        np.cumsum(sizes, out=bounds[1:])
-        # Unwanted rows have the highest position, so that they are the tail.
-        return RowSplit(np.argsort(positions, kind="stable")[: bounds[-1]], bounds)
+        return RowOrder(self.positions(values), len(self.partitions), kernels)
 
 
 def gather_ranges(starts: Ints, lengths: Ints) -> Ints:

@@ -16,7 +16,7 @@ import numpy as np
 from dask_gpurt.memory.store import Buffer
 from dask_gpurt.seams import ArrayRechunkSpec, DataUnavailable, split_axes
 from dask_gpurt.shuffle import bricks
-from dask_gpurt.shuffle.run import Declined, Message, Run
+from dask_gpurt.shuffle.run import Declined, Run, Shards
 from dask_gpurt.shuffle.shelf import Parcel
 from dask_gpurt.shuffle.wire import Header
 from dask_gpurt.shuffle.worker import part_of
@@ -48,17 +48,19 @@ class BrickRun(Run):
         self._axes = split_axes(old, new)
         super().__init__(**common)
 
-    def _split(self, data: Any, partition_id: Index) -> tuple[list[Message], Parcel | None]:
+    def _split(self, data: Any, partition_id: Index) -> Shards:
         if type(data) is not np.ndarray or bricks.dtype_token(data.dtype) is None:
             raise Declined(f"chunk {partition_id} is a {type(data).__name__} of {getattr(data, 'dtype', 'no dtype')}")
-        messages: list[Message] = []
-        own = None
-        for address, header, body in bricks.split(data, partition_id, self._axes, self.worker_for):
-            if address == self.local_address:
-                own = Parcel(header, body, body.nbytes)
-            else:
-                messages.append((address, header, body))
-        return messages, own
+        return self._sort_out(bricks.split(data, partition_id, self._axes, self.worker_for))
+
+    def _identity(self, header: Header) -> Hashable:
+        # How a chunk is cut is in the spec: together there are always the same.
+        ndim = len(header.input_id)
+        alone = len(header.segments) == 1
+        return header.input_id, tuple(header.segments[0, :ndim].tolist()) if alone else None
+
+    def _ready(self, parcel: Parcel) -> tuple[Hashable, list[Buffer]] | None:
+        return bricks.ready(parcel)
 
     def _pack(self, parcels: Sequence[Parcel]) -> dict[Hashable, list[Buffer]]:
         return bricks.pack(parcels)

@@ -10,7 +10,7 @@ Theory of operation
     *Transfer* (a task's thread): the partition is split; messages for peers are posted, which waits while too many bytes
     are under way; own shards go onto the shelf without a detour. *Receive* (event loop): a message is checked, and its
     parcels go onto the shelf before it is answered. A parcel that is sent again, after a connection broke, is
-    known by its input partition and not taken in twice; its sender is answered when the first is in. *Barrier*: when all
+    known by where it is from and for, and not taken in twice; its sender is answered when the first is in. *Barrier*: when all
     messages are answered. *Unpack* (a task's thread): the shards of one output partition leave the store.
 
     Shards are kept until the task that asked for them has its result in memory: a task that is
@@ -54,14 +54,19 @@ if TYPE_CHECKING:
 
     from dask_gpurt.shuffle.worker import ShuffleWorker
 
-__all__ = ["MAX_RESTARTS", "Declined", "Run"]
+__all__ = ["MAX_RESTARTS", "MESSAGE_NBYTES", "Declined", "Run", "Shards"]
 
 logger = logging.getLogger(__name__)
 
 #: How often one run asks for its restart before it is an error. Once is enough where the scheduler can do it.
 MAX_RESTARTS = 3
 
-Message = tuple[str, Header, Buffer]
+#: Shards for a peer go out in messages of about so many bytes, so that the first are on their way, and taken in, while
+#: the others wait for their turn.
+MESSAGE_NBYTES = 8 * 2**20
+
+#: Address of a peer to the messages for it, each of headers and bodies in turn; and what stays here.
+Shards = tuple[dict[str, list[list[Buffer]]], list[Parcel]]
 
 
 class Declined(Exception):  # noqa: N818  a decision, not an error
@@ -121,14 +126,15 @@ class Run(ShuffleRun[Any, Any]):
         self._outbox = Outbox(self._deliver, part.window)
         self._shelf = Shelf(
             store=part.store,
+            ready=self._ready,
             pack=self._pack,
             offload=self._offload_pack,
             name=f"{id}-{run_id}",
             ranks={partition: rank for rank, partition in enumerate(own)},
         )
         self._own = frozenset(own)
-        #: Input partition to what is done when its parcel is in.
-        self._arrivals: dict[tuple[int, ...], asyncio.Future[None]] = {}
+        #: Identity of a parcel to what is done when it is in.
+        self._arrivals: dict[Hashable, asyncio.Future[None]] = {}
         #: Output partition to the task that asked for it, and its buffers.
         self._handed: dict[Any, tuple[Key, list[Buffer]]] = {}
         #: Output partitions whose shards are no more.
@@ -139,8 +145,16 @@ class Run(ShuffleRun[Any, Any]):
     # What the two kinds of run define
 
     @abc.abstractmethod
-    def _split(self, data: Any, partition_id: Any) -> tuple[list[Message], Parcel | None]:
-        """Split an input partition: messages for peers, and what stays here. Raises :class:`Declined`."""
+    def _split(self, data: Any, partition_id: Any) -> Shards:
+        """Split an input partition. Raises :class:`Declined`."""
+
+    @abc.abstractmethod
+    def _ready(self, parcel: Parcel) -> tuple[Hashable, list[Buffer]] | None:
+        """Give the packed form of a parcel that needs no packing."""
+
+    @abc.abstractmethod
+    def _identity(self, header: Header) -> Hashable:
+        """Say by what a parcel is known that is sent again. Raises :class:`WireError`."""
 
     @abc.abstractmethod
     def _pack(self, parcels: Sequence[Parcel]) -> dict[Hashable, list[Buffer]]:
@@ -153,6 +167,24 @@ class Run(ShuffleRun[Any, Any]):
     @abc.abstractmethod
     def _join(self, partition_id: Any, buffers: list[Buffer]) -> Any:
         """Make an output partition of its shards."""
+
+    def _sort_out(self, shards: Sequence[tuple[str, Header, Buffer]]) -> Shards:
+        messages: dict[str, list[list[Buffer]]] = {}
+        own = []
+        room: dict[str, int] = {}
+        for address, header, body in shards:
+            if address == self.local_address:
+                own.append(Parcel(header, body, header.body_nbytes))
+                continue
+            if room.get(address, 0) <= 0:
+                messages.setdefault(address, []).append([])
+                room[address] = MESSAGE_NBYTES
+            messages[address][-1] += [encode(header), body]
+            room[address] -= header.body_nbytes
+        return messages, own
+
+    def _allocate(self, nbytes: int) -> memoryview:
+        return self.part.pool.lease(nbytes)
 
     # Transfer
 
@@ -171,7 +203,7 @@ class Run(ShuffleRun[Any, Any]):
                 try:
                     messages, own = self._split(data, partition_id)
                 except Declined as reason:
-                    messages, own = [], None
+                    messages, own = {}, []
                     declined = str(reason)
                 else:
                     declined = ""
@@ -179,23 +211,26 @@ class Run(ShuffleRun[Any, Any]):
                 sync(self._loop, self._decline, declined)
                 raise ShuffleClosedError(f"{self} goes to stock's data plane: {declined}")
             self.part.split_s += time.perf_counter() - started
-            nbytes = sum(header.body_nbytes for _, header, _ in messages) + (own.nbytes if own else 0)
-            context_meter.digest_metric("p2p-shards", nbytes, "bytes")
-            context_meter.digest_metric("p2p-shards", len(messages) + (own is not None), "count")
+            sent = [_nbytes(message) for peer in messages.values() for message in peer]
+            context_meter.digest_metric("p2p-shards", sum(sent) + sum(parcel.nbytes for parcel in own), "bytes")
+            context_meter.digest_metric("p2p-shards", len(sent) + bool(own), "count")
             del data
             sync(self._loop, self._dispatch, messages, own)
         return self.run_id
 
-    async def _dispatch(self, messages: list[Message], own: Parcel | None) -> None:
+    async def _dispatch(self, messages: dict[str, list[list[Buffer]]], own: list[Parcel]) -> None:
         self.raise_if_closed()
-        # Peers first: they can begin while own shards are packed.
+        # Peers first, in turn: they can begin while own shards are taken in.
         while messages:
-            address, header, body = messages.pop()
-            head = encode(header)
-            await self._post(address, [head, body], len(head) + header.body_nbytes)
-        if own is not None:
+            for address, queue in list(messages.items()):
+                message = queue.pop(0)
+                if not queue:
+                    del messages[address]
+                await self._post(address, message, _nbytes(message))
+        if own:
+            nbytes = sum(parcel.nbytes for parcel in own)
             await self._take_in(own)
-            self.part.local_nbytes += own.nbytes
+            self.part.local_nbytes += nbytes
 
     async def _post(self, address: str, buffers: list[Buffer], nbytes: int) -> None:
         try:
@@ -220,7 +255,7 @@ class Run(ShuffleRun[Any, Any]):
             _, error, traceback = clean_exception(**reply)
             assert error is not None
             raise error.with_traceback(traceback)
-        self.part.sent_nbytes += sum(memoryview(buffer).nbytes for buffer in buffers)
+        self.part.sent_nbytes += _nbytes(buffers)
         self.part.messages += 1
 
     async def inputs_done(self) -> None:
@@ -248,33 +283,41 @@ class Run(ShuffleRun[Any, Any]):
                 self._check(header)
                 parcels.append(Parcel(header, body, header.body_nbytes))
             del data
-            for parcel in parcels:
-                await self._take_in(parcel)
-                self.total_recvd += parcel.nbytes
-                self.part.received_nbytes += parcel.nbytes
+            await self._take_in(parcels)
+            nbytes = sum(parcel.nbytes for parcel in parcels)
+            self.total_recvd += nbytes
+            self.part.received_nbytes += nbytes
         except (P2PConsistencyError, P2POutOfDiskError, SpillError) as error:
             # Answered, not raised: a sender tries again after an OSError, which the last two are.
             return error_message(error)
         return {"status": "OK"}
 
-    async def _take_in(self, parcel: Parcel) -> None:
-        identity = parcel.header.input_id
-        if (arrival := self._arrivals.get(identity)) is not None:
-            # The same again, because its answer was lost or the task ran twice. It is in when the first is in.
-            await asyncio.shield(arrival)
-            return
-        arrival = self._arrivals[identity] = asyncio.get_running_loop().create_future()
-        self.received.add(identity)
-        try:
-            await self._shelf.add(parcel)
-        except BaseException as error:
-            if isinstance(error, Exception):
-                self._exception = error
-            # Nobody has to be waiting, and whoever is must hear of it as of their own.
-            arrival.set_exception(error if isinstance(error, Exception) else ShuffleClosedError(str(self)))
-            arrival.exception()
-            raise
-        arrival.set_result(None)
+    async def _take_in(self, parcels: Sequence[Parcel]) -> None:
+        fresh = []
+        arrival = asyncio.get_running_loop().create_future()
+        before = []
+        for parcel in parcels:
+            identity = self._identity(parcel.header)
+            if (other := self._arrivals.get(identity)) is not None:
+                # The same again, because its answer was lost or the task ran twice. It is in when the first is in.
+                before.append(other)
+            else:
+                self._arrivals[identity] = arrival
+                fresh.append(parcel)
+        del parcels
+        if fresh:
+            try:
+                await self._shelf.add(fresh)
+            except BaseException as error:
+                if isinstance(error, Exception):
+                    self._exception = error
+                # Nobody has to be waiting, and whoever is must hear of it as of their own.
+                arrival.set_exception(error if isinstance(error, Exception) else ShuffleClosedError(str(self)))
+                arrival.exception()
+                raise
+            arrival.set_result(None)
+        for other in before:
+            await asyncio.shield(other)
         # While it was taken in, the run may have been closed, and have thrown it away.
         self.raise_if_closed()
 
@@ -421,3 +464,7 @@ class Run(ShuffleRun[Any, Any]):
     def deserialize(self, buffer: Any) -> Any:
         """Stock's memory buffer is not used."""
         raise NotImplementedError(type(buffer))
+
+
+def _nbytes(buffers: Sequence[Buffer]) -> int:
+    return sum(memoryview(buffer).nbytes for buffer in buffers)

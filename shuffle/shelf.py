@@ -5,10 +5,9 @@ by output partition.
 Does not cover: the store and its tiers; see :mod:`dask_gpurt.memory.store`. The packing itself is given to the
 constructor; see :mod:`dask_gpurt.shuffle.frames` and :mod:`dask_gpurt.shuffle.bricks`.
 
-Theory of operation: parcels are *staged* until they have :data:`STAGE_NBYTES`, then *packed* together, off the event
-loop: one buffer for each output partition. So a partition has few buffers however many inputs there are, each owns its
-memory (a partition that is unpacked or spilled frees what it held), and a large parcel is packed at once. Bytes are
-reserved in the store before they are staged, and given back right before the packed bytes are reserved: nothing waits
+Theory of operation: a parcel that is one large shard goes into the store as it is. The others are *staged* until they have
+:data:`STAGE_NBYTES`, then *packed* together, off the event loop: one buffer for each output partition. So a partition
+has few buffers however many inputs there are, each of which owns its memory. Bytes are reserved in the store before they are staged, and given back right before the packed bytes are reserved: nothing waits
 for a reservation while it holds another one, so that no two of them can wait for each other.
 """
 
@@ -26,7 +25,7 @@ from dask_gpurt.memory.store import Buffer, BufferStore, Reservation
 from dask_gpurt.seams import P2POutOfDiskError
 from dask_gpurt.shuffle.wire import Header
 
-__all__ = ["STAGE_NBYTES", "Pack", "Parcel", "Shelf"]
+__all__ = ["STAGE_NBYTES", "Pack", "Parcel", "Ready", "Shelf"]
 
 #: Parcels are packed once so much is staged. With 500 output partitions a packed buffer still has some ten kilobytes.
 STAGE_NBYTES = 16 * 2**20
@@ -51,6 +50,8 @@ class Parcel:
     nbytes: int
 
 
+#: Gives the output partition of a parcel that needs no packing, and the buffers that go into the store; or None.
+Ready = Callable[[Parcel], tuple[Hashable, list[Buffer]] | None]
 #: Packs parcels by output partition: for each, the buffers that go into the store. Runs in a thread.
 Pack = Callable[[Sequence[Parcel]], dict[Hashable, list[Buffer]]]
 
@@ -62,8 +63,8 @@ class Shelf:
     ----------
     store
         Where packed shards lie.
-    pack
-        How parcels are packed.
+    ready, pack
+        How parcels are packed, if they have to be.
     offload
         Runs a function in a thread.
     name
@@ -75,12 +76,15 @@ class Shelf:
     def __init__(
         self,
         store: BufferStore,
+        *,
+        ready: Ready,
         pack: Pack,
         offload: Callable[..., Awaitable[Any]],
         name: str,
         ranks: dict[Any, int],
     ) -> None:
         self._store = store
+        self._ready = ready
         self._pack = pack
         self._offload = offload
         self._name = name
@@ -106,18 +110,39 @@ class Shelf:
         """Output partitions of which something is held."""
         return len(self._held)
 
-    async def add(self, parcel: Parcel) -> None:
-        """Take a parcel in; when this returns, its bytes are the store's, or staged and reserved."""
+    async def add(self, parcels: Sequence[Parcel]) -> None:
+        """Take parcels in; when this returns, their bytes are the store's, or staged and reserved."""
         async with self._shared():
-            with _out_of_disk():
-                reservation = await self._store.reserve(parcel.nbytes)
-            if self._closed:
-                reservation.release()
-                return
-            self._staged.append((parcel, reservation))
-            self.staged_nbytes += parcel.nbytes
+            finished: list[tuple[Hashable, list[Buffer]]] = []
+            for parcel in parcels:
+                if (done := self._ready(parcel)) is not None:
+                    finished.append(done)
+                    continue
+                with _out_of_disk():
+                    reservation = await self._store.reserve(parcel.nbytes)
+                if self._closed:
+                    reservation.release()
+                    return
+                self._staged.append((parcel, reservation))
+                self.staged_nbytes += parcel.nbytes
+            del parcels
+            await self._put(finished)
             if self.staged_nbytes >= STAGE_NBYTES:
                 await self._pack_staged()
+
+    async def _put(self, packed: Sequence[tuple[Hashable, list[Buffer]]]) -> None:
+        nbytes = sum(memoryview(buffer).nbytes for _, buffers in packed for buffer in buffers)
+        if not nbytes:
+            return
+        with _out_of_disk():
+            reservation = await self._store.reserve(nbytes)
+        if self._closed:
+            reservation.release()
+            return
+        items = [(self._name_of(partition), buffers, self._ranks[partition]) for partition, buffers in packed]
+        self._store.put_all(items, reservation)
+        self._held.update(partition for partition, _ in packed)
+        self.put_nbytes += nbytes
 
     async def flush(self) -> None:
         """Pack all that is staged."""
@@ -193,16 +218,7 @@ class Shelf:
                 reservation.release()
         staged.clear()
         while packed:
-            partition, buffers = packed.popitem()
-            nbytes = sum(memoryview(buffer).nbytes for buffer in buffers)
-            with _out_of_disk():
-                reservation = await self._store.reserve(nbytes)
-                if self._closed:
-                    reservation.release()
-                    return
-                self._store.put(self._name_of(partition), buffers, reservation, rank=self._ranks[partition])
-            self._held.add(partition)
-            self.put_nbytes += nbytes
+            await self._put([packed.popitem()])
 
 
 @contextlib.contextmanager

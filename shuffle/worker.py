@@ -15,6 +15,7 @@ from tornado.ioloop import PeriodicCallback
 
 from dask_gpurt import seams
 from dask_gpurt.config import ShuffleSettings
+from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.store import BufferStore, DictBufferStore
 from dask_gpurt.shuffle.credits import ByteWindow
 
@@ -31,6 +32,9 @@ TRIM_FRACTION = 0.7
 #: How often that is looked at, which costs some ten microseconds; giving back costs milliseconds.
 TRIM_INTERVAL_S = 0.2
 
+#: Slabs that may wait for their next use, in a pool that only shuffles use.
+IDLE_NBYTES = 64 * 2**20
+
 _TRIM = "gpurt-shuffle-trim"
 
 
@@ -45,11 +49,16 @@ class ShuffleWorker:
         Its settings.
     store
         Where runs keep shards until they are unpacked.
+    pool
+        Lends the memory of shards and outputs; None: one of its own.
     """
 
-    def __init__(self, worker: Worker, settings: ShuffleSettings, store: BufferStore) -> None:
+    def __init__(
+        self, worker: Worker, settings: ShuffleSettings, store: BufferStore, pool: BlockPool | None = None
+    ) -> None:
         self.worker = worker
         self.store = store
+        self.pool = BlockPool(IDLE_NBYTES) if pool is None else pool
         self.window = ByteWindow(settings.send_limit)
         self._runs: dict[tuple[str, int], Run] = {}
         #: Runs ever begun here.
@@ -87,11 +96,13 @@ class ShuffleWorker:
             await run.move()
 
     def trim(self) -> None:
-        """Have Arrow give back memory that it does not use, where memory is short."""
-        if self.runs and "pyarrow" in sys.modules and seams.worker_memory_fraction(self.worker) > TRIM_FRACTION:
-            import pyarrow as pa
+        """Have memory given back that is only kept for later, where memory is short."""
+        if self.runs and seams.worker_memory_fraction(self.worker) > TRIM_FRACTION:
+            self.pool.trim()
+            if "pyarrow" in sys.modules:
+                import pyarrow as pa
 
-            pa.default_memory_pool().release_unused()
+                pa.default_memory_pool().release_unused()
 
     def opened(self, run: Run) -> None:
         """Note a run."""

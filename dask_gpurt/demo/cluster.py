@@ -76,7 +76,7 @@ def count_gpus() -> int:
     """Return how many GPUs dask-cuda finds; 0 where it, or CuPy, is not installed."""
     if any(importlib.util.find_spec(module) is None for module in ("dask_cuda", "cupy", "pynvml")):
         return 0
-    import pynvml  # type: ignore[import-not-found,unused-ignore]
+    import pynvml
     from dask_cuda.utils import get_n_gpus
 
     try:

@@ -8,7 +8,9 @@ when the last array that lies in it is gone, it returns by itself and waits to b
 beyond that, slabs go back to the system.
 
 Sizes are rounded up in steps of an eighth, so that a slab fits again when sizes vary a little, at most 12.5 % is
-wasted, and pages that a value does not reach are never touched. Slabs begin at a page, as O_DIRECT and Arrow like it.
+wasted, and pages that a value does not reach are never touched. Slabs begin at a page, as O_DIRECT and Arrow like it;
+large ones at a huge page, which the kernel is asked for: memory that is touched for the first time is then three to five
+times as fast as with small pages.
 
 Covers: reuse, and its bound.
 Does not cover: how much may be in use, see :mod:`dask_gpurt.memory.ledger`; memory that is pinned for a GPU.
@@ -19,10 +21,12 @@ takes no lock.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import threading
 import weakref
 from collections import deque
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,6 +34,29 @@ __all__ = ["BlockPool", "size_class"]
 
 #: Smaller leases are not worth a slab: the allocator keeps pages of that size itself.
 SLAB_NBYTES_MIN = 128 * 2**10
+#: Size of a huge page, on x86 and most of ARM. Where it is another one, memory is only slower at first.
+HUGE_PAGE_NBYTES = 2 * 2**20
+
+
+class _Slab(NamedTuple):
+    memory: mmap.mmap
+    #: Where in ``memory`` it begins.
+    offset: int
+    nbytes: int
+
+
+def _new_slab(nbytes: int) -> _Slab:
+    # Of the process alone: memory that may be shared is zeroed page by page, and has no huge pages.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    if nbytes < HUGE_PAGE_NBYTES:
+        return _Slab(mmap.mmap(-1, nbytes, flags=flags), 0, nbytes)
+    # What lies before the beginning is never touched, and takes no memory.
+    memory = mmap.mmap(-1, nbytes + HUGE_PAGE_NBYTES, flags=flags)
+    with contextlib.suppress(OSError):
+        # A kernel without them refuses.
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    address: int = np.frombuffer(memory, dtype=np.uint8, count=1).__array_interface__["data"][0]
+    return _Slab(memory, -address % HUGE_PAGE_NBYTES, nbytes)
 
 
 def size_class(nbytes: int) -> int:
@@ -69,8 +96,8 @@ class BlockPool:
         self.hits = 0
         self.misses = 0
         self._lock = threading.Lock()
-        self._returned: deque[mmap.mmap] = deque()
-        self._idle: dict[int, list[mmap.mmap]] = {}
+        self._returned: deque[_Slab] = deque()
+        self._idle: dict[int, list[_Slab]] = {}
         self._idle_nbytes = 0
 
     @property
@@ -95,8 +122,8 @@ class BlockPool:
                 self.hits += 1
                 self._idle_nbytes -= size
         if slab is None:
-            slab = mmap.mmap(-1, size)
-        array = np.frombuffer(slab, dtype=np.uint8, count=nbytes)
+            slab = _new_slab(size)
+        array = np.frombuffer(slab.memory, dtype=np.uint8, count=nbytes, offset=slab.offset)
         # Whatever is made of the view refers to the array; the slab outlives it.
         weakref.finalize(array, self._returned.append, slab).atexit = False
         view: memoryview = array.data
@@ -112,7 +139,6 @@ class BlockPool:
     def _sort(self) -> None:
         while self._returned:
             slab = self._returned.popleft()
-            size = len(slab)
-            if self._idle_nbytes + size <= self.idle_limit_nbytes:
-                self._idle.setdefault(size, []).append(slab)
-                self._idle_nbytes += size
+            if self._idle_nbytes + slab.nbytes <= self.idle_limit_nbytes:
+                self._idle.setdefault(slab.nbytes, []).append(slab)
+                self._idle_nbytes += slab.nbytes

@@ -195,7 +195,8 @@ class MemoryManager:
         self._device: Mover | None = None
         self._mapping: TieredMapping | None = None
         self._folder: SpillFolder | None = None
-        self._pool = BlockPool(min(IDLE_NBYTES_MAX, int((host_nbytes or IDLE_NBYTES_MAX) * IDLE_FRACTION)))
+        #: Lends host memory to whatever is read back, and to shuffles.
+        self.pool = BlockPool(min(IDLE_NBYTES_MAX, int((host_nbytes or IDLE_NBYTES_MAX) * IDLE_FRACTION)))
         self._stock: _Stock | None = None
         self._hooks: seams.WorkerHooks | None = None
         self._losses: Counter[Hashable] = Counter()
@@ -225,7 +226,7 @@ class MemoryManager:
         hooks = seams.worker_hooks(self._worker)
         loop = asyncio.get_running_loop()
         parent = self._settings.directory or os.path.join(self._worker.local_directory, "gpurt")
-        self._folder = await loop.run_in_executor(None, SpillFolder, parent, self._pool)
+        self._folder = await loop.run_in_executor(None, SpillFolder, parent, self.pool)
         horizon = _WorkerHorizon(self._worker)
         host = self._host = Mover(Spiller(self.ledger, horizon), DiskStore(self._folder), loop, self._on_lost)
         if self.ledger.limit(Tier.DEVICE) is not None:
@@ -335,7 +336,7 @@ class MemoryManager:
         if self._folder is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._folder.close)
             self._folder = None
-        self._pool.trim()
+        self.pool.trim()
 
     def _movers(self) -> list[Mover]:
         # From the top down: what is above may still need what is below.

@@ -187,18 +187,29 @@ class Mover:
 
     # Putting and getting
 
-    def put(self, name: Hashable, value: object, reservation: Reservation | None = None) -> None:
-        """Hold ``value`` under ``name``, in place of what was there."""
-        if isinstance(name, RawName):
-            buffer: Hashable = None
-            nbytes = buffer_nbytes = _nbytes(value)
+    def put(
+        self,
+        name: Hashable,
+        value: object,
+        reservation: Reservation | None = None,
+        *,
+        buffer: tuple[Hashable, int] | None = None,
+    ) -> None:
+        """Hold ``value`` under ``name``, in place of what was there.
+
+        ``buffer`` is the identity and the bytes of the memory in which a list of buffers lies that is not alone in it.
+        """
+        memory: Hashable
+        if not isinstance(name, RawName):
+            memory, memory_nbytes, nbytes = codec.footprint(value)
         else:
-            buffer, buffer_nbytes, nbytes = codec.footprint(value)
+            nbytes = _nbytes(value)
+            memory, memory_nbytes = buffer or (None, nbytes)
         with self._acting() as garbage:
             if name in self.spiller.blocks:
                 self._handle(ev.Deleted(name), garbage)
             self._values[name] = value
-            self._handle(ev.Put(name, self._named(buffer), buffer_nbytes, nbytes, reservation), garbage)
+            self._handle(ev.Put(name, self._named(memory), memory_nbytes, nbytes, reservation), garbage)
             if self._arrivals:
                 self._arrived(name, None)
 

@@ -4,7 +4,9 @@ Theory of operation
 -------------------
 Shards and the values of Dask's keys lie in the same ledger, under the same limit, on the same disk, and go by the same
 policy. What is put under one name is gathered into *chunks*: a chunk grows while it is small and in memory, so that many
-small shards make few files. The rank of a name is its distance to the next use.
+small shards make few files. A shard that was cut from a larger piece of memory (a network message) is a chunk by itself,
+and shares that memory with the others: it counts once, and is free when the last of them has gone. The rank of a name is
+its distance to the next use.
 
 Covers: names, chunks, ranks.
 Does not cover: moving; see :mod:`dask_gpurt.memory.mover`.
@@ -12,7 +14,7 @@ Does not cover: moving; see :mod:`dask_gpurt.memory.mover`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from dask_gpurt.memory.horizon import Kind, Use
 from dask_gpurt.memory.ledger import Reservation as HostReservation
@@ -68,7 +70,7 @@ class ShardStore:
     def put(self, name: str, buffers: Sequence[Buffer], reservation: Reservation, *, rank: int = 0) -> None:
         """Hold ``buffers`` under ``name``, after what is there."""
         assert isinstance(reservation, HostReservation), reservation
-        nbytes = sum(memoryview(buffer).nbytes for buffer in buffers)
+        nbytes = _nbytes(buffers)
         chunks = self._chunks.setdefault(name, [])
         if chunks and self._last_nbytes[name] < CHUNK_NBYTES:
             chunks[-1].rank = rank
@@ -79,6 +81,25 @@ class ShardStore:
         chunks.append(chunk)
         self._last_nbytes[name] = nbytes
         self._mover.put(chunk, list(buffers), reservation)
+
+    def put_all(self, items: Iterable[tuple[str, Sequence[Buffer], int]], reservation: Reservation) -> None:
+        """Hold several; see :class:`~dask_gpurt.memory.store.BufferStore`."""
+        assert isinstance(reservation, HostReservation), reservation
+        seen: set[int] = set()
+        for name, buffers, rank in items:
+            nbytes = _nbytes(buffers)
+            memory, memory_nbytes = _memory_of(buffers)
+            if memory_nbytes <= nbytes:
+                self.put(name, buffers, reservation.split(nbytes), rank=rank)
+                continue
+            # Paid for as a whole by the first of them.
+            share = reservation.split(0 if memory in seen else memory_nbytes)
+            seen.add(memory)
+            chunk = ChunkName(name, rank)
+            self._chunks.setdefault(name, []).append(chunk)
+            self._last_nbytes[name] = CHUNK_NBYTES
+            self._mover.put(chunk, list(buffers), share, buffer=(memory, memory_nbytes))
+        reservation.release()
 
     async def take(self, name: str) -> list[Buffer]:
         """Remove ``name`` and return its buffers in order; see :class:`~dask_gpurt.memory.store.BufferStore`."""
@@ -103,3 +124,14 @@ class ShardStore:
         for chunk in self._chunks.pop(name, ()):
             if chunk in self._mover:
                 self._mover.delete(chunk)
+
+
+def _nbytes(buffers: Sequence[Buffer]) -> int:
+    return sum(memoryview(buffer).nbytes for buffer in buffers)
+
+
+def _memory_of(buffers: Sequence[Buffer]) -> tuple[int, int]:
+    """Identity and size of the memory that the largest of ``buffers`` keeps alive."""
+    largest = max((memoryview(buffer) for buffer in buffers), key=lambda view: view.nbytes)
+    owner = largest.obj
+    return id(owner), memoryview(owner).nbytes

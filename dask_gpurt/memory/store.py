@@ -9,7 +9,7 @@ All methods are called on the event loop of the worker. None of them blocks it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 __all__ = ["Buffer", "BufferStore", "DictBufferStore", "Reservation"]
@@ -42,6 +42,9 @@ class BufferStore(Protocol):
         ``rank`` orders the names by next use: of two names, the one with the higher rank is needed later, and is
         spilled first.
         """
+
+    def put_all(self, items: Iterable[tuple[str, Sequence[Buffer], int]], reservation: Reservation) -> None:
+        """Put several (name, buffers, rank) that may lie in one piece of memory, which is counted once."""
 
     async def take(self, name: str) -> list[Buffer]:
         """Remove ``name`` and return all its buffers in the order in which they were put; empty if there are none.
@@ -90,6 +93,11 @@ class DictBufferStore:
         """Hold the buffers in memory."""
         self._held.setdefault(name, []).extend(buffers)
         reservation.release()
+
+    def put_all(self, items: Iterable[tuple[str, Sequence[Buffer], int]], reservation: Reservation) -> None:
+        """Hold the buffers in memory."""
+        for name, buffers, rank in items:
+            self.put(name, buffers, reservation, rank=rank)
 
     async def take(self, name: str) -> list[Buffer]:
         """Hand the buffers out."""

@@ -191,7 +191,7 @@ def test_errors_of_our_own_name_the_shuffle_and_its_phase(phase: str) -> None:
             from dask_gpurt.shuffle import frames
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(frames, "split" if phase == "transfer" else "unpack", fail)
+                patch.setattr(frames, "split" if phase == "transfer" else "join", fail)
                 future = cluster.client.compute(shuffled(frame()))
                 with pytest.raises(RuntimeError, match=f"failed during {phase} phase") as caught:
                     await future

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
+import functools
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from pandas.api.types import is_object_dtype
 
 from dask_gpurt.shuffle import frames
+from dask_gpurt.shuffle.kernels import compile_kernels
 from dask_gpurt.shuffle.plan import PartitionPlan
 from dask_gpurt.shuffle.shelf import Parcel
 from dask_gpurt.shuffle.wire import Header, Kind, WireError, decode, encode
@@ -29,6 +32,8 @@ COLUMNS: dict[str, Callable[[np.random.Generator, int], Any]] = {
     "float32": lambda rng, n: rng.random(n).astype("f4"),
     "float64-nan": lambda rng, n: np.where(rng.random(n) < 0.3, np.nan, rng.random(n)),
     "bool": lambda rng, n: rng.random(n) < 0.5,
+    "int16": lambda rng, n: rng.integers(-5, 5, n).astype("i2"),
+    "complex": lambda rng, n: rng.random(n) + 1j,
     "datetime": lambda rng, n: pd.to_datetime(rng.integers(0, 10**9, n), unit="s"),
     "datetime-ms": lambda rng, n: rng.integers(0, 10**9, n).astype("M8[ms]"),
     "datetime-tz": lambda rng, n: pd.to_datetime(rng.integers(0, 10**9, n), unit="s", utc=True).tz_convert(
@@ -68,7 +73,7 @@ INDEXES: dict[str, Callable[[np.random.Generator, int], pd.Index]] = {
 }
 PARTITION = "_partitions"
 #: Types that stock cannot bring back.
-NEW = {"list[pyarrow]", "struct[pyarrow]"}
+NEW = {"list[pyarrow]", "struct[pyarrow]", "complex"}
 
 
 def ours(
@@ -81,12 +86,9 @@ def ours(
     plan = PartitionPlan.build(worker_for)
     arrived: dict[str, list[Parcel]] = defaultdict(list)
     for number, part in enumerate(parts):
-        for address, segments, table in frames.split(part, PARTITION, plan, meta):
-            if address == "a":
-                arrived[address].append(frames.parcel_of(number, segments, table))
-                continue
-            body = bytes(frames.encode_table(table))
-            header = decode(encode(Header(Kind.FRAME, (number,), segments, len(body))), body)
+        for address, sent, view in frames.split(part, number, PARTITION, plan, meta):
+            body = bytes(view)
+            header = decode(encode(sent), body)
             frames.check_parcel(
                 header, {partition for partition in worker_for if worker_for[partition] == address}.__contains__
             )
@@ -95,9 +97,13 @@ def ours(
     for parcels in arrived.values():
         parcels.reverse()  # They may arrive in any order.
         for first in range(0, len(parcels), together):
-            for partition, buffers in frames.pack(parcels[first : first + together]).items():
+            some = parcels[first : first + together]
+            for partition, buffers in filter(None, map(frames.ready, some)):
                 stored[partition] += buffers
-    return {partition: frames.to_frame(frames.unpack(buffers), meta) for partition, buffers in stored.items()}
+            small = [parcel for parcel in some if frames.ready(parcel) is None]
+            for packed, buffers in (frames.pack(small) if small else {}).items():
+                stored[packed] += buffers
+    return {partition: frames.join(buffers, meta) for partition, buffers in stored.items()}
 
 
 def stock(parts: list[pd.DataFrame], worker_for: dict[int, str], *, drop: bool) -> dict[int, pd.DataFrame]:
@@ -128,12 +134,18 @@ def table_of(names: list[str], index: str, seed: int, sizes: list[int], outputs:
 
 
 def check(parts: list[pd.DataFrame], worker_for: dict[int, str], *, drop: bool, together: int) -> None:
-    found = ours(parts, worker_for, drop=drop, together=together)
     expected = stock(parts, worker_for, drop=drop)
-    assert found.keys() == expected.keys()
-    for partition, frame in found.items():
-        pd.testing.assert_frame_equal(same_missing(frame), same_missing(expected[partition]))
-    check_with_pandas(found, parts, drop=drop)
+    for kernels in (None, compiled()):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(frames, "scatter_kernels", lambda kernels=kernels: kernels)
+            found = ours(parts, worker_for, drop=drop, together=together)
+        assert found.keys() == expected.keys()
+        for partition, frame in found.items():
+            pd.testing.assert_frame_equal(same_missing(frame), same_missing(expected[partition]))
+        check_with_pandas(found, parts, drop=drop)
+
+
+compiled = functools.cache(compile_kernels)
 
 
 def same_missing(frame: pd.DataFrame) -> pd.DataFrame:
@@ -233,16 +245,78 @@ def test_partition_ids_of_other_types(dtype: str) -> None:
     assert found[1]["a"].tolist() == [0, 2]
 
 
-def test_a_stream_that_is_none_is_refused() -> None:
+def test_a_body_that_is_none_is_refused() -> None:
     table = pa.table({"a": [1, 2]})
     with pytest.raises(WireError, match="Arrow"):
         frames.decode_table(b"nothing", 0)
     with pytest.raises(WireError, match="rows"):
         frames.decode_table(bytes(frames.encode_table(table)), 3)
-    header = Header(Kind.FRAME, (0,), np.array([[5, 2]]), 10)
+    token = frames.Schema.of(pd.DataFrame({"a": [1]})).token
+    header = Header(Kind.FRAME, (0,), np.array([[5, 2]]), 32, token)
+    frames.check_parcel(header, lambda partition: partition == 5)
     with pytest.raises(WireError, match="not held"):
         frames.check_parcel(header, lambda partition: partition == 4)
     with pytest.raises(WireError, match="expected"):
-        frames.check_parcel(Header(Kind.BRICK, (0,), np.array([[5, 2]]), 10), lambda _: True)
+        frames.check_parcel(Header(Kind.BRICK, (0,), np.array([[5, 2]]), 32, token), lambda _: True)
+    for nbytes in (31, 33):
+        with pytest.raises(WireError, match="32 bytes of columns"):
+            frames.check_parcel(Header(Kind.FRAME, (0,), np.array([[5, 2]]), nbytes, token), lambda _: True)
+        with pytest.raises(WireError, match="take 32 bytes"):
+            frames.Schema.parse(token).columns(bytes(nbytes), 2)
     with pytest.raises(WireError, match="alternate"):
-        frames.unpack([b""])
+        frames.join([b""], pd.DataFrame())
+    packed = encode(Header(Kind.FRAME, (0,), np.array([[0, 2]]), 16, frames.Schema.of(pd.DataFrame(index=[1])).token))
+    with pytest.raises(WireError, match="1 columns were expected"):
+        frames.join([packed, bytes(16)], pd.DataFrame({"a": [1]}))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"[[], null, [], false]",
+        b'[[[0, "O"]], null, [], true]',
+        b'[[[1, "<i8"], [-1, "<i8"]], null, [], false]',
+        b'[[[0, "<i8"], [0, "<i8"], [-1, "<i8"]], null, [], false]',
+        b'[[[-1, "<i8"], [-1, "<i8"]], null, [], false]',
+        b'[[[-1, "<i8"]], null, [0], false]',
+        b'[[[0, "<M8"], [-1, "<i8"]], null, [], false]',
+        b"[" * 60000,
+    ],
+)
+def test_a_schema_that_is_none_is_refused(content: bytes) -> None:
+    with pytest.raises(WireError):
+        frames.Schema.parse(content)
+
+
+@given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
+def test_no_schema_makes_the_parser_fail_in_another_way(content: bytes) -> None:
+    with contextlib.suppress(WireError):
+        frames.Schema.parse(content)
+
+
+def test_large_shards_have_bodies_of_their_own() -> None:
+    parts = table_of(["int64", "float32", "str", "datetime"], "shifted", 0, [60_000, 50_000], 4)
+    plan = PartitionPlan.build({0: "a", 1: "a", 2: "b", 3: "b"})
+    shards = frames.split(parts[0], 7, PARTITION, plan, parts[0].iloc[:0])
+    assert [header.segments[:, 0].tolist() for _, header, _ in shards] == [[0], [1], [2], [3]]
+    assert len({id(body.obj) for _, _, body in shards}) == 4
+    check(parts, {0: "a", 1: "a", 2: "b", 3: "b"}, drop=True, together=2)
+
+
+@pytest.mark.parametrize("size", [10, 200_000])
+def test_types_may_differ_between_partitions(size: int) -> None:
+    whole = pd.DataFrame({"a": np.arange(size), "b": ["x"] * size, PARTITION: np.arange(size) % 2})
+    half = pd.DataFrame({"a": np.arange(size) / 2, "b": ["y"] * size, PARTITION: 0})
+    found = ours([whole, half], {0: "a", 1: "b"}, drop=True, together=1)
+    expected = stock([whole, half], {0: "a", 1: "b"}, drop=True)
+    for partition in (0, 1):
+        pd.testing.assert_frame_equal(found[partition], expected[partition])
+
+
+def test_duplicate_names_and_an_index_of_several_levels() -> None:
+    frame = pd.DataFrame({"a": range(6), "b": list("uvwxyz"), PARTITION: [0, 1] * 3})
+    frame.index = pd.MultiIndex.from_arrays([list("aabbcc"), range(6)], names=["l", None])
+    frame.columns = pd.Index(["a", "a", PARTITION])
+    check_with_pandas(ours([frame], {0: "a", 1: "b"}, drop=False, together=1), [frame], drop=False)
