@@ -95,6 +95,12 @@ def _folder(value: object) -> str | None:
     return os.path.abspath(os.path.expanduser(value))
 
 
+def _transport(value: object) -> str:
+    if value not in ("auto", "dask"):
+        raise _RefusedError
+    return str(value)
+
+
 def _key(default: object, parse: Callable[[object], object], allowed: str) -> Any:
     return dataclasses.field(default=default, metadata={"parse": parse, "allowed": allowed})
 
@@ -141,6 +147,8 @@ class ShuffleSettings(_Section):
     enabled: bool = _key(True, _boolean, _BOOLEAN)
     #: Bytes a worker may have under way to its peers, summed over all runs.
     send_limit: int = _key(256 * 2**20, _size, 'a size such as "256 MiB"')
+    #: ``"auto"``: UCX where ucxx is installed and Dask's comms are not encrypted; ``"dask"``: Dask's comms.
+    transport: str = _key("auto", _transport, '"auto" or "dask"')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

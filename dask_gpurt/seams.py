@@ -115,6 +115,7 @@ SHUFFLE: tuple[Seam, ...] = (
     Seam("worker", "distributed.shuffle:ShuffleWorkerPlugin.setup", ("worker",)),
     Seam("worker", "distributed.shuffle:ShuffleWorkerPlugin.shuffle_receive", ("shuffle_id", "run_id", "data")),
     Seam("worker", "distributed.shuffle._worker_plugin:_ShuffleRunManager.close", ("shuffle_run",)),
+    Seam("worker", "distributed.shuffle._worker_plugin:_ShuffleRunManager.get_with_run_id", ("shuffle_id", "run_id")),
     Seam("worker", "distributed.shuffle._core:id_from_key", ("key",)),
     Seam("worker", "distributed.shuffle._core:ShuffleRun.barrier", ("run_ids",)),
     Seam("worker", "distributed.shuffle._core:ShuffleRun.receive", ("data",)),
@@ -553,9 +554,31 @@ def restart_shuffle(scheduler: Any, shuffle_id: str, run_id: int) -> bool:
     return True
 
 
+async def shuffle_run(worker: Any, shuffle_id: str, run_id: int) -> Any:
+    """Return a worker's part of a run, which is made if it is not there yet.
+
+    Raises
+    ------
+    P2PConsistencyError
+        If it is not the active run of this shuffle.
+    """
+    return await worker.extensions["shuffle"].shuffle_runs.get_with_run_id(shuffle_id=shuffle_id, run_id=run_id)
+
+
+def worker_encrypts(worker: Any) -> bool:
+    """Whether Dask's comms of ``worker`` are encrypted, or have to be."""
+    return bool(worker.security.require_encryption) or not str(worker.address).startswith(("tcp://", "inproc://"))
+
+
 def shuffle_executor(plugin: Any) -> Any:
     """Return the threads of a worker's shuffle plugin."""
     return plugin._executor
+
+
+def worker_memory_limit(worker: Any) -> int | None:
+    """Return the memory limit of a worker in bytes, or None if it has none."""
+    limit = worker.memory_manager.memory_limit
+    return int(limit) if limit else None
 
 
 def worker_memory_fraction(worker: Any) -> float:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dask_gpurt.memory.store import Buffer
 from dask_gpurt.seams import DataFrameShuffleSpec
 from dask_gpurt.shuffle import frames
+from dask_gpurt.shuffle.kernels import scatter_kernels
 from dask_gpurt.shuffle.plan import PartitionPlan
 from dask_gpurt.shuffle.run import Declined, Run, Shards
 from dask_gpurt.shuffle.shelf import Parcel
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
     import pandas as pd
     from distributed.shuffle import ShuffleWorkerPlugin
 
-__all__ = ["FrameRun", "FrameSpec", "supports"]
+#: Partitions of fewer rows are not worth a compiler.
+KERNEL_ROWS = 50_000
+
+__all__ = ["KERNEL_ROWS", "FrameRun", "FrameSpec", "supports"]
 
 
 def supports(spec: object) -> bool:
@@ -75,7 +79,15 @@ class FrameRun(Run):
 
         if type(data) is not pd.DataFrame:
             raise Declined(f"input partition {partition_id} is a {type(data).__name__}")
-        shards = frames.split(data, partition_id, self.column, self._plan, self._output_meta, allocate=self._allocate)
+        shards = frames.split(
+            data,
+            partition_id,
+            self.column,
+            self._plan,
+            self._output_meta,
+            allocate=self._allocate,
+            kernels=scatter_kernels() if self.part.compiles and len(data) >= KERNEL_ROWS else None,
+        )
         return self._sort_out(shards)
 
     def _identity(self, header: Header) -> Hashable:

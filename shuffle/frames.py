@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dask_gpurt.memory.store import Buffer
-from dask_gpurt.shuffle.kernels import MAX_POSITIONS, ScatterKernels, scatter_kernels
+from dask_gpurt.shuffle.kernels import MAX_POSITIONS, ScatterKernels
 from dask_gpurt.shuffle.plan import PartitionPlan, RowOrder, gather_ranges
 from dask_gpurt.shuffle.shelf import Parcel
 from dask_gpurt.shuffle.wire import Header, Kind, WireError, decode, encode
@@ -206,14 +206,14 @@ def split(
     meta: pd.DataFrame,
     *,
     allocate: Allocate = _allocate,
+    kernels: ScatterKernels | None = None,
 ) -> list[tuple[str, Header, memoryview]]:
     """Split a frame by the partition ids in ``column``: bodies for the peers, with their addresses and headers.
 
-    ``meta`` is an empty output frame. ``allocate`` lends the memory of bodies. On the way columns are known by their position in it: their own names need not
+    ``meta`` is an empty output frame. ``allocate`` lends the memory of bodies. ``kernels`` are used if there are any. On the way columns are known by their position in it: their own names need not
     be strings, nor differ from each other, nor stand in the same order in all input partitions.
     """
-    kernels = scatter_kernels() if len(plan.partitions) <= MAX_POSITIONS else None
-    order = plan.split(_partition_ids(frame, column, plan), kernels)
+    order = plan.split(_partition_ids(frame, column, plan), kernels if len(plan.partitions) <= MAX_POSITIONS else None)
     if not order.bounds[-1]:
         return []
     if not frame.columns.equals(meta.columns):

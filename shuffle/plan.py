@@ -27,6 +27,9 @@ __all__ = ["PartitionPlan", "Peer", "RowOrder", "gather_ranges"]
 
 Ints = npt.NDArray[np.int64]
 
+#: Partition ids up to this are looked up in a table; others are searched for.
+TABLE_SIZE_MAX = 2**20
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -123,11 +126,12 @@ class PartitionPlan:
         narrow = np.uint8 if count < 2**8 else np.uint16 if count < 2**16 else np.uint32
         if not len(values) or not count:
             return np.full(len(values), count, dtype=narrow)
-        identity = (
-            self.partitions[0] == 0 and self.partitions[-1] == count - 1 and bool((np.diff(self.partitions) == 1).all())
-        )
-        if identity and values.dtype.kind in "iu" and values.min() >= 0 and values.max() < count:
-            return values.astype(narrow)
+        last = int(self.partitions.max())
+        if values.dtype.kind in "iu" and last < TABLE_SIZE_MAX and values.min() >= 0 and values.max() <= last:
+            table = np.full(last + 1, count, dtype=narrow)
+            table[self.partitions] = np.arange(count, dtype=narrow)
+            positions: npt.NDArray[Any] = table[values]
+            return positions
         # searchsorted compares by value, as a join would: 1.0 is partition 1; 1.5 and NaN are none.
         by_id = np.argsort(self.partitions)
         ids = self.partitions[by_id]

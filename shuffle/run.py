@@ -28,8 +28,8 @@ import abc
 import asyncio
 import logging
 import time
-from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Coroutine, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import dask.config
 from dask.typing import Key
@@ -37,14 +37,14 @@ from dask.utils import parse_timedelta
 from distributed.core import ErrorMessage, OKMessage, clean_exception, error_message
 from distributed.exceptions import Reschedule
 from distributed.metrics import context_meter, thread_time
-from distributed.protocol.serialize import to_serialize
 from distributed.utils import sync
 from distributed.utils_comm import retry
 
 from dask_gpurt import seams
 from dask_gpurt.errors import CorruptDataError, SpillError
-from dask_gpurt.memory.store import Buffer
+from dask_gpurt.memory.store import Buffer, Reservation
 from dask_gpurt.seams import P2PConsistencyError, P2POutOfDiskError, ShuffleClosedError, ShuffleRun
+from dask_gpurt.shuffle.carrier import nbytes_of
 from dask_gpurt.shuffle.outbox import Outbox
 from dask_gpurt.shuffle.shelf import Parcel, Shelf
 from dask_gpurt.shuffle.wire import Header, WireError, decode, encode
@@ -57,6 +57,8 @@ if TYPE_CHECKING:
 __all__ = ["MAX_RESTARTS", "MESSAGE_NBYTES", "Declined", "Run", "Shards"]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: How often one run asks for its restart before it is an error. Once is enough where the scheduler can do it.
 MAX_RESTARTS = 3
@@ -140,6 +142,10 @@ class Run(ShuffleRun[Any, Any]):
         #: Output partitions whose shards are no more.
         self._gone: set[Any] = set()
         self._restarts = 0
+        #: What is done for peers.
+        self._attended: set[asyncio.Task[Any]] = set()
+        #: What is reserved for messages to come; None: is being reserved.
+        self._credits: dict[str, Reservation | None] = {}
         part.opened(self)
 
     # What the two kinds of run define
@@ -211,7 +217,7 @@ class Run(ShuffleRun[Any, Any]):
                 sync(self._loop, self._decline, declined)
                 raise ShuffleClosedError(f"{self} goes to stock's data plane: {declined}")
             self.part.split_s += time.perf_counter() - started
-            sent = [_nbytes(message) for peer in messages.values() for message in peer]
+            sent = [nbytes_of(message) for peer in messages.values() for message in peer]
             context_meter.digest_metric("p2p-shards", sum(sent) + sum(parcel.nbytes for parcel in own), "bytes")
             context_meter.digest_metric("p2p-shards", len(sent) + bool(own), "count")
             del data
@@ -226,7 +232,7 @@ class Run(ShuffleRun[Any, Any]):
                 message = queue.pop(0)
                 if not queue:
                     del messages[address]
-                await self._post(address, message, _nbytes(message))
+                await self._post(address, message, nbytes_of(message))
         if own:
             nbytes = sum(parcel.nbytes for parcel in own)
             await self._take_in(own)
@@ -243,10 +249,7 @@ class Run(ShuffleRun[Any, Any]):
     async def _deliver(self, address: str, buffers: list[Buffer]) -> None:
         async def attempt() -> OKMessage | ErrorMessage:
             self.raise_if_closed()
-            reply: OKMessage | ErrorMessage = await self.rpc(address).shuffle_receive(
-                data=to_serialize(buffers), shuffle_id=self.id, run_id=self.run_id
-            )
-            return reply
+            return await self.part.carrier.deliver(self, address, buffers)
 
         reply = await retry(
             attempt, count=self.RETRY_COUNT, delay_min=self.RETRY_DELAY_MIN, delay_max=self.RETRY_DELAY_MAX
@@ -255,7 +258,7 @@ class Run(ShuffleRun[Any, Any]):
             _, error, traceback = clean_exception(**reply)
             assert error is not None
             raise error.with_traceback(traceback)
-        self.part.sent_nbytes += _nbytes(buffers)
+        self.part.sent_nbytes += nbytes_of(buffers)
         self.part.messages += 1
 
     async def inputs_done(self) -> None:
@@ -271,8 +274,52 @@ class Run(ShuffleRun[Any, Any]):
 
     # Receive
 
-    async def receive(self, data: Sequence[Buffer]) -> OKMessage | ErrorMessage:  # type: ignore[override]
-        """Take in what a peer has sent: headers and bodies alternate."""
+    async def attend(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do what a peer has asked for, which ends when the run does.
+
+        Raises
+        ------
+        ShuffleClosedError
+            If the run ended meanwhile.
+        """
+        task = asyncio.create_task(work)
+        self._attended.add(task)
+        task.add_done_callback(self._attended.discard)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if self.closed:
+                raise ShuffleClosedError(str(self)) from None
+            task.cancel()
+            raise
+
+    async def reserve(self, nbytes: int) -> Reservation:
+        """Wait until ``nbytes`` may be held here."""
+        self.raise_if_closed()
+        reservation = await self.part.store.reserve(nbytes)
+        if self.closed:
+            reservation.release()
+            self.raise_if_closed()
+        return reservation
+
+    async def grant(self, credit: str, nbytes: int) -> None:
+        """Reserve ``nbytes`` for the message that will come with ``credit``; a second call finds it done."""
+        if credit not in self._credits:
+            self._credits[credit] = None
+            try:
+                self._credits[credit] = await self.reserve(nbytes)
+            except BaseException:
+                del self._credits[credit]
+                raise
+
+    def redeem(self, credit: str | None) -> Reservation | None:
+        """Hand out what was reserved for a message, once."""
+        return None if credit is None else self._credits.pop(credit, None)
+
+    async def receive(  # type: ignore[override]
+        self, data: Sequence[Buffer], reservation: Reservation | None = None
+    ) -> OKMessage | ErrorMessage:
+        """Take in what a peer has sent: headers and bodies alternate. The reservation pays for it."""
         try:
             self.raise_if_closed()
             if len(data) % 2:
@@ -283,16 +330,19 @@ class Run(ShuffleRun[Any, Any]):
                 self._check(header)
                 parcels.append(Parcel(header, body, header.body_nbytes))
             del data
-            await self._take_in(parcels)
             nbytes = sum(parcel.nbytes for parcel in parcels)
+            await self._take_in(parcels, reservation)
             self.total_recvd += nbytes
             self.part.received_nbytes += nbytes
         except (P2PConsistencyError, P2POutOfDiskError, SpillError) as error:
             # Answered, not raised: a sender tries again after an OSError, which the last two are.
             return error_message(error)
+        finally:
+            if reservation is not None:
+                reservation.release()
         return {"status": "OK"}
 
-    async def _take_in(self, parcels: Sequence[Parcel]) -> None:
+    async def _take_in(self, parcels: Sequence[Parcel], reservation: Reservation | None = None) -> None:
         fresh = []
         arrival = asyncio.get_running_loop().create_future()
         before = []
@@ -307,7 +357,7 @@ class Run(ShuffleRun[Any, Any]):
         del parcels
         if fresh:
             try:
-                await self._shelf.add(fresh)
+                await self._shelf.add(fresh, reservation)
             except BaseException as error:
                 if isinstance(error, Exception):
                     self._exception = error
@@ -402,10 +452,16 @@ class Run(ShuffleRun[Any, Any]):
             await self._closed_event.wait()
             return
         self.closed = True
+        for task in self._attended:
+            task.cancel()
         await self._outbox.close()
         await self._shelf.close()
+        for reservation in self._credits.values():
+            if reservation is not None:
+                reservation.release()
+        self._credits.clear()
         self._handed.clear()
-        self.part.ended(self)
+        await self.part.ended(self)
         self._closed_event.set()
 
     async def move(self) -> None:
@@ -464,7 +520,3 @@ class Run(ShuffleRun[Any, Any]):
     def deserialize(self, buffer: Any) -> Any:
         """Stock's memory buffer is not used."""
         raise NotImplementedError(type(buffer))
-
-
-def _nbytes(buffers: Sequence[Buffer]) -> int:
-    return sum(memoryview(buffer).nbytes for buffer in buffers)

@@ -110,32 +110,39 @@ class Shelf:
         """Output partitions of which something is held."""
         return len(self._held)
 
-    async def add(self, parcels: Sequence[Parcel]) -> None:
-        """Take parcels in; when this returns, their bytes are the store's, or staged and reserved."""
+    async def add(self, parcels: Sequence[Parcel], paid: Reservation | None = None) -> None:
+        """Take parcels in; when this returns, their bytes are the store's, or staged and reserved.
+
+        ``paid`` is what was reserved for them; what is left of it stays the caller's.
+        """
         async with self._shared():
             finished: list[tuple[Hashable, list[Buffer]]] = []
             for parcel in parcels:
                 if (done := self._ready(parcel)) is not None:
                     finished.append(done)
                     continue
-                with _out_of_disk():
-                    reservation = await self._store.reserve(parcel.nbytes)
+                reservation = await self._reserve(parcel.nbytes, paid)
                 if self._closed:
                     reservation.release()
                     return
                 self._staged.append((parcel, reservation))
                 self.staged_nbytes += parcel.nbytes
             del parcels
-            await self._put(finished)
+            await self._put(finished, paid)
             if self.staged_nbytes >= STAGE_NBYTES:
                 await self._pack_staged()
 
-    async def _put(self, packed: Sequence[tuple[Hashable, list[Buffer]]]) -> None:
+    async def _reserve(self, nbytes: int, paid: Reservation | None) -> Reservation:
+        if paid is not None:
+            return paid.split(nbytes)
+        with _out_of_disk():
+            return await self._store.reserve(nbytes)
+
+    async def _put(self, packed: Sequence[tuple[Hashable, list[Buffer]]], paid: Reservation | None = None) -> None:
         nbytes = sum(memoryview(buffer).nbytes for _, buffers in packed for buffer in buffers)
         if not nbytes:
             return
-        with _out_of_disk():
-            reservation = await self._store.reserve(nbytes)
+        reservation = await self._reserve(nbytes, paid)
         if self._closed:
             reservation.release()
             return

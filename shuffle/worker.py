@@ -17,6 +17,7 @@ from dask_gpurt import seams
 from dask_gpurt.config import ShuffleSettings
 from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.store import BufferStore, DictBufferStore
+from dask_gpurt.shuffle.carrier import Carrier
 from dask_gpurt.shuffle.credits import ByteWindow
 
 if TYPE_CHECKING:
@@ -29,9 +30,13 @@ __all__ = ["TRIM_FRACTION", "TRIM_INTERVAL_S", "ShuffleWorker", "part_of"]
 #: From this part of a worker's memory limit on, Arrow's allocator has to give back what it only keeps for later. Dask
 #: pauses a worker at 0.8 of its limit, and nothing that a paused worker does would make Arrow give anything back.
 TRIM_FRACTION = 0.7
+#: Idle slabs go back after one to two times so many looks.
+DECAY_TICKS = 25
 #: How often that is looked at, which costs some ten microseconds; giving back costs milliseconds.
 TRIM_INTERVAL_S = 0.2
 
+#: A compiler takes about 100 MiB of memory, which workers with a lower limit have better use for.
+COMPILER_MEMORY_LIMIT = 2 * 2**30
 #: Slabs that may wait for their next use, in a pool that only shuffles use.
 IDLE_NBYTES = 64 * 2**20
 
@@ -60,6 +65,12 @@ class ShuffleWorker:
         self.store = store
         self.pool = BlockPool(IDLE_NBYTES) if pool is None else pool
         self.window = ByteWindow(settings.send_limit)
+        self.carrier = Carrier(worker, self, ucx=settings.transport != "dask")
+        limit = seams.worker_memory_limit(worker)
+        #: Whether there is room for compiled kernels.
+        self.compiles = limit is None or limit >= COMPILER_MEMORY_LIMIT
+        self._stopped = False
+        self._ticks = 0
         self._runs: dict[tuple[str, int], Run] = {}
         #: Runs ever begun here.
         self.runs = 0
@@ -83,6 +94,7 @@ class ShuffleWorker:
         one that preloads dask-gpurt has it first.
         """
         # Where Dask stops them when the worker closes.
+        self.carrier.start()
         trim = self.worker.periodic_callbacks[_TRIM] = PeriodicCallback(self.trim, 1000 * TRIM_INTERVAL_S)
         trim.start()
 
@@ -94,9 +106,15 @@ class ShuffleWorker:
         self.store = DictBufferStore()
         for run in list(self._runs.values()):
             await run.move()
+        self._stopped = True
+        if not self._runs:
+            await self.carrier.close()
 
     def trim(self) -> None:
-        """Have memory given back that is only kept for later, where memory is short."""
+        """Have memory given back that is only kept for later, where memory is short, or later does not come."""
+        self._ticks += 1
+        if self._ticks % DECAY_TICKS == 0:
+            self.pool.decay()
         if self.runs and seams.worker_memory_fraction(self.worker) > TRIM_FRACTION:
             self.pool.trim()
             if "pyarrow" in sys.modules:
@@ -108,10 +126,13 @@ class ShuffleWorker:
         """Note a run."""
         self.runs += 1
         self._runs[str(run.id), run.run_id] = run
+        self.carrier.prepare()
 
-    def ended(self, run: Run) -> None:
+    async def ended(self, run: Run) -> None:
         """Forget a run."""
         self._runs.pop((str(run.id), run.run_id), None)
+        if self._stopped and not self._runs:
+            await self.carrier.close()
 
     def runs_of(self, ids: Collection[str]) -> list[Run]:
         """The active runs of these shuffles."""
@@ -123,10 +144,12 @@ class ShuffleWorker:
             "runs": self.runs,
             "messages": self.messages,
             "bytes_sent": self.sent_nbytes,
+            "bytes_sent_ucx": self.carrier.ucx_nbytes,
             "bytes_received": self.received_nbytes,
             "bytes_local": self.local_nbytes,
             "split_s": self.split_s,
             "unpack_s": self.unpack_s,
+            "credit_wait_s": self.carrier.credit_wait_s,
         }
 
 
@@ -138,4 +161,4 @@ def part_of(worker: Worker) -> ShuffleWorker:
     """
     extension: Any = worker.extensions.get("gpurt")
     part: ShuffleWorker | None = getattr(extension, "shuffle", None)
-    return part if part is not None else ShuffleWorker(worker, ShuffleSettings(), DictBufferStore())
+    return part if part is not None else ShuffleWorker(worker, ShuffleSettings(transport="dask"), DictBufferStore())

@@ -5,7 +5,7 @@ Theory of operation
 Fresh memory is slow: the kernel zeroes and maps each page at its first touch, which costs more than reading the file
 that is to go there. So what is read back goes into *slabs* that were used before. A slab is leased as a memoryview;
 when the last array that lies in it is gone, it returns by itself and waits to be leased again. What waits is bounded:
-beyond that, slabs go back to the system.
+beyond that, slabs go back to the system. What has waited in vain for a while goes back too (:meth:`BlockPool.decay`).
 
 Sizes are rounded up in steps of an eighth, so that a slab fits again when sizes vary a little, at most 12.5 % is
 wasted, and pages that a value does not reach are never touched. Slabs begin at a page, as O_DIRECT and Arrow like it;
@@ -99,6 +99,8 @@ class BlockPool:
         self._returned: deque[_Slab] = deque()
         self._idle: dict[int, list[_Slab]] = {}
         self._idle_nbytes = 0
+        #: The least that was idle since the last decay.
+        self._spare_nbytes = 0
 
     @property
     def idle_nbytes(self) -> int:
@@ -121,6 +123,7 @@ class BlockPool:
             else:
                 self.hits += 1
                 self._idle_nbytes -= size
+                self._spare_nbytes = min(self._spare_nbytes, self._idle_nbytes)
         if slab is None:
             slab = _new_slab(size)
         array = np.frombuffer(slab.memory, dtype=np.uint8, count=nbytes, offset=slab.offset)
@@ -134,7 +137,21 @@ class BlockPool:
         with self._lock:
             self._sort()
             self._idle.clear()
-            self._idle_nbytes = 0
+            self._idle_nbytes = self._spare_nbytes = 0
+
+    def decay(self) -> None:
+        """Give back what was not needed since the last call."""
+        with self._lock:
+            self._sort()
+            for size in sorted(self._idle, reverse=True):
+                slabs = self._idle[size]
+                while slabs and size <= self._spare_nbytes:
+                    slabs.pop()
+                    self._spare_nbytes -= size
+                    self._idle_nbytes -= size
+                if not slabs:
+                    del self._idle[size]
+            self._spare_nbytes = self._idle_nbytes
 
     def _sort(self) -> None:
         while self._returned:

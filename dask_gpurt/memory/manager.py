@@ -67,9 +67,9 @@ _ALIVE = ("init", "running", "paused", "closing_gracefully")
 LOSSES_MAX = 3
 
 #: Slabs that may wait for their next use: part of the HOST limit, and bytes at most. They are memory that no key
-#: accounts for, so it is little; enough for some reads to follow each other.
-IDLE_FRACTION = 1 / 16
-IDLE_NBYTES_MAX = 256 * 2**20
+#: accounts for; where memory gets short, and when they have waited for some seconds, they go back to the system.
+IDLE_FRACTION = 1 / 4
+IDLE_NBYTES_MAX = 4 * 2**30
 
 
 class _Stock:

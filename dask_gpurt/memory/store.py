@@ -25,6 +25,9 @@ class Reservation(Protocol):
     def release(self) -> None:
         """Give back what is left of the reservation; calling it again does nothing."""
 
+    def split(self, nbytes: int) -> Reservation:
+        """Move up to ``nbytes`` of it into a reservation of its own."""
+
 
 class BufferStore(Protocol):
     """A store of byte buffers by name that goes down the tiers under pressure."""
@@ -65,6 +68,11 @@ class _Token:
 
     def release(self) -> None:
         self.nbytes = 0
+
+    def split(self, nbytes: int) -> Reservation:
+        nbytes = min(nbytes, self.nbytes)
+        self.nbytes -= nbytes
+        return _Token(nbytes)
 
 
 class DictBufferStore:

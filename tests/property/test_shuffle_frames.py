@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pandas.api.types import is_object_dtype
 
 from dask_gpurt.shuffle import frames
-from dask_gpurt.shuffle.kernels import compile_kernels
+from dask_gpurt.shuffle.kernels import ScatterKernels, compile_kernels
 from dask_gpurt.shuffle.plan import PartitionPlan
 from dask_gpurt.shuffle.shelf import Parcel
 from dask_gpurt.shuffle.wire import Header, Kind, WireError, decode, encode
@@ -77,7 +77,12 @@ NEW = {"list[pyarrow]", "struct[pyarrow]", "complex"}
 
 
 def ours(
-    parts: list[pd.DataFrame], worker_for: dict[int, str], *, drop: bool, together: int
+    parts: list[pd.DataFrame],
+    worker_for: dict[int, str],
+    *,
+    drop: bool,
+    together: int,
+    kernels: ScatterKernels | None = None,
 ) -> dict[int, pd.DataFrame]:
     """Shuffle as our runs do: split, send, pack ``together`` parcels at a time, unpack."""
     meta = parts[0].iloc[:0]
@@ -86,7 +91,7 @@ def ours(
     plan = PartitionPlan.build(worker_for)
     arrived: dict[str, list[Parcel]] = defaultdict(list)
     for number, part in enumerate(parts):
-        for address, sent, view in frames.split(part, number, PARTITION, plan, meta):
+        for address, sent, view in frames.split(part, number, PARTITION, plan, meta, kernels=kernels):
             body = bytes(view)
             header = decode(encode(sent), body)
             frames.check_parcel(
@@ -136,9 +141,7 @@ def table_of(names: list[str], index: str, seed: int, sizes: list[int], outputs:
 def check(parts: list[pd.DataFrame], worker_for: dict[int, str], *, drop: bool, together: int) -> None:
     expected = stock(parts, worker_for, drop=drop)
     for kernels in (None, compiled()):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(frames, "scatter_kernels", lambda kernels=kernels: kernels)
-            found = ours(parts, worker_for, drop=drop, together=together)
+        found = ours(parts, worker_for, drop=drop, together=together, kernels=kernels)
         assert found.keys() == expected.keys()
         for partition, frame in found.items():
             pd.testing.assert_frame_equal(same_missing(frame), same_missing(expected[partition]))

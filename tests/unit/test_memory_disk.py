@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dask_gpurt.errors import CorruptDataError, SpillError
-from dask_gpurt.memory.blocks import SLAB_NBYTES_MIN, BlockPool, size_class
+from dask_gpurt.memory.blocks import HUGE_PAGE_NBYTES, SLAB_NBYTES_MIN, BlockPool, size_class
 from dask_gpurt.memory.disk import SpillFolder, remove_leftovers
 from dask_gpurt.memory.store import Buffer
 
@@ -177,6 +177,30 @@ def test_idle_slabs_are_bounded() -> None:
     assert pool.idle_nbytes == 3 * 2**20
     pool.trim()
     assert pool.idle_nbytes == 0
+
+
+def test_what_is_not_needed_for_a_while_goes_back() -> None:
+    pool = BlockPool(2**30)
+    del [pool.lease(2**22) for _ in range(4)][:]
+    assert pool.idle_nbytes == 4 * 2**22
+    pool.decay()  # They have only just returned.
+    assert pool.idle_nbytes == 4 * 2**22
+    for _ in range(3):
+        used = [pool.lease(2**22), pool.lease(2**22)]
+        del used
+    pool.decay()
+    assert (pool.idle_nbytes, pool.misses) == (2 * 2**22, 4)
+    pool.decay()
+    assert pool.idle_nbytes == 0
+
+
+@pytest.mark.parametrize("nbytes", [2**21 - 1, 2**21, 5 * 2**20 + 3])
+def test_large_slabs_begin_at_a_huge_page(nbytes: int) -> None:
+    lease = BlockPool(0).lease(nbytes)
+    array = np.frombuffer(lease, dtype="u1")
+    array[:] = 7
+    assert array.sum() == 7 * nbytes
+    assert nbytes < HUGE_PAGE_NBYTES or array.ctypes.data % HUGE_PAGE_NBYTES == 0
 
 
 def test_small_leases_take_no_slab() -> None:

@@ -1,0 +1,272 @@
+"""Carries the messages of a worker's runs to its peers, by UCX where both have it and by Dask's own comms elsewhere.
+
+Covers: the choice of the path, credits, the handlers on the receiver's side, and what happens when a path fails.
+Does not cover: what is in a message (:mod:`dask_gpurt.shuffle.run`); how many bytes are under way
+(:mod:`dask_gpurt.shuffle.outbox`); UCX itself (:mod:`dask_gpurt.shuffle.transport`).
+
+Theory of operation
+    Control always goes over Dask's own comms, with their identities, retries and encryption. A *credit* is a reservation
+    of a message's bytes in the receiver's ledger; without it no message of more than :data:`EAGER_NBYTES` moves.
+
+    *By UCX*: one call of ``gpurt_shuffle_take`` carries the small buffers, the sizes of the large ones, and a tag. The
+    receiver takes the credit, then begins to receive into memory of its pool; UCX holds the sender back until then. The
+    answer of the call says that all of it is in.
+
+    *By Dask's comms*: a call of ``gpurt_shuffle_credit`` is answered when the credit was taken, then
+    ``gpurt_shuffle_take`` carries everything.
+
+    UCX is started when the first run begins, aside; until it is there, and with peers that have none, Dask's comms do.
+    A delivery that UCX fails goes by Dask's comms, and so do all later ones to that peer. Where Dask's comms are
+    encrypted, UCX, which is not, is never used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from distributed.core import ErrorMessage, OKMessage, Status, error_message
+from distributed.protocol.serialize import to_serialize
+
+from dask_gpurt import seams
+from dask_gpurt.memory.store import Buffer, Reservation
+from dask_gpurt.seams import P2PConsistencyError, ShuffleClosedError
+from dask_gpurt.shuffle.transport.ucx import MIN_FRAME_NBYTES, TransportError, TransportUnavailable, UCXTransport
+
+if TYPE_CHECKING:
+    from distributed import Worker
+
+    from dask_gpurt.shuffle.run import Run
+    from dask_gpurt.shuffle.worker import ShuffleWorker
+
+__all__ = ["EAGER_NBYTES", "Carrier", "nbytes_of"]
+
+logger = logging.getLogger(__name__)
+
+#: Smaller messages by Dask's comms need no credit: asking would take longer than the message, and there are at most
+#: two under way from each peer.
+EAGER_NBYTES = 2**20
+
+Reply = OKMessage | ErrorMessage
+
+
+def nbytes_of(buffers: Sequence[Buffer]) -> int:
+    """Bytes of all ``buffers``."""
+    return sum(memoryview(buffer).nbytes for buffer in buffers)
+
+
+class Carrier:
+    """Carries messages between this worker and its peers.
+
+    Parameters
+    ----------
+    worker
+        The worker.
+    part
+        Its part of the shuffle.
+    ucx
+        Whether UCX may be used.
+    """
+
+    def __init__(self, worker: Worker, part: ShuffleWorker, *, ucx: bool) -> None:
+        self._worker = worker
+        self._part = part
+        #: Why UCX is not used; None: it is, or will be.
+        self.without_ucx: str | None = None if ucx else "the configuration says so"
+        self._transport: UCXTransport | None = None
+        self._opening: asyncio.Task[None] | None = None
+        #: Address of a worker to that of its transport; None: it is not to be used.
+        self._peers: dict[str, bytes | None] = {}
+        self._numbers = itertools.count()
+        self._handlers: dict[str, Callable[..., Any]] = {
+            "gpurt_shuffle_address": self.address,
+            "gpurt_shuffle_credit": self.credit,
+            "gpurt_shuffle_take": self.take,
+        }
+        #: Bytes sent by UCX, and seconds that were spent waiting for credits.
+        self.ucx_nbytes = 0
+        self.credit_wait_s = 0.0
+
+    def __repr__(self) -> str:
+        return f"<Carrier of {self._worker.address}: {self._transport or self.without_ucx or 'UCX not started'}>"
+
+    def start(self) -> None:
+        """Answer peers."""
+        self._worker.handlers.update(self._handlers)
+        self._worker.stream_handlers["gpurt-shuffle-peer-gone"] = self.peer_gone
+
+    async def close(self) -> None:
+        """Stop; no run of ours is left."""
+        for name, handler in self._handlers.items():
+            if self._worker.handlers.get(name) == handler:
+                del self._worker.handlers[name]
+        # The scheduler goes on to speak to a worker that closes.
+        if (
+            self._worker.stream_handlers.get("gpurt-shuffle-peer-gone") == self.peer_gone
+            and self._worker.status is not Status.closing
+        ):
+            del self._worker.stream_handlers["gpurt-shuffle-peer-gone"]
+        if self._opening is not None:
+            await self._opening
+        if self._transport is not None:
+            await self._transport.close()
+
+    # UCX
+
+    def prepare(self) -> None:
+        """Start UCX, aside, if that is to be and was not done yet."""
+        if self._opening is None and self.without_ucx is None:
+            if seams.worker_encrypts(self._worker):
+                self.without_ucx = "Dask's comms are encrypted"
+                return
+            self._opening = asyncio.create_task(self._open(), name="gpurt-shuffle-ucx")
+
+    async def _open(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            self._transport = await loop.run_in_executor(None, UCXTransport.open, loop)
+        except TransportUnavailable as reason:
+            self.without_ucx = str(reason)
+            logger.info("The shuffle goes by Dask's own comms: %s", reason)
+
+    async def address(self) -> bytes | None:
+        """Answer with the address of this worker's transport. Handler for peers."""
+        self.prepare()
+        if self._opening is not None:
+            await self._opening
+        return None if self._transport is None else self._transport.address
+
+    def peer_gone(self, address: str) -> None:
+        """End what is under way with a worker that has left. Handler for the scheduler."""
+        peer = self._peers.pop(address, None)
+        if peer is not None and self._transport is not None:
+            self._transport.drop_peer(peer)
+
+    async def _peer(self, address: str) -> bytes | None:
+        if self._transport is None:
+            return None
+        if address not in self._peers:
+            # Two that ask at a time get the same answer.
+            self._peers[address] = await self._worker.rpc(address).gpurt_shuffle_address()
+        return self._peers.get(address)
+
+    # Sending
+
+    async def deliver(self, run: Run, address: str, buffers: Sequence[Buffer]) -> Reply:
+        """Deliver a message to the peer's part of a run; returns its answer.
+
+        Raises
+        ------
+        OSError
+            If the connection breaks. The message may have arrived.
+        """
+        peer = await self._peer(address)
+        if peer is not None:
+            try:
+                return await self._deliver_by_ucx(run, address, peer, buffers)
+            except TransportError as error:
+                run.raise_if_closed()
+                logger.warning("UCX to %s is given up, Dask's comms carry on: %s", address, error)
+                if self._peers.get(address) == peer:
+                    self._peers[address] = None
+        return await self._deliver_by_comm(run, address, buffers)
+
+    async def _deliver_by_ucx(self, run: Run, address: str, peer: bytes, buffers: Sequence[Buffer]) -> Reply:
+        assert self._transport is not None
+        views = [memoryview(buffer) for buffer in buffers]
+        large = [view for view in views if view.nbytes >= MIN_FRAME_NBYTES]
+        tag = self._transport.new_tag()
+        sending = asyncio.create_task(self._transport.send(peer, tag, large), name="gpurt-shuffle-send")
+        try:
+            reply = await self._worker.rpc(address).gpurt_shuffle_take(
+                shuffle_id=run.id,
+                run_id=run.run_id,
+                buffers=to_serialize([b"" if view.nbytes >= MIN_FRAME_NBYTES else view for view in views]),
+                sizes=[view.nbytes if view.nbytes >= MIN_FRAME_NBYTES else 0 for view in views],
+                tag=tag,
+                peer=self._transport.address,
+            )
+            if reply["status"] == "transport-error":
+                raise TransportError(reply["reason"])
+            if reply["status"] == "OK":
+                await sending
+                self.ucx_nbytes += nbytes_of(large)
+        finally:
+            if not sending.done():
+                sending.cancel()
+            with contextlib.suppress(asyncio.CancelledError, TransportError):
+                await sending
+        return reply  # type: ignore[no-any-return]
+
+    async def _deliver_by_comm(self, run: Run, address: str, buffers: Sequence[Buffer]) -> Reply:
+        rpc = self._worker.rpc(address)
+        nbytes = nbytes_of(buffers)
+        credit = None
+        if nbytes > EAGER_NBYTES:
+            credit = f"{self._worker.address}-{next(self._numbers)}"
+            started = asyncio.get_running_loop().time()
+            reply: Reply = await rpc.gpurt_shuffle_credit(
+                shuffle_id=run.id, run_id=run.run_id, credit=credit, nbytes=nbytes
+            )
+            self.credit_wait_s += asyncio.get_running_loop().time() - started
+            if reply["status"] != "OK":
+                return reply
+        answer: Reply = await rpc.gpurt_shuffle_take(
+            shuffle_id=run.id, run_id=run.run_id, buffers=to_serialize(list(buffers)), credit=credit
+        )
+        return answer
+
+    # Receiving
+
+    async def credit(self, shuffle_id: str, run_id: int, credit: str, nbytes: int) -> Reply:
+        """Reserve memory for a message that is to come. Handler for peers."""
+        try:
+            run = await seams.shuffle_run(self._worker, shuffle_id, run_id)
+            await run.attend(run.grant(credit, nbytes))
+        except (P2PConsistencyError, ShuffleClosedError) as error:
+            return error_message(error)
+        return {"status": "OK"}
+
+    async def take(  # noqa: PLR0917  a message of a peer
+        self,
+        shuffle_id: str,
+        run_id: int,
+        buffers: Sequence[Buffer],
+        sizes: Sequence[int] | None = None,
+        tag: int = 0,
+        peer: bytes = b"",
+        credit: str | None = None,
+    ) -> Any:
+        """Take in a message. Handler for peers."""
+        try:
+            run = await seams.shuffle_run(self._worker, shuffle_id, run_id)
+            if sizes is None:
+                return await run.attend(run.receive(buffers, run.redeem(credit)))
+            return await run.attend(self._take_by_ucx(run, list(buffers), sizes, tag, peer))
+        except TransportError as error:
+            return {"status": "transport-error", "reason": str(error)}
+        except (P2PConsistencyError, ShuffleClosedError) as error:
+            return error_message(error)
+
+    async def _take_by_ucx(self, run: Run, buffers: list[Buffer], sizes: Sequence[int], tag: int, peer: bytes) -> Reply:
+        if self._transport is None:
+            raise TransportError("this worker has no UCX any more")
+        if len(sizes) != len(buffers):
+            raise TransportError(f"{len(sizes)} sizes were announced for {len(buffers)} buffers")
+        reservation: Reservation = await run.reserve(nbytes_of(buffers) + sum(sizes))
+        try:
+            large = [number for number, nbytes in enumerate(sizes) if nbytes]
+            frames = await self._transport.receive(
+                peer, tag, [sizes[number] for number in large], self._part.pool.lease
+            )
+            for number, frame in zip(large, frames, strict=True):
+                buffers[number] = frame
+            del frames
+        except BaseException:
+            reservation.release()
+            raise
+        return await run.receive(buffers, reservation)
