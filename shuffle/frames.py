@@ -271,18 +271,22 @@ def _gather(
     for cut in cuts:
         part = None if table is None else table.take(pa.array(order.rows_of(cut.start, cut.stop)))
         made.append(bodies.make(int(order.bounds[cut.stop] - order.bounds[cut.start]), part))
-    if order.kernels is not None:
-        scatter = _Scatter(order, order.kernels, cuts, [body for _, body in made])
-    # Column by column: each is read once for every cut, and stays in the cache meanwhile.
+    # To scatter a column reads it in order, and writes each output partition in order, which is faster than to gather each.
+    scatter = _Scatter(order, order.kernels, cuts, [body for _, body in made]) if order.kernels is not None else None
+    scratch: dict[np.dtype[Any], npt.NDArray[Any]] = {}
     offset = 0
     for number, source in enumerate(sources):
         itemsize = source.dtype.itemsize
-        if order.kernels is not None and itemsize in _WORDS:
+        if scatter is not None and itemsize in _WORDS:
             scatter(source, offset)
         else:
+            # NumPy can scatter into one array only.
+            column = scratch.get(source.dtype)
+            if column is None:
+                column = scratch[source.dtype] = np.empty(len(source), source.dtype)
+            column[order.places] = source
             for cut, (columns, _) in zip(cuts, made, strict=True):
-                # All rows are there. Not to have that checked spares NumPy a buffer.
-                np.take(source, order.rows_of(cut.start, cut.stop), out=columns[number], mode="clip")
+                columns[number][...] = column[order.bounds[cut.start] : order.bounds[cut.stop]]
         offset += itemsize
     return [body for _, body in made]
 

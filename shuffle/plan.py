@@ -69,11 +69,22 @@ class RowOrder:
         np.cumsum(sizes, out=self.bounds[1:])
 
     @cached_property
-    def rows(self) -> npt.NDArray[np.intp]:
-        """Row numbers, ordered by position, and by row within a position. Rows that no output wants are missing."""
+    def _order(self) -> npt.NDArray[np.intp]:
         # The cost of a radix sort is in the width of what is sorted. Unwanted rows have the highest position.
         narrow = self.positions.astype(np.uint8) if self.count < 2**8 else self.positions
-        return np.argsort(narrow, kind="stable")[: self.bounds[-1]]
+        return np.argsort(narrow, kind="stable")
+
+    @property
+    def rows(self) -> npt.NDArray[np.intp]:
+        """Row numbers, ordered by position, and by row within a position. Rows that no output wants are missing."""
+        return self._order[: self.bounds[-1]]
+
+    @cached_property
+    def places(self) -> npt.NDArray[np.intp]:
+        """Of each row, its place in that order; rows that no output wants come last."""
+        places = np.empty_like(self._order)
+        places[self._order] = np.arange(len(places))
+        return places
 
     def rows_of(self, start: int, stop: int) -> npt.NDArray[np.intp]:
         """Row numbers of the positions from ``start`` to ``stop``."""

@@ -30,8 +30,6 @@ __all__ = ["TRIM_FRACTION", "TRIM_INTERVAL_S", "ShuffleWorker", "part_of"]
 #: From this part of a worker's memory limit on, Arrow's allocator has to give back what it only keeps for later. Dask
 #: pauses a worker at 0.8 of its limit, and nothing that a paused worker does would make Arrow give anything back.
 TRIM_FRACTION = 0.7
-#: Idle slabs go back after one to two times so many looks.
-DECAY_TICKS = 25
 #: How often that is looked at, which costs some ten microseconds; giving back costs milliseconds.
 TRIM_INTERVAL_S = 0.2
 
@@ -70,7 +68,6 @@ class ShuffleWorker:
         #: Whether there is room for compiled kernels.
         self.compiles = limit is None or limit >= COMPILER_MEMORY_LIMIT
         self._stopped = False
-        self._ticks = 0
         self._runs: dict[tuple[str, int], Run] = {}
         #: Runs ever begun here.
         self.runs = 0
@@ -111,10 +108,7 @@ class ShuffleWorker:
             await self.carrier.close()
 
     def trim(self) -> None:
-        """Have memory given back that is only kept for later, where memory is short, or later does not come."""
-        self._ticks += 1
-        if self._ticks % DECAY_TICKS == 0:
-            self.pool.decay()
+        """Have memory given back that is only kept for later, where memory is short."""
         if self.runs and seams.worker_memory_fraction(self.worker) > TRIM_FRACTION:
             self.pool.trim()
             if "pyarrow" in sys.modules:

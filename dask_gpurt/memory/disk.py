@@ -10,6 +10,11 @@ Beside the folder lies a lock file, held locked (flock) as long as the process l
 belonged to a process that is dead: it is removed when the next folder is made beside it. The lock is created and taken
 before the folder, so that no folder of the living is ever found without one.
 
+To remove a large file is slow: the file system waits until what it is still writing of it has reached the disk, to throw it
+away then. So files of :data:`IDLE_FILE_NBYTES_MIN` and more are kept when their copy is no more, and written over by the next
+copy of about that size; :meth:`SpillFolder.decay` removes those that were not needed for a while. They never make the
+folder larger than it was before.
+
 Covers: files, checksums, errors, left-overs.
 Does not cover: what the frames mean (:mod:`dask_gpurt.memory.codec`); which thread does it
 (:mod:`dask_gpurt.memory.mover`); O_DIRECT.
@@ -19,6 +24,8 @@ Every method blocks. They may be called from several threads.
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import fcntl
 import itertools
 import os
@@ -41,9 +48,17 @@ __all__ = ["DiskCopy", "SpillFolder", "remove_leftovers"]
 
 _PREFIX = "gpurt-spill-"
 _LOCK = ".lock"
+_IDLE = ".idle"
 
 #: Buffers that one writev takes; the least that POSIX promises is 16, Linux takes 1024.
 _IOV_MAX = 1024
+
+#: Smaller files are removed at once.
+IDLE_FILE_NBYTES_MIN = 2**20
+#: An idle file may be larger than what is written to it by this factor. It is cut off then.
+_FIT = 2.0
+#: Bytes of idle files that one decay removes at most, for it keeps a thread busy.
+_DECAY_NBYTES_MAX = 256 * 2**20
 
 #: Frames at least as long get a buffer of their own from the pool, shorter ones share one.
 _OWN_BUFFER_NBYTES = 16 * 2**10
@@ -52,7 +67,7 @@ _OWN_BUFFER_NBYTES = 16 * 2**10
 class DiskCopy:
     """A copy in a file: where it lies, and what it has to be."""
 
-    __slots__ = ("digests", "folder", "lengths", "nbytes", "path")
+    __slots__ = ("digests", "folder", "lengths", "nbytes", "path", "removed")
 
     def __init__(self, folder: SpillFolder, path: str, lengths: tuple[int, ...], digests: tuple[int, ...]) -> None:
         self.folder = folder
@@ -60,6 +75,7 @@ class DiskCopy:
         self.lengths = lengths
         self.digests = digests
         self.nbytes = sum(lengths)
+        self.removed = False
 
     def __repr__(self) -> str:
         return f"<DiskCopy {self.path} {len(self.lengths)} frames, {self.nbytes} bytes>"
@@ -109,9 +125,21 @@ class SpillFolder:
             raise _refused(error, f"cannot keep spilled data in {parent}") from error
         self._guard = threading.Lock()
         self._closed = False
+        #: Idle files: (bytes, path), the smallest first; their bytes, and the least of these since the last decay.
+        self._idle: list[tuple[int, str]] = []
+        self._idle_nbytes = 0
+        self._spare_nbytes = 0
+        #: Bytes of files that have copies, and the most there ever were.
+        self._used_nbytes = 0
+        self._most_nbytes = 0
 
     def __repr__(self) -> str:
         return f"<SpillFolder {self.path}>"
+
+    @property
+    def idle_nbytes(self) -> int:
+        """Bytes of files that wait for their next copy."""
+        return self._idle_nbytes
 
     def write(self, frames: Sequence[Buffer]) -> DiskCopy:
         """Write ``frames`` to a new file, from where they lie.
@@ -126,15 +154,44 @@ class SpillFolder:
         path = os.path.join(self.path, f"{next(self._numbers)}.blk")
         copy = DiskCopy(self, path, tuple(view.nbytes for view in views), digests)
         try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            old = self._begin_file(copy.nbytes)
+            if old is not None:
+                os.rename(old, path)
+            fd = os.open(path, os.O_WRONLY | (0 if old else os.O_CREAT | os.O_EXCL) | os.O_CLOEXEC, 0o600)
             try:
                 _write_all(fd, [view for view in views if view.nbytes])
+                if old is not None:
+                    os.ftruncate(fd, copy.nbytes)
             finally:
                 os.close(fd)
         except OSError as error:
-            self.remove(copy)
+            # Whatever is wrong with it, nobody is to write over it.
+            with self._guard:
+                self._used_nbytes -= copy.nbytes
+            _unlink(path)
             raise _refused(error, f"cannot write {copy.nbytes} bytes to {path}") from error
         return copy
+
+    def _begin_file(self, nbytes: int) -> str | None:
+        """Take an idle file to write over; None: a new one is to be made, for which there is room now."""
+        surplus = []
+        with self._guard:
+            number = bisect.bisect_left(self._idle, (nbytes, ""))
+            found = number < len(self._idle) and self._idle[number][0] <= _FIT * nbytes
+            old = self._take_idle(number) if found else None
+            self._used_nbytes += nbytes
+            self._most_nbytes = max(self._most_nbytes, self._used_nbytes)
+            while self._idle and self._used_nbytes + self._idle_nbytes > self._most_nbytes:
+                surplus.append(self._take_idle(-1))
+        for path in surplus:
+            _unlink(path)
+        return old
+
+    def _take_idle(self, number: int) -> str:
+        nbytes, path = self._idle.pop(number)
+        self._idle_nbytes -= nbytes
+        self._spare_nbytes = min(self._spare_nbytes, self._idle_nbytes)
+        return path
 
     def read(self, copy: DiskCopy) -> list[memoryview]:
         """Read the frames back, into memory that can be written to.
@@ -186,12 +243,40 @@ class SpillFolder:
 
     def remove(self, copy: DiskCopy) -> None:
         """Remove the file of ``copy``; it may be gone already."""
+        with self._guard:
+            if copy.removed:
+                return
+            copy.removed = True
+            self._used_nbytes -= copy.nbytes
+        keep = copy.nbytes >= IDLE_FILE_NBYTES_MIN
+        idle = f"{copy.path}{_IDLE}"
         try:
-            os.unlink(copy.path)
+            if keep:
+                os.rename(copy.path, idle)
+            else:
+                os.unlink(copy.path)
         except FileNotFoundError:
-            pass
+            keep = False
         except OSError as error:
             raise _refused(error, f"cannot remove {copy.path}") from error
+        if keep:
+            with self._guard:
+                bisect.insort(self._idle, (copy.nbytes, idle))
+                self._idle_nbytes += copy.nbytes
+
+    def decay(self) -> None:
+        """Remove files that were not needed since the last call, some of them."""
+        unneeded = []
+        nbytes = 0
+        with self._guard:
+            while self._idle and self._idle[-1][0] <= self._spare_nbytes and nbytes < _DECAY_NBYTES_MAX:
+                nbytes += self._idle[-1][0]
+                self._spare_nbytes -= self._idle[-1][0]
+                unneeded.append(self._take_idle(-1))
+            self._spare_nbytes = self._idle_nbytes
+            self._most_nbytes = self._used_nbytes + self._idle_nbytes
+        for path in unneeded:
+            _unlink(path)
 
     def close(self) -> None:
         """Remove everything; calling it again does nothing."""
@@ -235,6 +320,11 @@ def remove_leftovers(parent: str) -> list[str]:
         finally:
             os.close(fd)
     return removed
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def _write_all(fd: int, views: list[memoryview]) -> None:

@@ -38,6 +38,8 @@ from contextlib import contextmanager
 from time import time
 from typing import Any
 
+from tornado.ioloop import PeriodicCallback
+
 from dask_gpurt import seams
 from dask_gpurt.config import MemorySettings
 from dask_gpurt.errors import CorruptDataError, InstallError, SpillError
@@ -66,6 +68,9 @@ _ALIVE = ("init", "running", "paused", "closing_gracefully")
 #: How often a key may be lost and computed again before the tasks that want it fail.
 LOSSES_MAX = 3
 
+_DECAY = "gpurt-memory-decay"
+#: Memory and files that wait for their next use go after one to two times so long.
+DECAY_INTERVAL_S = 5.0
 #: Slabs that may wait for their next use: part of the HOST limit, and bytes at most. They are memory that no key
 #: accounts for; where memory gets short, and when they have waited for some seconds, they go back to the system.
 IDLE_FRACTION = 1 / 4
@@ -253,6 +258,9 @@ class MemoryManager:
         self._stock = stock
         self._mapping = mapping
         self._hooks = hooks
+        # Where Dask stops them when the worker closes.
+        decay = self._worker.periodic_callbacks[_DECAY] = PeriodicCallback(self._decay, 1000 * DECAY_INTERVAL_S)
+        decay.start()
         self.store = ShardStore(host)
         seams.set_worker_store(self._worker, mapping)
         seams.set_worker_hooks(self._worker, seams.WorkerHooks(execute=self._execute, get_data=self._get_data))
@@ -273,6 +281,9 @@ class MemoryManager:
             return
         if self._prefetching is not None:
             self._prefetching.cancel()
+        decay = self._worker.periodic_callbacks.pop(_DECAY, None)
+        if decay is not None:
+            decay.stop()
         for mover in self._movers():
             mover.unlimit()
         if give_back:
@@ -337,6 +348,12 @@ class MemoryManager:
             await asyncio.get_running_loop().run_in_executor(None, self._folder.close)
             self._folder = None
         self.pool.trim()
+
+    async def _decay(self) -> None:
+        """Give back memory and files that were kept for later, when later does not come."""
+        self.pool.decay()
+        if self._folder is not None and self._folder.idle_nbytes:
+            await asyncio.get_running_loop().run_in_executor(None, self._folder.decay)
 
     def _movers(self) -> list[Mover]:
         # From the top down: what is above may still need what is below.

@@ -15,7 +15,7 @@ import pytest
 
 from dask_gpurt.errors import CorruptDataError, SpillError
 from dask_gpurt.memory.blocks import HUGE_PAGE_NBYTES, SLAB_NBYTES_MIN, BlockPool, size_class
-from dask_gpurt.memory.disk import SpillFolder, remove_leftovers
+from dask_gpurt.memory.disk import IDLE_FILE_NBYTES_MIN, SpillFolder, remove_leftovers
 from dask_gpurt.memory.store import Buffer
 
 FRAMES: list[Buffer] = [b"small", b"", np.arange(100_000, dtype="u1").data, np.arange(300_000.0).data]
@@ -36,6 +36,8 @@ def test_round_trip(folder: SpillFolder) -> None:
     assert copy.nbytes == 5 + 100_000 + 2_400_000 == os.stat(copy.path).st_size
     copy.remove()
     copy.remove()
+    folder.decay()
+    folder.decay()
     assert os.listdir(folder.path) == []
 
 
@@ -130,7 +132,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 def test_leftovers_of_the_dead_are_removed_and_the_living_are_left_alone(tmp_path: Path, folder: SpillFolder) -> None:
     code = (
         "import os, sys\n"
-        "from dask_gpurt.memory.disk import SpillFolder\n"
+        "from dask_gpurt.memory.disk import IDLE_FILE_NBYTES_MIN, SpillFolder\n"
         "from dask_gpurt.memory.blocks import BlockPool\n"
         "folder = SpillFolder(sys.argv[1], BlockPool(0))\n"
         "folder.write([b'x' * 1000])\n"
@@ -177,6 +179,57 @@ def test_idle_slabs_are_bounded() -> None:
     assert pool.idle_nbytes == 3 * 2**20
     pool.trim()
     assert pool.idle_nbytes == 0
+
+
+def test_large_files_are_written_over(tmp_path: Path) -> None:
+    folder = SpillFolder(str(tmp_path), BlockPool(2**24))
+    large = 3 * IDLE_FILE_NBYTES_MIN
+    copies = [folder.write([bytes([n]) * large]) for n in range(4)]
+    inodes = {os.stat(copy.path).st_ino for copy in copies}
+    for copy in copies:
+        copy.remove()
+        copy.remove()
+        with pytest.raises(CorruptDataError, match="gone"):
+            copy.read()
+    assert folder.idle_nbytes == 4 * large
+    smaller = folder.write([b"s" * (large - 1000), b"t"])
+    assert os.stat(smaller.path).st_ino in inodes
+    assert os.stat(smaller.path).st_size == large - 999
+    assert [bytes(frame) for frame in smaller.read()] == [b"s" * (large - 1000), b"t"]
+    assert folder.idle_nbytes == 3 * large
+    # Too large for any of them: it takes the room of what is idle, not more.
+    larger = folder.write([b"l" * (2 * large)])
+    assert folder.idle_nbytes == large
+    tiny = folder.write([b"x"] * 2000)
+    assert folder.idle_nbytes == 0, "the folder was never larger"
+    assert bytes(larger.read()[0]) == b"l" * (2 * large)
+    larger.remove()
+    folder.decay()
+    assert folder.idle_nbytes == 2 * large
+    folder.decay()
+    assert folder.idle_nbytes == 0
+    smaller.remove()
+    tiny.remove()
+    assert len(os.listdir(folder.path)) == 1
+    folder.close()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_whose_writing_failed_is_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = SpillFolder(str(tmp_path), BlockPool(2**24))
+    folder.write([bytes(2 * IDLE_FILE_NBYTES_MIN)]).remove()
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "writev", full)
+        with pytest.raises(SpillError):
+            folder.write([bytes(2 * IDLE_FILE_NBYTES_MIN)])
+    assert os.listdir(folder.path) == []
+    assert folder.idle_nbytes == 0
+    assert bytes(folder.write([b"y" * 2 * IDLE_FILE_NBYTES_MIN]).read()[0][:1]) == b"y"
+    folder.close()
 
 
 def test_what_is_not_needed_for_a_while_goes_back() -> None:
