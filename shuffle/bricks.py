@@ -31,6 +31,8 @@ __all__ = ["LARGE_NBYTES", "check_parcel", "dtype_of", "dtype_token", "pack", "r
 #: From this size on a shard has a body of its own; see :data:`dask_gpurt.shuffle.frames.LARGE_NBYTES`.
 LARGE_NBYTES = 2**18
 
+#: Lends so many bytes of memory with any content, for as long as somebody refers to the view.
+Allocate = Callable[[int], memoryview]
 Index = tuple[int, ...]
 #: For each axis, for each input chunk: (output chunk, place, slice) of its pieces.
 SplitAxes = Sequence[Sequence[Sequence[tuple[int, int, slice]]]]
@@ -73,10 +75,19 @@ def dtype_of(token: bytes) -> np.dtype[Any]:
     return dtype
 
 
+def _allocate(nbytes: int) -> memoryview:
+    return np.empty(nbytes, np.uint8).data
+
+
 def split(
-    chunk: npt.NDArray[Any], index: Index, axes: SplitAxes, worker_for: Mapping[Index, str]
+    chunk: npt.NDArray[Any],
+    index: Index,
+    axes: SplitAxes,
+    worker_for: Mapping[Index, str],
+    *,
+    allocate: Allocate = _allocate,
 ) -> list[tuple[str, Header, memoryview]]:
-    """Cut a chunk: for each peer a header and a body.
+    """Cut a chunk: for each peer headers and bodies. ``allocate`` lends the memory of bodies.
 
     Raises
     ------
@@ -96,12 +107,12 @@ def split(
     parts = []
     for (address, _), shards in bodies.items():
         segments = np.array([target + place + shard.shape for target, place, shard in shards], dtype=np.int64)
-        body = np.empty(sum(shard.size for _, _, shard in shards), dtype=chunk.dtype)
+        data = allocate(sum(shard.nbytes for _, _, shard in shards))
+        body = np.frombuffer(data, dtype=chunk.dtype) if data.nbytes else np.empty(0, dtype=chunk.dtype)
         offset = 0
         for _, _, shard in shards:
             body[offset : offset + shard.size].reshape(shard.shape)[...] = shard
             offset += shard.size
-        data = _bytes_of(body.view(np.uint8).data)
         parts.append((address, Header(Kind.BRICK, index, segments, data.nbytes, token), data))
     return parts
 
@@ -162,8 +173,8 @@ def pack(parcels: Sequence[Parcel]) -> dict[Hashable, list[Buffer]]:
     return packed
 
 
-def unpack(buffers: Sequence[Buffer]) -> npt.NDArray[Any]:
-    """Put the packed shards of one output chunk together."""
+def unpack(buffers: Sequence[Buffer], *, allocate: Allocate = _allocate) -> npt.NDArray[Any]:
+    """Put the packed shards of one output chunk together. ``allocate`` lends its memory."""
     if not buffers or len(buffers) % 2:
         raise WireError(f"headers and bodies alternate, got {len(buffers)} buffers")
     shards: dict[Index, npt.NDArray[Any]] = {}
@@ -196,7 +207,10 @@ def unpack(buffers: Sequence[Buffer]) -> npt.NDArray[Any]:
         )
         for axis in lengths
     ]
-    output = np.empty([sum(axis.values()) for axis in lengths], dtype=shards[min(shards)].dtype)
+    extent = [sum(axis.values()) for axis in lengths]
+    dtype = shards[min(shards)].dtype
+    nbytes = math.prod(extent) * dtype.itemsize
+    output = (np.frombuffer(allocate(nbytes), dtype) if nbytes else np.empty(0, dtype)).reshape(extent)
     for place, shard in shards.items():
         where = tuple(
             slice(offsets[axis][number], offsets[axis][number] + length)

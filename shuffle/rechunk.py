@@ -51,7 +51,8 @@ class BrickRun(Run):
     def _split(self, data: Any, partition_id: Index) -> Shards:
         if type(data) is not np.ndarray or bricks.dtype_token(data.dtype) is None:
             raise Declined(f"chunk {partition_id} is a {type(data).__name__} of {getattr(data, 'dtype', 'no dtype')}")
-        return self._sort_out(bricks.split(data, partition_id, self._axes, self.worker_for))
+        shards = bricks.split(data, partition_id, self._axes, self.worker_for, allocate=self._allocate)
+        return self._sort_out(shards)
 
     def _identity(self, header: Header) -> Hashable:
         # How a chunk is cut is in the spec: together there are always the same.
@@ -71,7 +72,7 @@ class BrickRun(Run):
     def _join(self, partition_id: Index, buffers: list[Buffer]) -> npt.NDArray[Any]:
         if not buffers:
             raise DataUnavailable(partition_id)
-        return bricks.unpack(buffers)
+        return bricks.unpack(buffers, allocate=self._allocate)
 
 
 @dataclass(frozen=True)
