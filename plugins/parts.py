@@ -64,3 +64,7 @@ class Parts:
             self.statuses[part] = PartStatus(False, f"{type(error).__name__}: {error}")
         else:
             self.statuses[part] = PartStatus(True)
+
+    def remark(self, part: str, text: str) -> None:
+        """Say more about a part that is installed."""
+        self.statuses[part] = PartStatus(True, text)

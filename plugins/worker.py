@@ -66,6 +66,9 @@ class WorkerRuntime:
                 shuffle = ShuffleWorker(worker, settings.shuffle, store, pool)
                 shuffle.start()
                 self.shuffle = shuffle
+                remark = shuffle.carrier.path()
+            if self.shuffle is not None:
+                parts.remark("shuffle", remark)
 
     async def stop(self, *, closing: bool) -> None:
         """Put stock Dask back; on a worker that is ``closing``, data is let go instead of being moved back.

@@ -23,9 +23,10 @@ Theory of operation
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import importlib.util
 import itertools
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,11 @@ logger = logging.getLogger(__name__)
 #: Smaller messages by Dask's comms need no credit: asking would take longer than the message, and there are at most
 #: two under way from each peer.
 EAGER_NBYTES = 2**20
+
+#: Deliveries that senders have given up which are remembered; they matter for as long as one message takes.
+ABANDONED_MAX = 1000
+#: What :meth:`Carrier.path` says where UCX is used.
+UCX = "by UCX"
 
 Reply = OKMessage | ErrorMessage
 
@@ -76,7 +82,7 @@ class Carrier:
         self._worker = worker
         self._part = part
         #: Why UCX is not used; None: it is, or will be.
-        self.without_ucx: str | None = None if ucx else "the configuration says so"
+        self.without_ucx: str | None = None if ucx else "so it is configured"
         self._transport: UCXTransport | None = None
         self._opening: asyncio.Task[None] | None = None
         #: Address of a worker to that of its transport; None: it is not to be used.
@@ -86,7 +92,11 @@ class Carrier:
             "gpurt_shuffle_address": self.address,
             "gpurt_shuffle_credit": self.credit,
             "gpurt_shuffle_take": self.take,
+            "gpurt_shuffle_abandon": self.abandon,
         }
+        #: (sender, tag) of what is being received, and of what its sender has given up.
+        self._receiving: dict[tuple[bytes, int], asyncio.Task[Any]] = {}
+        self._abandoned: deque[tuple[bytes, int]] = deque(maxlen=ABANDONED_MAX)
         #: Bytes sent by UCX, and seconds that were spent waiting for credits.
         self.ucx_nbytes = 0
         self.credit_wait_s = 0.0
@@ -115,14 +125,19 @@ class Carrier:
         if self._transport is not None:
             await self._transport.close()
 
+    def path(self) -> str:
+        """Say in words what carries messages."""
+        if self.without_ucx is None and seams.worker_encrypts(self._worker):
+            self.without_ucx = "they are encrypted, UCX is not"
+        if self.without_ucx is None and importlib.util.find_spec("ucxx") is None:
+            self.without_ucx = "ucxx is not installed"
+        return UCX if self.without_ucx is None else f"by Dask's comms: {self.without_ucx}"
+
     # UCX
 
     def prepare(self) -> None:
         """Start UCX, aside, if that is to be and was not done yet."""
-        if self._opening is None and self.without_ucx is None:
-            if seams.worker_encrypts(self._worker):
-                self.without_ucx = "Dask's comms are encrypted"
-                return
+        if self._opening is None and self.path() == UCX:
             self._opening = asyncio.create_task(self._open(), name="gpurt-shuffle-ucx")
 
     async def _open(self) -> None:
@@ -181,8 +196,8 @@ class Carrier:
         large = [view for view in views if view.nbytes >= MIN_FRAME_NBYTES]
         tag = self._transport.new_tag()
         sending = asyncio.create_task(self._transport.send(peer, tag, large), name="gpurt-shuffle-send")
-        try:
-            reply = await self._worker.rpc(address).gpurt_shuffle_take(
+        call = asyncio.ensure_future(
+            self._worker.rpc(address).gpurt_shuffle_take(
                 shuffle_id=run.id,
                 run_id=run.run_id,
                 buffers=to_serialize([b"" if view.nbytes >= MIN_FRAME_NBYTES else view for view in views]),
@@ -190,16 +205,25 @@ class Carrier:
                 tag=tag,
                 peer=self._transport.address,
             )
+        )
+        try:
+            await asyncio.wait({call, sending}, return_when=asyncio.FIRST_COMPLETED)
+            if not call.done() and sending.exception() is not None:
+                # The peer need not have noticed, and would wait for ever.
+                await self._worker.rpc(address).gpurt_shuffle_abandon(tag=tag, peer=self._transport.address)
+            reply = await call
             if reply["status"] == "transport-error":
-                raise TransportError(reply["reason"])
+                failed = sending.done() and not sending.cancelled() and sending.exception() is not None
+                raise TransportError(str(sending.exception()) if failed else reply["reason"])
             if reply["status"] == "OK":
                 await sending
                 self.ucx_nbytes += nbytes_of(large)
         finally:
-            if not sending.done():
-                sending.cancel()
-            with contextlib.suppress(asyncio.CancelledError, TransportError):
-                await sending
+            for task in (call, sending):
+                if not task.done():
+                    task.cancel()
+            # What they ended with is known, or does not matter any more.
+            await asyncio.gather(call, sending, return_exceptions=True)
         return reply  # type: ignore[no-any-return]
 
     async def _deliver_by_comm(self, run: Run, address: str, buffers: Sequence[Buffer]) -> Reply:
@@ -258,15 +282,35 @@ class Carrier:
         if len(sizes) != len(buffers):
             raise TransportError(f"{len(sizes)} sizes were announced for {len(buffers)} buffers")
         reservation: Reservation = await run.reserve(nbytes_of(buffers) + sum(sizes))
+        identity = (peer, tag)
         try:
             large = [number for number, nbytes in enumerate(sizes) if nbytes]
-            frames = await self._transport.receive(
-                peer, tag, [sizes[number] for number in large], self._part.pool.lease
+            receiving = self._receiving[identity] = asyncio.create_task(
+                self._transport.receive(peer, tag, [sizes[number] for number in large], self._part.pool.lease)
             )
+            if identity in self._abandoned:
+                receiving.cancel()
+            try:
+                frames = await receiving
+            except asyncio.CancelledError:
+                receiving.cancel()
+                if identity in self._abandoned:
+                    raise TransportError("the sender has given up") from None
+                raise
             for number, frame in zip(large, frames, strict=True):
                 buffers[number] = frame
             del frames
         except BaseException:
             reservation.release()
             raise
+        finally:
+            self._receiving.pop(identity, None)
         return await run.receive(buffers, reservation)
+
+    async def abandon(self, tag: int, peer: bytes) -> None:
+        """Stop waiting for a delivery that its sender has given up. Handler for peers."""
+        identity = (peer, tag)
+        self._abandoned.append(identity)
+        receiving = self._receiving.get(identity)
+        if receiving is not None:
+            receiving.cancel()

@@ -1,0 +1,151 @@
+"""What carries the messages: UCX, Dask's comms, and the one after the other has failed."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import dask
+import dask.dataframe as dd
+import numpy as np
+import pandas as pd
+import pytest
+from distributed import Client, LocalCluster
+from distributed.security import Security
+
+import dask_gpurt
+from dask_gpurt.shuffle import carrier as carrier_module
+from dask_gpurt.shuffle.carrier import Carrier
+from dask_gpurt.shuffle.transport.ucx import TransportError, UCXTransport
+
+pytest.importorskip("ucxx", reason="ucxx is not installed")
+
+ROWS = 60_000
+
+
+def frame() -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    return pd.DataFrame(
+        {"key": rng.integers(0, 1000, ROWS), "value": rng.random(ROWS), "s": rng.choice(["a", "bc"], ROWS)}
+    )
+
+
+@asynccontextmanager
+async def workers(transport: str = "auto", **options: Any) -> AsyncIterator[tuple[LocalCluster, Client, Any]]:
+    async with (
+        LocalCluster(
+            n_workers=2,
+            threads_per_worker=2,
+            processes=False,
+            dashboard_address="127.0.0.1:0",
+            asynchronous=True,
+            **{"protocol": "tcp", "host": "127.0.0.1", **options},
+        ) as cluster,
+        Client(cluster, asynchronous=True) as client,
+    ):
+        with dask.config.set({"gpurt.shuffle.transport": transport}):
+            installation: Any = await dask_gpurt.install(client, placement=False)  # type: ignore[misc]
+        yield cluster, client, installation
+
+
+async def shuffle(client: Client) -> None:
+    data = frame()
+    source = dd.from_pandas(data, npartitions=4, sort=False)
+    found = await client.compute(source.shuffle("key", npartitions=3, shuffle_method="p2p"))
+    pd.testing.assert_frame_equal(found.sort_index(), await client.compute(source))
+
+
+def carriers(cluster: Any) -> list[Carrier]:
+    return [worker.extensions["gpurt"].shuffle.carrier for worker in cluster.workers.values()]
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(main, 60))
+
+
+def test_by_ucx() -> None:
+    async def main() -> None:
+        async with workers() as (cluster, client, installation):
+            assert "(by UCX)" in str(installation)
+            # The first run may end before UCX is there.
+            while not all(carrier.ucx_nbytes for carrier in carriers(cluster)):
+                await shuffle(client)
+
+    run(main())
+
+
+def test_by_dasks_comms_with_credits(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        monkeypatch.setattr(carrier_module, "EAGER_NBYTES", 1000)
+        async with workers("dask") as (cluster, client, installation):
+            assert "(by Dask's comms: so it is configured)" in str(installation)
+            await shuffle(client)
+            assert all(carrier.credit_wait_s > 0 and not carrier.ucx_nbytes for carrier in carriers(cluster))
+            for worker in cluster.workers.values():
+                assert worker.extensions["gpurt"].memory.ledger.reserved("host") == 0
+
+    run(main())
+
+
+def test_what_is_encrypted_stays_encrypted() -> None:
+    pytest.importorskip("cryptography", reason="makes the certificates")
+
+    async def main() -> None:
+        security = Security.temporary()
+        async with workers(security=security, protocol="tls") as (cluster, client, installation):
+            assert "encrypted" in str(installation)
+            await shuffle(client)
+            assert all(carrier.ucx_nbytes == 0 for carrier in carriers(cluster))
+
+    run(main())
+
+
+@pytest.mark.parametrize("side", ["send", "receive"])
+def test_dasks_comms_carry_on_when_ucx_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, side: str
+) -> None:
+    async def main() -> None:
+        async with workers() as (cluster, client, _):
+            for carrier in carriers(cluster):
+                assert await carrier.address() is not None
+
+            async def fail(*_: Any, **__: Any) -> None:
+                raise TransportError("on purpose")
+
+            monkeypatch.setattr(UCXTransport, side, fail)
+            await shuffle(client)
+            assert "is given up, Dask's comms carry on: on purpose" in caplog.text
+            assert all(carrier.ucx_nbytes == 0 for carrier in carriers(cluster))
+            for worker in cluster.workers.values():
+                assert worker.extensions["gpurt"].memory.ledger.reserved("host") == 0
+
+    run(main())
+
+
+def test_without_ucx(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        async with workers() as (_, client, installation):
+            assert "(by Dask's comms: ucxx is not installed)" in str(installation)
+            monkeypatch.undo()
+            await shuffle(client)
+
+    run(main())
+
+
+def test_nothing_is_left_behind() -> None:
+    async def main() -> None:
+        async with workers() as (cluster, client, _):
+            await shuffle(client)
+            before = carriers(cluster)
+            await dask_gpurt.uninstall(client)  # type: ignore[misc]
+            for worker in cluster.workers.values():
+                assert not [name for name in worker.handlers if name.startswith("gpurt")]
+                assert not [name for name in worker.stream_handlers if name.startswith("gpurt")]
+            assert all("closed" in repr(carrier) for carrier in before if "UCXTransport" in repr(carrier))
+            await shuffle(client)
+
+    run(main())
