@@ -95,6 +95,21 @@ def _folder(value: object) -> str | None:
     return os.path.abspath(os.path.expanduser(value))
 
 
+def _duration(value: object) -> float | None:
+    """Parse seconds, or null for never."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise _RefusedError
+    try:
+        seconds = float(dask.utils.parse_timedelta(value, default="s"))
+    except (ValueError, KeyError, OverflowError) as error:
+        raise _RefusedError from error
+    if not 0 < seconds < float("inf"):
+        raise _RefusedError
+    return seconds
+
+
 def _transport(value: object) -> str:
     if value not in ("auto", "dask"):
         raise _RefusedError
@@ -149,6 +164,8 @@ class ShuffleSettings(_Section):
     send_limit: int = _key(256 * 2**20, _size, 'a size such as "256 MiB"')
     #: ``"auto"``: UCX where ucxx is installed and Dask's comms are not encrypted; ``"dask"``: Dask's comms.
     transport: str = _key("auto", _transport, '"auto" or "dask"')
+    #: Seconds without progress after which a run that waits for something is reported; None: never.
+    watchdog: float | None = _key(60.0, _duration, 'a time such as "60s", or null')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

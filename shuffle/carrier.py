@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -87,7 +86,6 @@ class Carrier:
         self._opening: asyncio.Task[None] | None = None
         #: Address of a worker to that of its transport; None: it is not to be used.
         self._peers: dict[str, bytes | None] = {}
-        self._numbers = itertools.count()
         self._handlers: dict[str, Callable[..., Any]] = {
             "gpurt_shuffle_address": self.address,
             "gpurt_shuffle_credit": self.credit,
@@ -171,8 +169,10 @@ class Carrier:
 
     # Sending
 
-    async def deliver(self, run: Run, address: str, buffers: Sequence[Buffer]) -> Reply:
+    async def deliver(self, run: Run, address: str, buffers: Sequence[Buffer], credit: str) -> Reply:
         """Deliver a message to the peer's part of a run; returns its answer.
+
+        ``credit`` names what the peer reserves for it, the same in every attempt.
 
         Raises
         ------
@@ -188,7 +188,7 @@ class Carrier:
                 logger.warning("UCX to %s is given up, Dask's comms carry on: %s", address, error)
                 if self._peers.get(address) == peer:
                     self._peers[address] = None
-        return await self._deliver_by_comm(run, address, buffers)
+        return await self._deliver_by_comm(run, address, buffers, credit)
 
     async def _deliver_by_ucx(self, run: Run, address: str, peer: bytes, buffers: Sequence[Buffer]) -> Reply:
         assert self._transport is not None
@@ -226,12 +226,10 @@ class Carrier:
             await asyncio.gather(call, sending, return_exceptions=True)
         return reply  # type: ignore[no-any-return]
 
-    async def _deliver_by_comm(self, run: Run, address: str, buffers: Sequence[Buffer]) -> Reply:
+    async def _deliver_by_comm(self, run: Run, address: str, buffers: Sequence[Buffer], credit: str) -> Reply:
         rpc = self._worker.rpc(address)
         nbytes = nbytes_of(buffers)
-        credit = None
         if nbytes > EAGER_NBYTES:
-            credit = f"{self._worker.address}-{next(self._numbers)}"
             started = asyncio.get_running_loop().time()
             reply: Reply = await rpc.gpurt_shuffle_credit(
                 shuffle_id=run.id, run_id=run.run_id, credit=credit, nbytes=nbytes
@@ -269,12 +267,16 @@ class Carrier:
         try:
             run = await seams.shuffle_run(self._worker, shuffle_id, run_id)
             if sizes is None:
-                return await run.attend(run.receive(buffers, run.redeem(credit)))
+                return await run.attend(self._take_by_comm(run, buffers, credit))
             return await run.attend(self._take_by_ucx(run, list(buffers), sizes, tag, peer))
         except TransportError as error:
             return {"status": "transport-error", "reason": str(error)}
         except (P2PConsistencyError, ShuffleClosedError) as error:
             return error_message(error)
+
+    async def _take_by_comm(self, run: Run, buffers: Sequence[Buffer], credit: str | None) -> Reply:
+        # Redeemed in the task that answers for it: one that is cancelled before it begins has nothing to give back.
+        return await run.receive(buffers, run.redeem(credit))
 
     async def _take_by_ucx(self, run: Run, buffers: list[Buffer], sizes: Sequence[int], tag: int, peer: bytes) -> Reply:
         if self._transport is None:

@@ -48,7 +48,9 @@ class ByteWindow:
                 # Granted and cancelled in the same turn of the loop: nobody is left to give it back.
                 self.release(nbytes)
             else:
-                self._waiting.remove((nbytes, granted))
+                # Where bytes came back in the same turn, it has left the queue already.
+                if (nbytes, granted) in self._waiting:
+                    self._waiting.remove((nbytes, granted))
                 self._grant()
             raise
 

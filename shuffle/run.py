@@ -26,9 +26,12 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import contextlib
+import itertools
 import logging
 import time
-from collections.abc import Coroutine, Hashable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Coroutine, Generator, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import dask.config
@@ -144,8 +147,17 @@ class Run(ShuffleRun[Any, Any]):
         self._restarts = 0
         #: What is done for peers.
         self._attended: set[asyncio.Task[Any]] = set()
-        #: What is reserved for messages to come; None: is being reserved.
-        self._credits: dict[str, Reservation | None] = {}
+        #: What is reserved for messages to come, or is being reserved.
+        self._credits: dict[str, asyncio.Future[Reservation]] = {}
+        #: Output partition to the turn of who asks for it.
+        self._turns: defaultdict[Any, asyncio.Lock] = defaultdict(asyncio.Lock)
+        # For the watchdog: what is done, and what is being waited for since when.
+        self._numbers = itertools.count()
+        self._inputs = 0
+        self._outputs = 0
+        self._granted = 0
+        self._tasks: dict[int, tuple[str, Any, float]] = {}
+        self._unanswered: dict[int, tuple[str, Any, float]] = {}
         part.opened(self)
 
     # What the two kinds of run define
@@ -200,7 +212,7 @@ class Run(ShuffleRun[Any, Any]):
         if self.transferred:
             raise RuntimeError(f"Cannot add more partitions to {self}")
         self.validate_data(data)
-        with self._capture_metrics("foreground"):
+        with self._noted(self._tasks, "input", partition_id), self._capture_metrics("foreground"):
             started = time.perf_counter()
             with (
                 context_meter.meter("p2p-shard-partition-noncpu"),
@@ -222,6 +234,7 @@ class Run(ShuffleRun[Any, Any]):
             context_meter.digest_metric("p2p-shards", len(sent) + bool(own), "count")
             del data
             sync(self._loop, self._dispatch, messages, own)
+        self._inputs += 1
         return self.run_id
 
     async def _dispatch(self, messages: dict[str, list[list[Buffer]]], own: list[Parcel]) -> None:
@@ -247,18 +260,23 @@ class Run(ShuffleRun[Any, Any]):
             raise
 
     async def _deliver(self, address: str, buffers: list[Buffer]) -> None:
+        # One for all attempts: what was reserved for one of them is there for the next.
+        credit = f"{self.local_address}-{next(self._numbers)}"
+        nbytes = nbytes_of(buffers)
+
         async def attempt() -> OKMessage | ErrorMessage:
             self.raise_if_closed()
-            return await self.part.carrier.deliver(self, address, buffers)
+            return await self.part.carrier.deliver(self, address, buffers, credit)
 
-        reply = await retry(
-            attempt, count=self.RETRY_COUNT, delay_min=self.RETRY_DELAY_MIN, delay_max=self.RETRY_DELAY_MAX
-        )
+        with self._noted(self._unanswered, address, nbytes):
+            reply = await retry(
+                attempt, count=self.RETRY_COUNT, delay_min=self.RETRY_DELAY_MIN, delay_max=self.RETRY_DELAY_MAX
+            )
         if reply["status"] == "error":
             _, error, traceback = clean_exception(**reply)
             assert error is not None
             raise error.with_traceback(traceback)
-        self.part.sent_nbytes += nbytes_of(buffers)
+        self.part.sent_nbytes += nbytes
         self.part.messages += 1
 
     async def inputs_done(self) -> None:
@@ -303,18 +321,25 @@ class Run(ShuffleRun[Any, Any]):
         return reservation
 
     async def grant(self, credit: str, nbytes: int) -> None:
-        """Reserve ``nbytes`` for the message that will come with ``credit``; a second call finds it done."""
-        if credit not in self._credits:
-            self._credits[credit] = None
-            try:
-                self._credits[credit] = await self.reserve(nbytes)
-            except BaseException:
-                del self._credits[credit]
-                raise
+        """Reserve ``nbytes`` for the message that will come with ``credit``; a second call waits for the first."""
+        if (granted := self._credits.get(credit)) is not None:
+            await asyncio.shield(granted)
+            return
+        granted = self._credits[credit] = asyncio.get_running_loop().create_future()
+        try:
+            granted.set_result(await self.reserve(nbytes))
+        except BaseException as error:
+            self._credits.pop(credit, None)
+            granted.set_exception(error if isinstance(error, Exception) else ShuffleClosedError(str(self)))
+            granted.exception()
+            raise
+        self._granted += 1
 
     def redeem(self, credit: str | None) -> Reservation | None:
         """Hand out what was reserved for a message, once."""
-        return None if credit is None else self._credits.pop(credit, None)
+        if credit is None or credit not in self._credits or not self._credits[credit].done():
+            return None
+        return self._credits.pop(credit).result()
 
     async def receive(  # type: ignore[override]
         self, data: Sequence[Buffer], reservation: Reservation | None = None
@@ -380,21 +405,28 @@ class Run(ShuffleRun[Any, Any]):
     def get_output_partition(self, partition_id: Any, key: Key, **kwargs: Any) -> Any:  # noqa: ARG002  stock's signature
         """Make an output partition of its shards. Called in a task's thread."""
         self.raise_if_closed()
-        buffers = sync(self._loop, self._collect, partition_id, key)
-        with (
-            self._capture_metrics("foreground"),
-            context_meter.meter("p2p-get-output-noncpu"),
-            context_meter.meter("p2p-get-output-cpu", func=thread_time),
-        ):
-            started = time.perf_counter()
-            output = self._join(partition_id, buffers)
-            self.part.unpack_s += time.perf_counter() - started
+        with self._noted(self._tasks, "output", partition_id):
+            buffers = sync(self._loop, self._collect, partition_id, key)
+            with (
+                self._capture_metrics("foreground"),
+                context_meter.meter("p2p-get-output-noncpu"),
+                context_meter.meter("p2p-get-output-cpu", func=thread_time),
+            ):
+                started = time.perf_counter()
+                output = self._join(partition_id, buffers)
+                self.part.unpack_s += time.perf_counter() - started
+        self._outputs += 1
         return output
 
     async def _collect(self, partition_id: Any, key: Key) -> list[Buffer]:
         await self._ensure_output_worker(partition_id, key)
         if not self.transferred:
             raise RuntimeError("`get_output_partition` called before barrier task")
+        # Who asks while another one's are being read would find none.
+        async with self._turns[partition_id]:
+            return await self._hand_out(partition_id, key)
+
+    async def _hand_out(self, partition_id: Any, key: Key) -> list[Buffer]:
         self.raise_if_closed()
         for partition, (task, _) in list(self._handed.items()):
             if partition != partition_id and seams.worker_task_state(self._worker, task) in (None, "memory"):
@@ -456,9 +488,9 @@ class Run(ShuffleRun[Any, Any]):
             task.cancel()
         await self._outbox.close()
         await self._shelf.close()
-        for reservation in self._credits.values():
-            if reservation is not None:
-                reservation.release()
+        for granted in self._credits.values():
+            if granted.done():
+                granted.result().release()
         self._credits.clear()
         self._handed.clear()
         await self.part.ended(self)
@@ -494,6 +526,49 @@ class Run(ShuffleRun[Any, Any]):
             },
             "start": self.start_time,
         }
+
+    def state(self) -> dict[str, Any]:
+        """Say what is done, and what is being waited for; see :mod:`dask_gpurt.shuffle.watchdog`."""
+        outbox, shelf, now = self._outbox, self._shelf, time.monotonic()
+        granted = [credit.result().nbytes for credit in self._credits.values() if credit.done()]
+        return {
+            "phase": "closed" if self.closed else "unpack" if self.transferred else "transfer",
+            "closed": self.closed,
+            "transferred": self.transferred,
+            "inputs": self._inputs,
+            "outputs": self._outputs,
+            "own_outputs": len(self._own),
+            "posted_nbytes": outbox.pending_nbytes + outbox.sent_nbytes,
+            "sent_nbytes": outbox.sent_nbytes,
+            "outbox_nbytes": outbox.pending_nbytes,
+            "received_nbytes": self.total_recvd,
+            "parcels": len(self._arrivals),
+            "attended": len(self._attended),
+            "credits_granted": self._granted,
+            "credits_nbytes": sum(granted),
+            "credits_wanted": len(self._credits) - len(granted),
+            "staged_nbytes": shelf.staged_nbytes,
+            "put_nbytes": shelf.put_nbytes,
+            "taken_nbytes": shelf.taken_nbytes,
+            "unanswered": [
+                {"peer": peer, "nbytes": nbytes, "since_s": now - since}
+                for peer, nbytes, since in self._unanswered.values()
+            ],
+            # Tasks come and go in threads.
+            "tasks": [
+                {"what": what, "partition": str(partition), "since_s": now - since}
+                for what, partition, since in list(self._tasks.values())
+            ],
+        }
+
+    @contextlib.contextmanager
+    def _noted(self, where: dict[int, tuple[str, Any, float]], what: str, which: Any) -> Generator[None]:
+        number = next(self._numbers)
+        where[number] = (what, which, time.monotonic())
+        try:
+            yield
+        finally:
+            del where[number]
 
     # What the base declares for its own buffers, which are not here
 

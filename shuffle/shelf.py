@@ -113,7 +113,7 @@ class Shelf:
     async def add(self, parcels: Sequence[Parcel], paid: Reservation | None = None) -> None:
         """Take parcels in; when this returns, their bytes are the store's, or staged and reserved.
 
-        ``paid`` is what was reserved for them; what is left of it stays the caller's.
+        ``paid`` is what was reserved for them; what is left of it stays the caller's, or is given back.
         """
         async with self._shared():
             finished: list[tuple[Hashable, list[Buffer]]] = []
@@ -130,6 +130,8 @@ class Shelf:
             del parcels
             await self._put(finished, paid)
             if self.staged_nbytes >= STAGE_NBYTES:
+                if paid is not None:
+                    paid.release()
                 await self._pack_staged()
 
     async def _reserve(self, nbytes: int, paid: Reservation | None) -> Reservation:

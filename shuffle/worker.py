@@ -7,7 +7,9 @@ See also: :mod:`dask_gpurt.shuffle.scheduler`, where it is decided which data pl
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.store import BufferStore, DictBufferStore
 from dask_gpurt.shuffle.carrier import Carrier
 from dask_gpurt.shuffle.credits import ByteWindow
+from dask_gpurt.shuffle.watchdog import Watchdog, describe, interval_s
 
 if TYPE_CHECKING:
     from distributed import Worker
@@ -39,6 +42,9 @@ COMPILER_MEMORY_LIMIT = 2 * 2**30
 IDLE_NBYTES = 64 * 2**20
 
 _TRIM = "gpurt-shuffle-trim"
+_WATCH = "gpurt-shuffle-watchdog"
+
+logger = logging.getLogger(__name__)
 
 
 class ShuffleWorker:
@@ -69,6 +75,7 @@ class ShuffleWorker:
         self.compiles = limit is None or limit >= COMPILER_MEMORY_LIMIT
         self._stopped = False
         self._runs: dict[tuple[str, int], Run] = {}
+        self._watchdog = None if settings.watchdog is None else Watchdog(settings.watchdog)
         #: Runs ever begun here.
         self.runs = 0
         #: Exchanges with peers.
@@ -94,12 +101,17 @@ class ShuffleWorker:
         self.carrier.start()
         trim = self.worker.periodic_callbacks[_TRIM] = PeriodicCallback(self.trim, 1000 * TRIM_INTERVAL_S)
         trim.start()
+        if self._watchdog is not None:
+            interval_ms = 1000 * interval_s(self._watchdog.patience_s)
+            watch = self.worker.periodic_callbacks[_WATCH] = PeriodicCallback(self.watch, interval_ms)
+            watch.start()
 
     async def stop(self) -> None:
         """End. Runs that are under way go on to their end with what they hold, in memory, for the store may go now."""
-        trim = self.worker.periodic_callbacks.pop(_TRIM, None)
-        if trim is not None:
-            trim.stop()
+        for name in (_TRIM, _WATCH):
+            callback = self.worker.periodic_callbacks.pop(name, None)
+            if callback is not None:
+                callback.stop()
         self.store = DictBufferStore()
         for run in list(self._runs.values()):
             await run.move()
@@ -115,6 +127,30 @@ class ShuffleWorker:
                 import pyarrow as pa
 
                 pa.default_memory_pool().release_unused()
+
+    def watch(self) -> None:
+        """Report runs that make no progress."""
+        if self._watchdog is None:
+            return
+        states = {str(run): run.state() for run in self._runs.values()}
+        verdict = self._watchdog.look(states, time.monotonic())
+        for name, still_s in verdict.stuck.items():
+            state = states[name]
+            around = {
+                "address": self.worker.address,
+                "status": self.worker.status.name,
+                "window": repr(self.window),
+                "store": repr(self.store),
+            }
+            logger.warning("%s makes no progress since %.1f s:%s", name, still_s, describe(state, around))
+            self._tell("shuffle-stuck", name, still_s=still_s, state=state, worker=around)
+        for name in verdict.going_on:
+            logger.info("%s goes on again", name)
+            self._tell("shuffle-goes-on", name)
+
+    def _tell(self, action: str, run: str, **what: Any) -> None:
+        # Where there is no connection to the scheduler it is dropped, and the worker ends anyway.
+        self.worker.log_event("gpurt", {"action": action, "run": run, **what})
 
     def opened(self, run: Run) -> None:
         """Note a run."""

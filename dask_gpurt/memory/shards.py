@@ -61,7 +61,7 @@ class ShardStore:
         self._last_nbytes: dict[str, int] = {}
 
     def __repr__(self) -> str:
-        return f"<ShardStore {len(self._chunks)} names>"
+        return f"<ShardStore {len(self._chunks)} names, {self._mover.ledger!r}>"
 
     async def reserve(self, nbytes: int) -> Reservation:
         """Wait until ``nbytes`` may be held; see :class:`~dask_gpurt.memory.store.BufferStore`."""

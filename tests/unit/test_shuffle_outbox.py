@@ -65,6 +65,22 @@ def test_the_window_is_first_come_first_served() -> None:
     asyncio.run(main())
 
 
+def test_who_is_cancelled_as_bytes_come_back_is_cancelled() -> None:
+    async def main() -> None:
+        window = ByteWindow(10)
+        await window.acquire(10)
+        waiting = asyncio.create_task(window.acquire(10))
+        await turns()
+        waiting.cancel()
+        # Takes it from the queue before it wakes.
+        window.release(10)
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert window.used_nbytes == 0
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("granted", [False, True])
 def test_who_is_cancelled_takes_nothing_along(granted: bool) -> None:
     async def main() -> None:

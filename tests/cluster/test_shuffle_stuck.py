@@ -1,0 +1,137 @@
+"""A run that a peer keeps waiting is reported with its state, goes on, and is right."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import dask
+import dask.dataframe as dd
+import numpy as np
+import pandas as pd
+import pytest
+from distributed import Client, LocalCluster
+
+import dask_gpurt
+
+ROWS = 200_000  # Messages that are too large to go without a credit.
+LOGGER = "dask_gpurt.shuffle.worker"
+
+
+class Said(logging.Handler):
+    """Keeps what is logged, and tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.warnings: list[str] = []
+        self.infos: list[str] = []
+        self.warned = asyncio.Event()
+        self.went_on = asyncio.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            self.warnings.append(record.getMessage())
+            self.warned.set()
+        else:
+            self.infos.append(record.getMessage())
+            self.went_on.set()
+
+
+@pytest.fixture
+def level() -> Any:
+    logger = logging.getLogger(LOGGER)
+    before, logger.propagate = (logger.level, logger.propagate), False
+    logger.setLevel(logging.INFO)
+    yield
+    logger.setLevel(before[0])
+    logger.propagate = before[1]
+
+
+@pytest.mark.usefixtures("level")
+def test_a_run_whose_credit_is_withheld_is_reported_and_goes_on() -> None:
+    async def main() -> None:
+        async with (
+            LocalCluster(
+                n_workers=2,
+                threads_per_worker=1,
+                processes=False,
+                protocol="tcp",
+                host="127.0.0.1",
+                dashboard_address="127.0.0.1:0",
+                asynchronous=True,
+            ) as cluster,
+            Client(cluster, asynchronous=True) as client,
+        ):
+            with dask.config.set({"gpurt.shuffle.transport": "dask", "gpurt.shuffle.watchdog": "1s"}):
+                await dask_gpurt.install(client, placement=False)  # type: ignore[misc]
+            workers: list[Any] = list(cluster.workers.values())
+            receiver, sender = workers
+            store = receiver.extensions["gpurt"].shuffle.store
+            reserve, allowed = store.reserve, asyncio.Event()
+
+            async def reserve_when_allowed(nbytes: int) -> Any:
+                await allowed.wait()
+                return await reserve(nbytes)
+
+            store.reserve = reserve_when_allowed
+            said = Said()
+            logging.getLogger(LOGGER).addHandler(said)
+            try:
+                rng = np.random.default_rng(0)
+                data = pd.DataFrame({"key": rng.integers(0, 1000, ROWS), "value": rng.random(ROWS)})
+                source = dd.from_pandas(data, npartitions=2, sort=False)
+                future = client.compute(source.shuffle("key", npartitions=4, shuffle_method="p2p"))
+                while not any(f"waiting for {receiver.address} since" in text for text in said.warnings):
+                    said.warned.clear()
+                    await said.warned.wait()
+                while not any("credits: 0 granted (0 bytes not used yet), 1 wanted" in text for text in said.warnings):
+                    said.warned.clear()
+                    await said.warned.wait()
+                [text] = [text for text in said.warnings if f"waiting for {receiver.address} since" in text]
+                assert f"on {sender.address} makes no progress since" in text
+                assert "phase: transfer" in text
+                assert "status running" in text
+                assert "<Ledger " in text
+                reported = len(said.warnings)
+                assert reported == 2, "the sender waits, and the receiver; each is said once"
+                assert not future.done()
+                allowed.set()
+                pd.testing.assert_frame_equal((await future).sort_index(), data)
+                while len(said.infos) < reported:
+                    said.went_on.clear()
+                    await said.went_on.wait()
+                events = [event for _, event in await client.get_events("gpurt")]  # type: ignore[misc]
+                stuck = [event for event in events if event.get("action") == "shuffle-stuck"]
+                assert len(stuck) == reported == sum(event.get("action") == "shuffle-goes-on" for event in events)
+                assert any(one["peer"] == receiver.address for event in stuck for one in event["state"]["unanswered"])
+                assert all(event["still_s"] >= 1 for event in stuck)
+            finally:
+                logging.getLogger(LOGGER).removeHandler(said)
+                allowed.set()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_null_turns_it_off() -> None:
+    async def main() -> None:
+        async with (
+            LocalCluster(
+                n_workers=1,
+                processes=False,
+                protocol="tcp",
+                host="127.0.0.1",
+                dashboard_address=None,
+                asynchronous=True,
+            ) as cluster,
+            Client(cluster, asynchronous=True) as client,
+        ):
+            for patience, watched in (("1s", True), (None, False)):
+                with dask.config.set({"gpurt.shuffle.watchdog": patience}):
+                    await dask_gpurt.install(client, placement=False, memory=False)  # type: ignore[misc]
+                [worker] = cluster.workers.values()
+                assert ("gpurt-shuffle-watchdog" in worker.periodic_callbacks) is watched
+                await dask_gpurt.uninstall(client)  # type: ignore[misc]
+                assert "gpurt-shuffle-watchdog" not in worker.periodic_callbacks
+
+    asyncio.run(asyncio.wait_for(main(), 60))
