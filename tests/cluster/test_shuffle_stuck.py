@@ -75,6 +75,14 @@ def test_a_run_whose_credit_is_withheld_is_reported_and_goes_on() -> None:
                 return await reserve(nbytes)
 
             store.reserve = reserve_when_allowed
+            events: list[dict[str, Any]] = []
+            told = asyncio.Event()
+
+            def tell(event: tuple[float, dict[str, Any]]) -> None:
+                events.append(event[1])
+                told.set()
+
+            client.subscribe_topic("gpurt", tell)
             said = Said()
             logging.getLogger(LOGGER).addHandler(said)
             try:
@@ -101,9 +109,11 @@ def test_a_run_whose_credit_is_withheld_is_reported_and_goes_on() -> None:
                 while len(said.infos) < reported:
                     said.went_on.clear()
                     await said.went_on.wait()
-                events = [event for _, event in await client.get_events("gpurt")]  # type: ignore[misc]
+                while sum(event.get("action") == "shuffle-goes-on" for event in events) < reported:
+                    told.clear()
+                    await told.wait()
                 stuck = [event for event in events if event.get("action") == "shuffle-stuck"]
-                assert len(stuck) == reported == sum(event.get("action") == "shuffle-goes-on" for event in events)
+                assert len(stuck) == reported
                 assert any(one["peer"] == receiver.address for event in stuck for one in event["state"]["unanswered"])
                 assert all(event["still_s"] >= 1 for event in stuck)
             finally:
