@@ -34,10 +34,16 @@ class ByteWindow:
     def __repr__(self) -> str:
         return f"<ByteWindow {self.used_nbytes}/{self.limit_nbytes} bytes, {len(self._waiting)} waiting>"
 
+    def try_acquire(self, nbytes: int) -> bool:
+        """Acquire ``nbytes`` if nobody has to wait for that; says whether it did."""
+        if self._waiting or not self._fits(nbytes):
+            return False
+        self.used_nbytes += nbytes
+        return True
+
     async def acquire(self, nbytes: int) -> None:
         """Wait until ``nbytes`` may be under way."""
-        if not self._waiting and self._fits(nbytes):
-            self.used_nbytes += nbytes
+        if self.try_acquire(nbytes):
             return
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((nbytes, granted))

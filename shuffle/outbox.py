@@ -46,6 +46,8 @@ class Outbox:
         self._window = window
         self._queues: dict[str, deque[tuple[Sequence[Buffer], int]]] = {}
         self._senders: dict[str, set[asyncio.Task[None]]] = {}
+        #: Those who wait for the window.
+        self._turns: set[asyncio.Task[None]] = set()
         self._closed = False
         #: What went wrong first.
         self.error: BaseException | None = None
@@ -68,7 +70,8 @@ class Outbox:
     async def post(self, address: str, buffers: Sequence[Buffer], nbytes: int) -> None:
         """Queue a message of ``nbytes``; waits while the limit on bytes under way is reached."""
         self._check()
-        await self._window.acquire(nbytes)
+        if not self._window.try_acquire(nbytes):
+            await self._turn(nbytes)
         try:
             self._check()
         except BaseException:
@@ -82,6 +85,21 @@ class Outbox:
             senders.add(task)
             task.add_done_callback(senders.discard)
 
+    async def _turn(self, nbytes: int) -> None:
+        """Wait for the window, or for the end: what holds the window may be another run's, and take long."""
+        turn = asyncio.create_task(self._window.acquire(nbytes))
+        self._turns.add(turn)
+        try:
+            await asyncio.wait([turn])
+        except asyncio.CancelledError:
+            if not turn.cancel() and not turn.cancelled():
+                self._window.release(nbytes)
+            raise
+        finally:
+            self._turns.discard(turn)
+        if turn.cancelled():
+            self._check()
+
     async def flush(self) -> None:
         """Wait until all that was posted is delivered, and raise what went wrong."""
         while tasks := [task for senders in self._senders.values() for task in senders]:
@@ -94,6 +112,7 @@ class Outbox:
     async def close(self) -> None:
         """Drop what is under way."""
         self._closed = True
+        self._drop()
         tasks = [task for senders in self._senders.values() for task in senders]
         for task in tasks:
             task.cancel()
@@ -108,6 +127,8 @@ class Outbox:
             raise RuntimeError(f"{self!r} is closed")
 
     def _drop(self) -> None:
+        for turn in self._turns:
+            turn.cancel()
         for queue in self._queues.values():
             while queue:
                 self._delivered(queue.popleft()[1])

@@ -202,3 +202,35 @@ def test_a_message_that_is_queued_when_all_senders_end_is_sent() -> None:
         assert outbox.pending_nbytes == 0
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("end", ["close", "fail", "cancel"])
+def test_who_waits_for_bytes_of_others_hears_of_the_end(end: str) -> None:
+    async def main() -> None:
+        wire, window = Wire(), ByteWindow(10)
+        await window.acquire(6)
+        outbox = Outbox(wire, window)
+        await outbox.post("a", [b"1"], 4)
+        late = asyncio.create_task(outbox.post("a", [b"2"], 5))
+        await turns()
+        if end == "close":
+            await outbox.close()
+            with pytest.raises(RuntimeError, match="closed"):
+                await late
+        elif end == "fail":
+            wire.error = ValueError("no such peer")
+            wire.open.set()
+            with pytest.raises(ValueError, match="no such peer"):
+                await late
+        else:
+            late.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await late
+            wire.open.set()
+            await outbox.flush()
+        await turns()
+        assert window.used_nbytes == 6
+        window.release(6)
+        assert "0/10 bytes, 0 waiting" in repr(window)
+
+    asyncio.run(main())

@@ -1,0 +1,562 @@
+"""A shuffle of toy data between endpoints whose network, memory and clock of events the model turns by hand.
+
+Everything between a split and an unpack is the real thing: :class:`Run`, its outbox, window, carrier, credits and
+shelf, and a store over ledger, mover and disk with room for a few shards. What is not: the shards are a few bytes, calls to
+a peer wait until the model delivers, loses, or doubles them, and the limits are small enough for every path to be taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Coroutine, Hashable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import dask
+import numpy as np
+from distributed.comm.core import CommClosedError
+from distributed.core import Status
+from distributed.exceptions import Reschedule
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from dask_gpurt.config import ShuffleSettings
+from dask_gpurt.memory import mover as mover_module
+from dask_gpurt.memory import shards as shards_module
+from dask_gpurt.memory.blocks import BlockPool
+from dask_gpurt.memory.disk import SpillFolder
+from dask_gpurt.memory.horizon import IDLE, Use
+from dask_gpurt.memory.ledger import Ledger, Tier
+from dask_gpurt.memory.mover import DiskStore, Mover
+from dask_gpurt.memory.shards import ChunkName, ShardStore
+from dask_gpurt.memory.spiller import Spiller
+from dask_gpurt.memory.store import Buffer, Reservation
+from dask_gpurt.seams import ShuffleClosedError
+from dask_gpurt.shuffle import carrier as carrier_module
+from dask_gpurt.shuffle import outbox as outbox_module
+from dask_gpurt.shuffle import run as run_module
+from dask_gpurt.shuffle import shelf as shelf_module
+from dask_gpurt.shuffle.run import Run, Shards
+from dask_gpurt.shuffle.shelf import Parcel
+from dask_gpurt.shuffle.wire import Header, Kind, WireError, decode, encode
+from dask_gpurt.shuffle.worker import ShuffleWorker
+
+ENDPOINTS = [f"tcp://{number}" for number in range(3)]
+OUTPUTS = 5
+WORKER_FOR: dict[Any, str] = {output: ENDPOINTS[output % 2] for output in range(OUTPUTS)}  # The third only sends.
+#: From here on a shard has a parcel to itself, which needs no packing.
+LARGE_NBYTES = 120
+LIMITS: list[tuple[Any, str, float]] = [
+    (carrier_module, "EAGER_NBYTES", 150),
+    (outbox_module, "JOIN_NBYTES", 600),
+    (run_module, "MESSAGE_NBYTES", 200),
+    (shelf_module, "STAGE_NBYTES", 250),
+    (shards_module, "CHUNK_NBYTES", 200),
+    (mover_module, "PATIENCE_S", 0.002),
+]
+SEND_LIMIT = 700
+HOST_LIMIT = 900
+#: Output partition, number of the shard, and size of each shard of an input partition.
+Input = list[tuple[int, int, int]]
+
+
+class ToyRun(Run):
+    """Shards are bytes with a number; a segment is (output partition, number, size)."""
+
+    def __init__(self, **arguments: Any) -> None:
+        self.shelved: list[Hashable] = []
+        super().__init__(**arguments)
+
+    def _split(self, data: Input, partition_id: int) -> Shards:
+        small: dict[str, Input] = {}
+        shards = []
+        for shard in data:
+            address = WORKER_FOR[shard[0]]
+            if shard[2] >= LARGE_NBYTES:
+                shards.append((address, *parcel_of(partition_id, [shard])))
+            else:
+                small.setdefault(address, []).append(shard)
+        shards += [(address, *parcel_of(partition_id, those)) for address, those in small.items()]
+        return self._sort_out(shards)
+
+    def _identity(self, header: Header) -> Hashable:
+        return header.input_id, header.segments.tobytes()
+
+    def _check(self, header: Header) -> None:
+        if header.segments.shape[1] != 3:
+            raise WireError("not of this shuffle")
+
+    def _ready(self, parcel: Parcel) -> tuple[Hashable, list[Buffer]] | None:
+        self.shelved.append(self._identity(parcel.header))
+        if parcel.nbytes < LARGE_NBYTES or len(parcel.header.segments) > 1:
+            return None
+        return int(parcel.header.segments[0, 0]), [encode(parcel.header), parcel.body]
+
+    def _pack(self, parcels: Sequence[Parcel]) -> dict[Hashable, list[Buffer]]:
+        packed: dict[Hashable, list[tuple[list[int], bytes]]] = {}
+        for parcel in parcels:
+            for segment, shard in shards_of(parcel.header, parcel.body):
+                packed.setdefault(segment[0], []).append((segment, shard))
+        return {
+            output: list(message(0, [segment for segment, _ in shards], b"".join(shard for _, shard in shards)))
+            for output, shards in packed.items()
+        }
+
+    def _join(self, partition_id: Any, buffers: list[Buffer]) -> Counter[tuple[int, ...]]:
+        found: Counter[tuple[int, ...]] = Counter()
+        for head, body in zip(buffers[::2], buffers[1::2], strict=True):
+            for segment, shard in shards_of(decode(head, body), body):
+                assert shard == content(segment[1], segment[2])
+                assert segment[0] == partition_id
+                found[tuple(segment)] += 1
+        return found
+
+
+def content(number: int, nbytes: int) -> bytes:
+    return bytes([number % 251]) * nbytes
+
+
+def message(input_id: int, segments: Sequence[Sequence[int]], body: bytes) -> tuple[bytes, bytes]:
+    return encode(Header(Kind.BRICK, (input_id,), np.array(segments, dtype=np.int64), len(body))), body
+
+
+def parcel_of(input_id: int, shards: Input) -> tuple[Header, bytes]:
+    body = b"".join(content(number, nbytes) for _, number, nbytes in shards)
+    return Header(Kind.BRICK, (input_id,), np.array(shards, dtype=np.int64), len(body)), body
+
+
+def shards_of(header: Header, body: Buffer) -> Iterator[tuple[list[int], bytes]]:
+    at = 0
+    for segment in header.segments.tolist():
+        yield segment, bytes(memoryview(body)[at : at + segment[2]])
+        at += segment[2]
+
+
+class Inline(Executor):
+    """Threads that are none, so that an example can be run again."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:  # noqa: BLE001  as an executor does
+            future.set_exception(error)
+        return future
+
+
+class GatedStore(ShardStore):
+    """A store whose worker can be paused: it grants nothing then."""
+
+    def __init__(self, mover: Mover) -> None:
+        super().__init__(mover)
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def reserve(self, nbytes: int) -> Reservation:
+        await self.gate.wait()
+        return await super().reserve(nbytes)
+
+
+class Ranks:
+    def uses(self, names: Sequence[Any]) -> list[Use]:
+        return [name.use if isinstance(name, ChunkName) else IDLE for name in names]
+
+
+class Call:
+    """A call on its way to a peer."""
+
+    def __init__(self, handler: str, target: str, arguments: dict[str, Any]) -> None:
+        self.handler = handler
+        self.target = target
+        self.arguments = arguments
+        self.answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    def __repr__(self) -> str:
+        return f"<{self.handler} to {self.target}>"
+
+    def reply(self, handled: asyncio.Future[Any] | None) -> None:
+        """Answer the caller; None: with a broken connection."""
+        if self.answer.done():
+            return
+        if handled is None or handled.cancelled():
+            self.answer.set_exception(CommClosedError("broken"))
+        elif (error := handled.exception()) is not None:
+            self.answer.set_exception(error)
+        else:
+            self.answer.set_result(handled.result())
+
+
+class Endpoint:
+    """A worker without a server."""
+
+    def __init__(self, address: str, folder: str, network: list[Call]) -> None:
+        self.address = address
+        self.folder = SpillFolder(folder, BlockPool(2**20))
+        self.ledger = Ledger({Tier.HOST: HOST_LIMIT})
+        self.lost: list[object] = []
+        loop = asyncio.get_running_loop()
+        self.mover = Mover(Spiller(self.ledger, Ranks()), DiskStore(self.folder), loop, lambda *a: self.lost.append(a))
+        self.store = GatedStore(self.mover)
+        self.network = network
+        self.barriers = 0
+        self.tasks: dict[Any, Any] = {}
+        worker: Any = SimpleNamespace(
+            address=address,
+            rpc=self.rpc,
+            digest_metric=lambda *_: None,
+            scheduler=SimpleNamespace(shuffle_barrier=self.shuffle_barrier),
+            loop=None,
+            status=Status.running,
+            memory_manager=SimpleNamespace(memory_limit=None),
+            security=SimpleNamespace(require_encryption=False),
+            state=SimpleNamespace(tasks=self.tasks),
+            extensions={"shuffle": SimpleNamespace(shuffle_runs=self)},
+        )
+        self.part = ShuffleWorker(worker, ShuffleSettings(transport="dask", send_limit=SEND_LIMIT), self.store)
+        self.open(1)
+
+    def open(self, run_id: int) -> None:
+        self.tasks.clear()
+        plugin: Any = SimpleNamespace(worker=self.part.worker, _executor=Inline())
+        self.run = ToyRun(id="toy", run_id=run_id, span_id=None, worker_for=WORKER_FOR, plugin=plugin, part=self.part)
+
+    def rpc(self, address: str) -> Any:
+        def call(handler: str) -> Callable[..., Coroutine[Any, Any, Any]]:
+            async def send(**arguments: Any) -> Any:
+                self.network.append(call := Call(handler, address, arguments))
+                try:
+                    return await call.answer
+                finally:
+                    if call in self.network:
+                        self.network.remove(call)
+
+            return send
+
+        return SimpleNamespace(gpurt_shuffle_credit=call("credit"), gpurt_shuffle_take=call("take"))
+
+    async def shuffle_barrier(self, **_: Any) -> None:
+        self.barriers += 1
+
+    async def get_with_run_id(self, shuffle_id: str, run_id: int) -> ToyRun:
+        if (shuffle_id, run_id) != (self.run.id, self.run.run_id) or self.run.closed:
+            raise ShuffleClosedError(f"{run_id} is over")
+        return self.run
+
+    async def handle(self, call: Call) -> Any:
+        arguments = dict(call.arguments)
+        if call.handler == "take":
+            # What comes over a network lies in memory of its own.
+            arguments["buffers"] = [bytes(memoryview(buffer)) for buffer in arguments["buffers"].data]
+            return await self.part.carrier.take(**arguments)
+        return await self.part.carrier.credit(**arguments)
+
+    def check(self, window_nbytes: int) -> None:
+        """Compare the books with what is there."""
+        run, ledger = self.run, self.ledger
+        assert not self.lost
+        assert len(run.shelved) == len(set(run.shelved)), "a parcel was taken in twice"
+        for tier in Tier:
+            assert ledger.held(tier) >= 0
+            assert ledger.reserved(tier) >= 0
+        values: Any = self.mover._values.values()
+        assert ledger.held(Tier.HOST) == sum(memoryview(buffer).nbytes for value in values for buffer in value)
+        staged = sum(reservation.nbytes for _, reservation in run._shelf._staged)
+        granted = sum(credit.result().nbytes for credit in run._credits.values() if credit.done())
+        waiting = [task for task in run._attended if not task.done()]
+        assert ledger.reserved(Tier.HOST) == staged + granted, (staged, granted, waiting, ledger)
+        assert run._outbox.pending_nbytes + window_nbytes == self.part.window.used_nbytes
+        state = run.state()
+        assert state["credits_nbytes"] == granted
+        assert state["outbox_nbytes"] == run._outbox.pending_nbytes
+
+    def check_empty(self) -> None:
+        """See that nothing is held or reserved."""
+        assert [self.ledger.used(tier) for tier in Tier] == [0, 0, 0], self.ledger
+        assert not self.store._chunks
+        assert not self.part._runs
+        assert not self.run._credits
+        assert not self.run._attended
+        assert not self.run._unanswered
+
+    async def close(self) -> None:
+        await self.mover.close()
+        self.folder.close()
+
+
+class ShuffleModel(RuleBasedStateMachine):
+    """Runs on three endpoints, one after the other, and what they should come to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = contextlib.ExitStack()
+        for module, name, value in LIMITS:
+            self.stack.enter_context(mock.patch.object(module, name, value))
+        retries = {f"distributed.p2p.comm.retry.{key}": value for key, value in RETRY.items()}
+        self.stack.enter_context(dask.config.set(retries))
+        self.runner = self.stack.enter_context(asyncio.Runner())
+        self.network: list[Call] = []
+        #: Tasks of the model, kept until they are seen to be done.
+        self.handling: set[asyncio.Future[Any]] = set()
+        self.competing: dict[str, list[tuple[asyncio.Future[None], int]]] = {address: [] for address in ENDPOINTS}
+        self.numbers = 0
+        self.endpoints: dict[str, Endpoint] = {}
+        for address in ENDPOINTS:
+            folder = self.stack.enter_context(tempfile.TemporaryDirectory())
+            self.do(self.equip(address, folder))
+        self.run_id = 1
+        self.begin()
+
+    def begin(self) -> None:
+        self.inputs: dict[int, Input] = {}
+        self.adding: list[asyncio.Future[None]] = []
+        self.flushing: list[asyncio.Future[None]] = []
+        self.handed: set[int] = set()
+        self.gone: set[int] = set()
+
+    async def equip(self, address: str, folder: str) -> None:
+        self.endpoints[address] = Endpoint(address, folder, self.network)
+
+    def do(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return self.runner.run(asyncio.wait_for(work, 20))
+
+    @property
+    def barred(self) -> bool:
+        return bool(self.flushing)
+
+    @property
+    def unpacking(self) -> bool:
+        return self.barred and all(task.done() for task in self.flushing)
+
+    async def settle(self) -> None:
+        """Let everything go on that can, which is what happens while a real network takes its time."""
+        quiet = 0
+        while quiet < 3:
+            for _ in range(20):
+                await asyncio.sleep(0)
+            busy = False
+            for endpoint in self.endpoints.values():
+                await endpoint.mover.settle()
+                busy |= bool(endpoint.ledger.waiting(Tier.HOST) or endpoint.mover._pending)
+            quiet = 0 if busy else quiet + 1
+            if busy:
+                await asyncio.sleep(0.001)
+
+    # What happens
+
+    @precondition(lambda self: not self.barred and len(self.inputs) < 12)
+    @rule(
+        address=st.sampled_from(ENDPOINTS),
+        shards=st.lists(st.tuples(st.integers(0, OUTPUTS - 1), st.sampled_from([1, 20, 90, 130, 400])), max_size=6),
+    )
+    def add(self, address: str, shards: list[tuple[int, int]]) -> None:
+        data = [(output, self.numbers + number, nbytes) for number, (output, nbytes) in enumerate(shards)]
+        self.numbers += len(data)
+        self.inputs[len(self.inputs)] = data
+        self.do(self.start_adding(address, len(self.inputs) - 1))
+
+    @precondition(lambda self: not self.barred and self.inputs)
+    @rule(address=st.sampled_from(ENDPOINTS), which=st.integers(0, 99))
+    def add_again(self, address: str, which: int) -> None:
+        self.do(self.start_adding(address, which % len(self.inputs)))
+
+    async def start_adding(self, address: str, number: int) -> None:
+        run = self.endpoints[address].run
+        self.adding.append(asyncio.ensure_future(run._dispatch(*run._split(self.inputs[number], number))))
+
+    @precondition(lambda self: self.network)
+    @rule(which=st.integers(0, 99))
+    def deliver(self, which: int) -> None:
+        self.do(self.handle(self.network[which % len(self.network)]))
+
+    @precondition(lambda self: self.network)
+    @rule(which=st.integers(0, 99))
+    def deliver_twice(self, which: int) -> None:
+        call = self.network[which % len(self.network)]
+        self.do(self.handle(call, times=2))
+
+    @precondition(lambda self: self.network)
+    @rule(which=st.integers(0, 99))
+    def lose_the_request(self, which: int) -> None:
+        self.network[which % len(self.network)].reply(None)
+
+    @precondition(lambda self: self.network)
+    @rule(which=st.integers(0, 99), at_once=st.booleans())
+    def lose_the_answer(self, which: int, at_once: bool) -> None:
+        call = self.network[which % len(self.network)]
+        self.do(self.handle(call, answered=False))
+        if not at_once:
+            self.do(self.settle())
+        call.reply(None)
+
+    async def handle(self, call: Call, *, times: int = 1, answered: bool = True) -> None:
+        self.network.remove(call)
+        for _ in range(times):
+            handling = asyncio.ensure_future(self.endpoints[call.target].handle(call))
+            self.handling.add(handling)
+            handling.add_done_callback(self.handling.discard)
+            if answered:
+                handling.add_done_callback(call.reply)
+
+    @rule(address=st.sampled_from(ENDPOINTS[:2]))
+    def pause(self, address: str) -> None:
+        self.endpoints[address].store.gate.clear()
+
+    @rule(address=st.sampled_from(ENDPOINTS[:2]))
+    def resume(self, address: str) -> None:
+        self.endpoints[address].store.gate.set()
+
+    @rule(address=st.sampled_from(ENDPOINTS), nbytes=st.sampled_from([1, 300, 700]))
+    def another_run_sends(self, address: str, nbytes: int) -> None:
+        async def acquire() -> None:
+            waiting = asyncio.ensure_future(self.endpoints[address].part.window.acquire(nbytes))
+            self.competing[address].append((waiting, nbytes))
+
+        self.do(acquire())
+
+    @precondition(lambda self: any(self.competing.values()))
+    @rule(address=st.sampled_from(ENDPOINTS))
+    def the_other_run_ends(self, address: str) -> None:
+        """Cancels who waits and releases what others have, in the same turn."""
+
+        async def end() -> None:
+            competing, self.competing[address] = self.competing[address], []
+            had = [nbytes for waiting, nbytes in competing if waiting.done()]
+            for waiting, _ in competing:
+                waiting.cancel()
+            for nbytes in had:
+                self.endpoints[address].part.window.release(nbytes)
+            for waiting, _ in competing:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await waiting
+
+        self.do(end())
+
+    @precondition(lambda self: not self.barred and all(task.done() for task in self.adding))
+    @rule()
+    def bar(self) -> None:
+        async def start() -> None:
+            self.flushing = [asyncio.ensure_future(e.run.inputs_done()) for e in self.endpoints.values()]
+
+        self.do(start())
+
+    @precondition(lambda self: self.unpacking)
+    @rule(output=st.integers(0, OUTPUTS - 1), times=st.integers(1, 2))
+    def unpack(self, output: int, times: int) -> None:
+        endpoint = self.endpoints[WORKER_FOR[output]]
+        # Others whose task has its result by now are let go.
+        for other in [other for other in self.handed if WORKER_FOR[other] == endpoint.address and other != output]:
+            if endpoint.tasks[other].state == "memory":
+                self.handed.discard(other)
+                self.gone.add(other)
+        endpoint.tasks.setdefault(output, SimpleNamespace(state="executing", dependencies=()))
+
+        async def collect() -> list[list[Buffer] | BaseException]:
+            return await asyncio.gather(
+                *(endpoint.run._collect(output, output) for _ in range(times)), return_exceptions=True
+            )
+
+        endpoint.store.gate.set()
+        barriers = endpoint.barriers
+        expected = Counter(shard for data in self.inputs.values() for shard in data if shard[0] == output)
+        for found in self.do(collect()):
+            if output in self.gone:
+                # Not there any more: that is for the scheduler, or, asked too often, for the user.
+                assert isinstance(found, Reschedule | RuntimeError), found
+                assert endpoint.barriers > barriers or isinstance(found, RuntimeError)
+                continue
+            assert isinstance(found, list), found
+            assert endpoint.run._join(output, found) == expected
+            self.handed.add(output)
+
+    @precondition(lambda self: self.handed)
+    @rule(which=st.integers(0, 99))
+    def have_the_result(self, which: int) -> None:
+        output = sorted(self.handed)[which % len(self.handed)]
+        self.endpoints[WORKER_FOR[output]].tasks[output].state = "memory"
+
+    @rule(turns=st.integers(0, 12))
+    def close_while_everything_arrives(self, turns: int) -> None:
+        async def arrive_and_close() -> None:
+            for call in list(self.network):
+                await self.handle(call)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await self.close_all()
+
+        self.do(arrive_and_close())
+
+    async def close_all(self) -> None:
+        for endpoint in self.endpoints.values():
+            endpoint.store.gate.set()
+        await asyncio.gather(*(endpoint.run.close() for endpoint in self.endpoints.values()))
+        for task in [*self.adding, *self.flushing, *self.handling]:
+            with contextlib.suppress(ShuffleClosedError, CommClosedError):
+                await task
+        await self.settle()
+        assert not self.network
+        self.run_id += 1
+        for endpoint in self.endpoints.values():
+            endpoint.check_empty()
+            endpoint.open(self.run_id)
+        self.begin()
+
+    # What is always so
+
+    @invariant()
+    def books_are_right(self) -> None:
+        self.do(self.settle())
+        for address, endpoint in self.endpoints.items():
+            had = sum(nbytes for waiting, nbytes in self.competing[address] if waiting.done())
+            endpoint.check(had)
+            assert endpoint.run._exception is None
+            assert endpoint.run._outbox.error is None
+
+    def teardown(self) -> None:
+        """Bring what is under way to its end, which has to be the right one."""
+        try:
+            self.finish()
+        finally:
+            self.do(self.end())
+            self.stack.close()
+
+    def finish(self) -> None:
+        for address, endpoint in self.endpoints.items():
+            endpoint.store.gate.set()
+            self.the_other_run_ends(address)
+        self.do(self.deliver_all())
+        if not self.barred:
+            self.bar()
+        self.do(self.deliver_all())
+        assert self.unpacking
+        assert all(task.exception() is None for task in [*self.adding, *self.flushing])
+        for output in range(OUTPUTS):
+            self.unpack(output, 1)
+        self.books_are_right()
+        self.do(self.close_all())
+
+    async def deliver_all(self) -> None:
+        await self.settle()
+        while self.network:
+            await self.handle(self.network[0])
+            await self.settle()
+
+    async def end(self) -> None:
+        for endpoint in self.endpoints.values():
+            await endpoint.close()
+
+
+RETRY = {"count": 1000, "delay.min": "0s", "delay.max": "0s"}
+
+TestShuffleModel = ShuffleModel.TestCase
+TestShuffleModel.settings = settings(
+    max_examples=200,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+)
