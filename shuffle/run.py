@@ -290,6 +290,20 @@ class Run(ShuffleRun[Any, Any]):
             self._exception = error
             raise
 
+    async def barrier(self, run_ids: Sequence[int]) -> int:
+        """Wait for all workers to have what was sent to them, or for the end of this run.
+
+        The scheduler asks them, and tries for half a minute to reach one that has left. The run was restarted by then, and
+        its next barrier may be this task, if it goes on: the worker takes a task that it is asked for again, while it still
+        does it, for the same. It would fail with what is wrong with this run, and the next one with it.
+        """
+        try:
+            return await self.attend(super().barrier(run_ids))
+        except Exception:
+            if self.closed:
+                raise Reschedule from None
+            raise
+
     # Receive
 
     async def attend(self, work: Coroutine[Any, Any, T]) -> T:

@@ -407,3 +407,23 @@ def test_workers_are_killed(site: Site, tmp_path: pathlib.Path, kind: str, phase
 @pytest.mark.parametrize("site", PLACES, ids=name_of, indirect=True)
 def test_all_cases(site: Site, tmp_path: pathlib.Path, kind: str, phase: str, victim: str) -> None:
     check_kill(site, tmp_path, kind, phase, victim)
+
+
+def strand_first_barrier(dask_scheduler: Any) -> None:
+    """Restart the shuffle when its barrier is asked for, and never answer, as if a dead worker were being called."""
+    plugin = dask_scheduler.plugins["shuffle"]
+
+    async def barrier(id: str, run_id: int, consistent: bool) -> None:  # noqa: A002
+        dask_scheduler.handlers["shuffle_barrier"] = plugin.barrier
+        await plugin.barrier(id, run_id, consistent=False)
+        await asyncio.Event().wait()
+
+    dask_scheduler.handlers["shuffle_barrier"] = barrier
+
+
+@pytest.mark.parametrize("site", [("dask", "6 MiB")], ids=name_of, indirect=True)
+def test_a_barrier_ends_with_its_run(site: Site) -> None:
+    site.whole()
+    site.client.run_on_scheduler(strand_first_barrier)
+    SHUFFLES["shuffle"].check(site.outputs(SHUFFLES["shuffle"]))
+    site.clean()
