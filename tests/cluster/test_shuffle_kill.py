@@ -10,6 +10,7 @@ Some cases stand for the rest; all of them: ``pytest -m exhaustive tests/cluster
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import itertools
 import json
@@ -426,4 +427,63 @@ def test_a_barrier_ends_with_its_run(site: Site) -> None:
     site.whole()
     site.client.run_on_scheduler(strand_first_barrier)
     SHUFFLES["shuffle"].check(site.outputs(SHUFFLES["shuffle"]))
+    site.clean()
+
+
+@pytest.mark.parametrize("site", [("dask", "6 MiB")], ids=name_of, indirect=True)
+def test_a_receiver_stands_still_for_a_while(site: Site, tmp_path: pathlib.Path) -> None:
+    pids = site.whole()
+    trap = Trap(tmp_path, "peer", pids, signal.SIGSTOP)
+    site.client.run(lay, trap, "first-transfer")
+
+    def go_on() -> None:
+        deadline_s = time.monotonic() + DEADLINE_S
+        while not (tmp_path / "victims").exists() and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        # For the others to find that it takes nothing.
+        time.sleep(3)
+        for pid in trap.victims():
+            os.kill(pid, signal.SIGCONT)
+
+    parts = site.outputs(SHUFFLES["merge"], meanwhile=go_on)
+    SHUFFLES["merge"].check(parts)
+    del parts
+    site.client.run(clear)
+    # Nobody was lost.
+    assert site.whole() == pids
+    site.clean()
+
+
+def fill_disk(writes: int | None, dask_worker: Any) -> None:
+    """Let so many writes, or all, find the disk full."""
+    stock = os.writev
+    left = itertools.count()
+
+    def writev(fd: int, buffers: Any) -> int:
+        if writes is None or next(left) < writes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return stock(fd, buffers)
+
+    def empty() -> None:
+        os.writev = stock
+
+    os.writev = writev  # type: ignore[assignment]
+    dask_worker.empty_disk = empty
+
+
+def failed_writes(dask_worker: Any) -> int:
+    dask_worker.empty_disk()
+    return int(dask_worker.extensions["gpurt"].memory.metrics()["host_write_failures"])
+
+
+@pytest.mark.parametrize("writes", [3, None], ids=["for-a-while", "for-good"])
+@pytest.mark.parametrize("site", [("dask", "6 MiB")], ids=name_of, indirect=True)
+def test_a_disk_is_full(site: Site, writes: int | None) -> None:
+    site.whole()
+    site.client.run(fill_disk, writes)
+    # What cannot be written stays in memory, over the limit.
+    parts = site.outputs(SHUFFLES["shuffle"])
+    assert all(site.client.run(failed_writes).values())
+    SHUFFLES["shuffle"].check(parts)
+    del parts
     site.clean()
