@@ -46,6 +46,8 @@ PHASES = ["first-transfer", "transfers", "unanswered", "barrier", "first-unpack"
 VICTIMS = ["self", "peer", "both"]
 #: Transport, and bytes that a worker may hold (None: all in memory).
 PLACES = list(itertools.product(["auto", "dask"], [None, "6 MiB"]))
+#: The very same objects wherever they are meant: then pytest keeps the cluster.
+IN_MEMORY, ON_DISK = PLACES[0], PLACES[-1]
 
 WORKERS = 3
 DEADLINE_S = 60
@@ -386,12 +388,12 @@ def name_of(value: Any) -> str | None:
 
 
 REPRESENTATIVE = [
-    (("auto", None), "merge", "transfers", "self"),
-    (("auto", None), "shuffle", "unanswered", "peer"),
-    (("auto", None), "rechunk", "first-transfer", "both"),
-    (("dask", "6 MiB"), "merge", "unpacks", "peer"),
-    (("dask", "6 MiB"), "shuffle", "barrier", "both"),
-    (("dask", "6 MiB"), "rechunk", "transfers", "peer"),
+    (IN_MEMORY, "merge", "transfers", "self"),
+    (IN_MEMORY, "shuffle", "unanswered", "peer"),
+    (IN_MEMORY, "rechunk", "first-transfer", "both"),
+    (ON_DISK, "merge", "unpacks", "peer"),
+    (ON_DISK, "shuffle", "barrier", "both"),
+    (ON_DISK, "rechunk", "transfers", "peer"),
 ]
 
 
@@ -422,7 +424,7 @@ def strand_first_barrier(dask_scheduler: Any) -> None:
     dask_scheduler.handlers["shuffle_barrier"] = barrier
 
 
-@pytest.mark.parametrize("site", [("dask", "6 MiB")], ids=name_of, indirect=True)
+@pytest.mark.parametrize("site", [ON_DISK], ids=name_of, indirect=True)
 def test_a_barrier_ends_with_its_run(site: Site) -> None:
     site.whole()
     site.client.run_on_scheduler(strand_first_barrier)
@@ -430,7 +432,7 @@ def test_a_barrier_ends_with_its_run(site: Site) -> None:
     site.clean()
 
 
-@pytest.mark.parametrize("site", [("dask", "6 MiB")], ids=name_of, indirect=True)
+@pytest.mark.parametrize("site", [ON_DISK], ids=name_of, indirect=True)
 def test_a_receiver_stands_still_for_a_while(site: Site, tmp_path: pathlib.Path) -> None:
     pids = site.whole()
     trap = Trap(tmp_path, "peer", pids, signal.SIGSTOP)
@@ -441,7 +443,7 @@ def test_a_receiver_stands_still_for_a_while(site: Site, tmp_path: pathlib.Path)
         while not (tmp_path / "victims").exists() and time.monotonic() < deadline_s:
             time.sleep(0.01)
         # For the others to find that it takes nothing.
-        time.sleep(3)
+        time.sleep(2)
         for pid in trap.victims():
             os.kill(pid, signal.SIGCONT)
 
@@ -467,7 +469,7 @@ def fill_disk(writes: int | None, dask_worker: Any) -> None:
     def empty() -> None:
         os.writev = stock
 
-    os.writev = writev  # type: ignore[assignment]
+    os.writev = writev
     dask_worker.empty_disk = empty
 
 
@@ -477,7 +479,7 @@ def failed_writes(dask_worker: Any) -> int:
 
 
 @pytest.mark.parametrize("writes", [3, None], ids=["for-a-while", "for-good"])
-@pytest.mark.parametrize("site", [("dask", "6 MiB")], ids=name_of, indirect=True)
+@pytest.mark.parametrize("site", [ON_DISK], ids=name_of, indirect=True)
 def test_a_disk_is_full(site: Site, writes: int | None) -> None:
     site.whole()
     site.client.run(fill_disk, writes)
