@@ -536,8 +536,9 @@ class ShuffleModel(RuleBasedStateMachine):
         assert self.unpacking
         assert all(task.exception() is None for task in [*self.adding, *self.flushing])
         for output in range(OUTPUTS):
-            self.unpack(output, 1)
+            self.unpack(output, 2)
         self.books_are_right()
+        assert not any(endpoint.run._credits for endpoint in self.endpoints.values()), "every credit was used"
         self.do(self.close_all())
 
     async def deliver_all(self) -> None:
