@@ -13,7 +13,8 @@ roots go decides where everything after them goes, since later tasks stay with t
 1. Roots that **meet** form a family: the first task, in order of priority, that takes results of several others
    and is reached from a root through tasks with one input each, is the meeting of that root. The siblings under a
    first reduction meet there, and so do the blocks of two collections that are added. An input that very many tasks
-   take (a broadcast) makes no meeting, as it has to go everywhere.
+   take (a broadcast) makes no meeting, as it has to go everywhere; and neither does a task that takes several results of
+   one and the same block (a filter by two of its columns): that is a link of the block's chain.
 2. A meeting that gathers most of a collection (the barrier of a shuffle, the last step of a reduction) is no reason to
    put anything anywhere: those roots are not planned. One that gathers more than a fair share of a collection is
    cut into pieces. So are families as such: dealing *small* families in order of priority keeps few reductions open
@@ -21,6 +22,9 @@ roots go decides where everything after them goes, since later tasks stay with t
 3. A meeting that also takes results that are in memory already draws its family to the worker that holds
    most of them. All other families are dealt in order of priority to the worker with the least so far for its
    threads, a few in a row where their meetings meet soon in turn, so that the next level of a reduction is local, too.
+   Each collection is dealt by itself: blocks of one collection cost much the same, and those of two may differ a
+   hundredfold, so three blocks of a large table on one worker are not made up for by three of a small one on the other.
+   Only who begins with a collection is decided over all of them, by the seconds that the roots dealt so far will take.
 4. Roots that meet nobody in the graph at hand (a collection that is persisted) are dealt by **position**: the i-th of
    n blocks goes to the worker that holds the fraction i / n of the cluster's threads. Collections of the same shape,
    persisted at different times, lie alike, and a later ``x + y`` moves nothing. A square grid is walked so that the
@@ -33,9 +37,10 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import accumulate
+from math import inf
 from typing import Any
 
 from dask_gpurt.plugins.view import Node, Share
@@ -94,6 +99,9 @@ def meetings(
     Key to the meeting, and key to the last task of the chain for those that have no meeting. Of a task that is a meeting
     itself, the meeting is the next one on the way.
     """
+    # Key of each link of a chain to the key of the chain's first task; what is in no chain is its own origin.
+    origins: dict[Any, Any] = {}
+    origin_of = origins.get
     joins: dict[Any, bool] = {}
 
     def is_join(node: Node) -> bool:
@@ -103,15 +111,39 @@ def meetings(
         key = node.key
         known = joins.get(key)
         if known is None:
-            narrow = sum(1 for dep in inputs if len(dep.dependents) <= wide)
-            # One narrow input beside broadcasts is a chain; where all are wide (a product), they do meet here.
-            known = joins[key] = narrow != 1 and key not in roots
+            known = joins[key] = key not in roots and comes_of_several(key, inputs)
         return known
 
+    def comes_of_several(key: Any, inputs: Iterable[Node]) -> bool:
+        # One narrow input beside broadcasts is a chain; where all are wide (a product), they do meet here.
+        for most in (wide, inf):
+            origin = None
+            for dep in inputs:
+                if len(dep.dependents) <= most:
+                    dep_origin = origin_of(dep.key, dep.key)
+                    if origin is None:
+                        origin = dep_origin
+                    elif dep_origin != origin:
+                        return True
+            if origin is not None:
+                origins[key] = origin
+                break
+        return False
+
+    # A task runs after its inputs, so its priority is the larger number: in this order inputs come first.
+    ordered = sorted(nodes, key=_priority)
+    for node in ordered:
+        inputs = node.dependencies
+        if len(inputs) == 1:
+            key = node.key
+            if key not in roots:
+                (dep,) = inputs
+                origins[key] = origin_of(dep.key, dep.key)
+        elif inputs:
+            is_join(node)
     meets: dict[Any, Node] = {}
     ends: dict[Any, Node] = {}
-    # A task runs after its inputs, so its priority is the larger number: in this order dependents come first.
-    for node in sorted(nodes, key=_priority, reverse=True):
+    for node in reversed(ordered):
         key = node.key
         meeting: Node | None = None
         end: Node | None = None
@@ -136,6 +168,7 @@ def by_meeting(
     meets: Mapping[Any, Node],
     shares: Sequence[Share],
     holder_of: Callable[[Node], Hashable | None],
+    duration_of: Callable[[Node], float] = lambda _: 0.0,
     *,
     max_family: int = MAX_FAMILY,
 ) -> list[Family]:
@@ -151,6 +184,8 @@ def by_meeting(
         The workers.
     holder_of
         The worker that holds most of what a meeting takes and that is in memory already; None if there is none.
+    duration_of
+        Expected duration of a root, in seconds; 0 if it is not known. One root of each collection is asked for.
     max_family
         Members of a family at most.
 
@@ -168,33 +203,39 @@ def by_meeting(
             order.append(meeting)
         else:
             members.append(root.key)
-    totals = Counter(_collection(root.key) for root in roots)
-    fair = max(1, -(-len(roots) // max(len(shares), 1)))
-    position_of = {share.worker: position for position, share in enumerate(shares)}
+    totals = Counter(map(_collection, (root.key for root in roots)))
+    # By collection, and not for all roots together: a table of four partitions is shared by two workers, however many
+    # other tables the graph reads.
+    fair_of = {collection: -(-total // max(len(shares), 1)) for collection, total in totals.items()}
+    costs = _costs(roots, duration_of)
+    dealer = _Dealer(shares)
     families: list[Family] = []
-    undealt: list[tuple[list[Family], Node]] = []
-    load = [0.0] * len(shares)
+    undealt: list[_Group] = []
     for meeting in order:
         members = groups[meeting.key]
-        counts = Counter(map(_collection, members))
-        # By collection, and not for all roots together: a table of four partitions is shared by two workers, however
-        # many other tables the graph reads.
-        fair_of = {collection: -(-totals[collection] // max(len(shares), 1)) for collection in counts}
+        counts = _count(members)
         if any(count > max(fair_of[name], totals[name] // 2) for name, count in counts.items()):
             continue
-        size = min(sum(fair_of.values()), max_family)
+        size = min(sum(map(fair_of.__getitem__, counts)), max_family)
         home = holder_of(meeting)
-        position = position_of.get(home) if home is not None else None
-        pieces = [
-            Family(members[start : start + size], None if position is None else home)
-            for start in range(0, len(members), size)
-        ]
-        families.extend(pieces)
-        if position is None:
-            undealt.extend(([piece], meeting) for piece in pieces)
-        else:
-            load[position] += len(members) / shares[position].nthreads
-    _deal(_neighbourhoods(undealt, meets, min(fair, NEIGHBOURHOOD)), shares, load)
+        if home is not None and not dealer.place(home, counts, costs):
+            home = None
+        for start in range(0, len(members), size):
+            whole = len(members) <= size
+            family = Family(members if whole else members[start : start + size], home)
+            families.append(family)
+            if home is None:
+                undealt.append(_Group(family, meeting, counts if whole else _count(family.keys), costs))
+    fair = max(1, -(-len(roots) // max(len(shares), 1)))
+    by_collection: defaultdict[Any, list[_Group]] = defaultdict(list)
+    for group in _neighbourhoods(undealt, meets, fair_of, min(fair, NEIGHBOURHOOD)):
+        # A group of several collections is dealt as a part of the largest of them; of equals, the last by name, so that
+        # all such groups agree.
+        counts = group.counts
+        most = next(iter(counts)) if len(counts) == 1 else max(counts, key=lambda name: (totals[name], str(name)))
+        by_collection[most].append(group)
+    for collection, parts in by_collection.items():
+        dealer.deal(collection, parts)
     return families
 
 
@@ -264,48 +305,162 @@ def _priority(node: Node) -> Any:
     return node.priority
 
 
+def _count(keys: Iterable[Any]) -> dict[Any, int]:
+    """Count roots by collection."""
+    counts: dict[Any, int] = {}
+    for key in keys:
+        collection = _collection(key)
+        counts[collection] = counts.get(collection, 0) + 1
+    return counts
+
+
+def _cost(counts: Mapping[Any, int], costs: Mapping[Any, float]) -> float:
+    return sum(count * costs[collection] for collection, count in counts.items())
+
+
+def _costs(roots: Sequence[Node], duration_of: Callable[[Node], float]) -> dict[Any, float]:
+    """Tell what a root of each collection costs: its duration, or that of a typical root where it is not known."""
+    costs: dict[Any, float] = {}
+    for root in roots:
+        collection = _collection(root.key)
+        if collection not in costs:
+            costs[collection] = duration_of(root)
+    known = [cost for cost in costs.values() if cost > 0]
+    typical = sum(known) / len(known) if known else 1.0
+    return {collection: cost if cost > 0 else typical for collection, cost in costs.items()}
+
+
+class _Group:
+    """Families that are dealt to one worker in a row.
+
+    Attributes
+    ----------
+    parts
+        The families, each with its cost.
+    meeting
+        Where they meet.
+    counts
+        Members by collection.
+    size
+        Members.
+    """
+
+    __slots__ = ("counts", "meeting", "parts", "size")
+
+    def __init__(self, family: Family, meeting: Node, counts: dict[Any, int], costs: Mapping[Any, float]) -> None:
+        self.parts = [(family, _cost(counts, costs))]
+        self.meeting = meeting
+        self.counts = counts
+        self.size = len(family.keys)
+
+    def absorb(self, other: _Group, fair_of: Mapping[Any, int], limit: int) -> bool:
+        """Take over another group; False if there are too many members then, in all or of one collection."""
+        if self.size + other.size > limit:
+            return False
+        counts = self.counts
+        if any(counts.get(name, 0) + count > fair_of[name] for name, count in other.counts.items()):
+            return False
+        for name, count in other.counts.items():
+            counts[name] = counts.get(name, 0) + count
+        self.parts += other.parts
+        self.size += other.size
+        return True
+
+
 def _neighbourhoods(
-    families: Sequence[tuple[list[Family], Node]], meets: Mapping[Any, Node], limit: int
-) -> list[list[Family]]:
-    """Put families together whose meetings meet in turn, as long as they have no more than ``limit`` members."""
-    groups = list(families)
+    groups: list[_Group], meets: Mapping[Any, Node], fair_of: Mapping[Any, int], limit: int
+) -> list[_Group]:
+    """Put groups together whose meetings meet in turn.
+
+    A group has no more than ``limit`` members then, and no more than a fair share of any collection.
+    """
     for _ in range(LEVELS):
-        wider: list[tuple[list[Family], Node]] = []
-        # Meeting to the group there that is still open, and its members.
-        open_groups: dict[Any, tuple[list[Family], int]] = {}
-        for group, meeting in groups:
-            size = sum(len(family.keys) for family in group)
-            following = meets.get(meeting.key, meeting)
-            known, held = open_groups.get(following.key, (group, 0))
-            if held and held + size <= limit:
-                known.extend(group)
-                open_groups[following.key] = known, held + size
-            else:
-                wider.append((group, following))
-                open_groups[following.key] = group, size
+        wider: list[_Group] = []
+        # Meeting to the group there that is still open.
+        open_groups: dict[Any, _Group] = {}
+        for group in groups:
+            following = meets.get(group.meeting.key, group.meeting)
+            known = open_groups.get(following.key)
+            if known is None or not known.absorb(group, fair_of, limit):
+                wider.append(group)
+                open_groups[following.key] = group
+                group.meeting = following
         if len(wider) == len(groups):
             break
         groups = wider
-    return [group for group, _ in groups]
+    return groups
 
 
-def _deal(groups: Sequence[Sequence[Family]], shares: Sequence[Share], load: Sequence[float]) -> None:
-    """Give each group, in turn, to the worker with the least load for its threads, or as much of it as is fair."""
-    members = sum(len(family.keys) for group in groups for family in group)
-    nthreads = sum(share.nthreads for share in shares)
-    assigned = sum(load[position] * share.nthreads for position, share in enumerate(shares))
-    fair = (members + assigned) / nthreads
-    heap = [(load[position], position) for position in range(len(shares))]
-    heapq.heapify(heap)
-    for group in groups:
-        loaded, position = heapq.heappop(heap)
-        for family in group:
-            # The nearest to fair that whole families allow.
-            if loaded + len(family.keys) / shares[position].nthreads / 2 > fair:
-                loaded, position = heapq.heappushpop(heap, (loaded, position))
-            family.home = shares[position].worker
-            loaded += len(family.keys) / shares[position].nthreads
-        heapq.heappush(heap, (loaded, position))
+class _Dealer:
+    """Deal collections, one after the other.
+
+    Parameters
+    ----------
+    shares
+        The workers.
+    """
+
+    def __init__(self, shares: Sequence[Share]) -> None:
+        self._shares = shares
+        self._positions = {share.worker: position for position, share in enumerate(shares)}
+        #: Cost of all that was dealt to a worker, for each of its threads.
+        self._loads = [0.0] * len(shares)
+        #: The loads as a heap, with positions; an entry that has become too small is corrected when it is met.
+        self._by_load = [(0.0, position) for position in range(len(shares))]
+        #: Collection to position to the members that are there for a reason of their own.
+        self._placed: defaultdict[Any, Counter[int]] = defaultdict(Counter)
+
+    def place(self, worker: Hashable, counts: Mapping[Any, int], costs: Mapping[Any, float]) -> bool:
+        """Count members that ``worker`` gets whatever its load; False if there is no such worker."""
+        position = self._positions.get(worker)
+        if position is None:
+            return False
+        for collection, count in counts.items():
+            self._placed[collection][position] += count
+        self._loads[position] += _cost(counts, costs) / self._shares[position].nthreads
+        return True
+
+    def deal(self, collection: Any, groups: Sequence[_Group]) -> None:
+        """Give each group, in turn, to the worker with the least of the collection, or as much of it as is fair.
+
+        Of workers with as much of the collection, the one with the least of all collections comes first.
+        """
+        shares, loads = self._shares, self._loads
+        placed = self._placed.get(collection) or Counter()
+        members = sum(group.size for group in groups) + placed.total()
+        fair = members / sum(share.nthreads for share in shares)
+        # No more workers than can get something, so that many small collections on a large cluster take no longer.
+        nparts = sum(len(group.parts) for group in groups)
+        positions = self._least_loaded(min(len(shares), nparts + len(placed)))
+        heap = [(placed[position] / shares[position].nthreads, rank) for rank, position in enumerate(positions)]
+        heapq.heapify(heap)
+        for group in groups:
+            dealt, rank = heapq.heappop(heap)
+            nthreads = shares[positions[rank]].nthreads
+            for family, cost in group.parts:
+                # The nearest to fair that whole families allow.
+                if dealt + len(family.keys) / nthreads / 2 > fair:
+                    dealt, rank = heapq.heappushpop(heap, (dealt, rank))
+                    nthreads = shares[positions[rank]].nthreads
+                position = positions[rank]
+                family.home = shares[position].worker
+                dealt += len(family.keys) / nthreads
+                loads[position] += cost / nthreads
+            heapq.heappush(heap, (dealt, rank))
+        for position in positions:
+            heapq.heappush(self._by_load, (loads[position], position))
+
+    def _least_loaded(self, number: int) -> list[int]:
+        """Take the positions of the least loaded workers from the heap, least first."""
+        heap, loads = self._by_load, self._loads
+        positions: list[int] = []
+        while len(positions) < number:
+            load, position = heapq.heappop(heap)
+            if load < loads[position]:
+                heapq.heappush(heap, (loads[position], position))
+            else:
+                positions.append(position)
+        return positions
 
 
 def _is_square(blocks: Sequence[tuple[Any, tuple[int, ...]]]) -> bool:

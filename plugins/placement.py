@@ -289,7 +289,7 @@ class Placement:
         meeting = [ts for key, ts in roots.items() if key in meets]
         if meeting:
             meeting.sort(key=_priority)
-            yield from families.by_meeting(meeting, meets, shares, self._holder_of)
+            yield from families.by_meeting(meeting, meets, shares, self._holder_of, _expected_s)
         collections: defaultdict[str, list[tuple[Any, tuple[int, ...]]]] = defaultdict(list)
         for key in roots:
             if key not in meets:
@@ -622,6 +622,10 @@ def _is_unusual(ts: TaskState) -> Collection[Any] | bool | None:
 
 def _priority(ts: TaskState) -> Any:
     return ts.priority
+
+
+def _expected_s(ts: Any) -> float:
+    return _duration_s(ts.prefix)
 
 
 def _load(ws: WorkerState) -> float:

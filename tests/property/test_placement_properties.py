@@ -59,6 +59,34 @@ def test_every_root_gets_one_home_or_an_end(nodes: list[Node], shares: list[Shar
         assert len({meets[key].key for key in family.keys}) == 1
 
 
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.floats(0, 100)), min_size=1, max_size=6),
+    st.integers(1, 5),
+    st.integers(1, 3),
+)
+def test_no_collection_piles_up(collections: list[tuple[int, float]], nworkers: int, nthreads: int) -> None:
+    roots: list[Node] = []
+    meets: dict[Any, Any] = {}
+    barriers: dict[Any, Any] = {}
+    for number, (count, _) in enumerate(collections):
+        barrier = Node(1_000_000 + number)
+        for i in range(count):
+            root, meeting = Node(1_000 * number + i), Node(10_000 + 1_000 * number + i)
+            root.key = (f"table{number}", i)  # type: ignore[assignment]
+            roots.append(root)
+            meets[root.key] = meeting
+            barriers[meeting.key] = barrier
+    shares = [Share(f"w{i}", nthreads) for i in range(nworkers)]
+    dealt = families.by_meeting(
+        roots, meets | barriers, shares, lambda _: None, lambda root: collections[int(root.key[0][5:])][1]
+    )
+    homes = {key: family.home for family in dealt for key in family.keys}
+    assert homes.keys() == {root.key for root in roots}
+    for number, (count, _) in enumerate(collections):
+        of_workers = Counter(home for key, home in homes.items() if key[0] == f"table{number}")
+        assert max(of_workers.values()) <= -(-count // nworkers)
+
+
 @given(st.sets(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1), SHARES)
 def test_positions_are_dealt_in_proportion(indices: set[tuple[int, int]], shares: list[Share]) -> None:
     dealt = families.by_position([(index, index) for index in indices], shares)

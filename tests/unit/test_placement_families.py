@@ -98,6 +98,34 @@ def test_a_broadcast_is_no_meeting() -> None:
     assert ends["x", 2] == ("centred", 2)
 
 
+def filtered(graph: Graph, table: str, count: int) -> list[Any]:
+    """Read the partitions of a table, and keep the rows that two of its columns let pass."""
+    kept = []
+    for i in range(count):
+        graph.add((table, i))
+        graph.add(("from-" + table, i), (table, i))
+        graph.add(("until-" + table, i), (table, i))
+        graph.add(("and-" + table, i), ("from-" + table, i), ("until-" + table, i))
+        kept.append(graph.add(("rows-" + table, i), (table, i), ("and-" + table, i)).key)
+    return kept
+
+
+def test_a_block_does_not_meet_itself() -> None:
+    graph = Graph()
+    kept = filtered(graph, "lineitem", 4)
+    graph.add("first", *kept[:2])
+    meets, ends = graph.meetings()
+    assert meets["lineitem", 0] == meets["lineitem", 1] == "first"
+    assert ends["lineitem", 3] == ("rows-lineitem", 3)
+    # Nor does what comes of a meeting.
+    graph.add("low", "first")
+    graph.add("high", "first")
+    graph.add("range", "low", "high")
+    graph.add("all", "range", *kept[2:])
+    meets, _ = graph.meetings()
+    assert meets["first"] == meets["lineitem", 2] == "all"
+
+
 def test_inputs_that_are_all_wide_do_meet() -> None:
     graph = Graph()
     for i in range(3):
@@ -167,6 +195,68 @@ def test_the_share_of_a_meeting_is_fair_to_each_collection() -> None:
     for name in ("small", "large"):
         homes = [family.home for family in dealt for key in family.keys if key[0] == name]
         assert set(homes) == {"a", "b"}
+
+
+#: Partitions of the tables of TPC-H query 10 at scale factor 1, the first two of which take nearly all of the time.
+TABLES = {"lineitem": 3, "orders": 3, "customer": 2, "nation": 1}
+
+
+def joined(tables: dict[str, int]) -> tuple[Graph, dict[Any, Node]]:
+    """Read tables, and join each partition with something that is there already; all go into shuffles then."""
+    graph = Graph()
+    roots: dict[Any, Node] = {}
+    for table, count in tables.items():
+        kept = filtered(graph, table, count)
+        roots |= {key: node for key, node in graph.roots.items() if key[0] == table}
+        parts = [
+            graph.add(("join-" + table, i), rows, graph.add(("held-" + table, i)).key) for i, rows in enumerate(kept)
+        ]
+        graph.add("barrier-" + table, *(part.key for part in parts))
+    return graph, roots
+
+
+def counted(tables: dict[str, int], shares: list[Share], **kwargs: Any) -> dict[str, list[int]]:
+    graph, roots = joined(tables)
+    meets, _ = families.meetings(graph.nodes.values(), roots)
+    assert {meets[key].key for key in roots} == {("join-" + table, i) for table, i in roots}
+    dealt = families.by_meeting(list(roots.values()), meets, shares, lambda _: None, **kwargs)
+    home_of = homes(dealt)
+    assert home_of.keys() == roots.keys()
+    return {
+        table: [sum(home == share.worker for key, home in home_of.items() if key[0] == table) for share in shares]
+        for table in tables
+    }
+
+
+def test_filtered_tables_that_are_shuffled_are_left_to_dask() -> None:
+    graph = Graph()
+    for table in ("lineitem", "orders", "customer"):
+        graph.add("barrier-" + table, *filtered(graph, table, TABLES[table]))
+    assert graph.deal([Share("a", 1), Share("b", 1)]) == []
+
+
+def test_each_table_is_spread_over_the_workers() -> None:
+    counts = counted(TABLES, [Share("a", 1), Share("b", 1)])
+    assert sorted(counts["lineitem"]) == sorted(counts["orders"]) == [1, 2]
+    assert counts["customer"] == [1, 1]
+    # Who has more of one has less of the other.
+    assert [sum(worker) for worker in zip(counts["lineitem"], counts["orders"], strict=True)] == [3, 3]
+
+
+def test_who_begins_with_a_table_is_who_has_the_fewest_seconds() -> None:
+    seconds = {"lineitem": 10.0, "orders": 1.0, "customer": 1.0, "nation": 0.0}
+    shares = [Share("a", 1), Share("b", 1)]
+    counts = counted(TABLES, shares, duration_of=lambda node: seconds[node.key[0]])
+    more, less = sorted(range(2), key=lambda worker: counts["lineitem"][worker], reverse=True)
+    assert [counts["orders"][worker] for worker in (more, less)] == [1, 2]
+    # With nothing known, each had four so far.
+    assert [counts["nation"][worker] for worker in (more, less)] == [0, 1]
+
+
+def test_small_tables_are_spread_over_a_large_cluster() -> None:
+    shares = [Share(f"w{i}", 1) for i in range(100)]
+    counts = counted({f"table{i}": 2 for i in range(50)}, shares)
+    assert {sum(worker) for worker in zip(*counts.values(), strict=True)} == {1}
 
 
 def test_delayed_calls_are_one_collection() -> None:
