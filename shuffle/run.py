@@ -63,6 +63,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+#: States of a task that has, or had, its result. It stays known as released as long as what was made of it is here.
+_DONE = (None, "memory", "released", "forgotten")
+
 #: How often one run asks for its restart before it is an error. Once is enough where the scheduler can do it.
 MAX_RESTARTS = 3
 
@@ -443,7 +446,7 @@ class Run(ShuffleRun[Any, Any]):
     async def _hand_out(self, partition_id: Any, key: Key) -> list[Buffer]:
         self.raise_if_closed()
         for partition, (task, _) in list(self._handed.items()):
-            if partition != partition_id and seams.worker_task_state(self._worker, task) in (None, "memory"):
+            if partition != partition_id and seams.worker_task_state(self._worker, task) in _DONE:
                 del self._handed[partition]
                 self._gone.add(partition)
         if partition_id in self._handed:

@@ -54,7 +54,7 @@ _IDLE = ".idle"
 _IOV_MAX = 1024
 
 #: Smaller files are removed at once.
-IDLE_FILE_NBYTES_MIN = 2**20
+IDLE_FILE_NBYTES_MIN = 2**17
 #: An idle file may be larger than what is written to it by this factor. It is cut off then.
 _FIT = 2.0
 #: Bytes of idle files that one decay removes at most, for it keeps a thread busy.
