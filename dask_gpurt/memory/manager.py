@@ -69,8 +69,9 @@ _ALIVE = ("init", "running", "paused", "closing_gracefully")
 LOSSES_MAX = 3
 
 _DECAY = "gpurt-memory-decay"
-#: Memory and files that wait for their next use go after one to two times so long.
-DECAY_INTERVAL_S = 5.0
+#: Memory and files that wait for their next use go after one to two times so long. Enough for the next step of a job, or
+#: for somebody to look at a result and go on.
+DECAY_INTERVAL_S = 60.0
 #: Slabs that may wait for their next use: part of the HOST limit, and bytes at most. They are memory that no key
 #: accounts for; where memory gets short, and when they have waited for some seconds, they go back to the system.
 IDLE_FRACTION = 1 / 4
