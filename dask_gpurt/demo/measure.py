@@ -2,7 +2,7 @@
 
 Covers: one instrument, :class:`Meter`, that is put on every worker of either side, and :func:`measure`, which reads it
 around a workload.
-Does not cover: traffic that does not go through Dask's comms; memory of a device.
+Does not cover: traffic by other means than Dask's comms and the shuffle's UCX; memory of a device.
 See also: :mod:`dask_gpurt.demo.runner`, which alternates the sides.
 
 Theory of operation
@@ -12,7 +12,8 @@ pair (own endpoint, endpoint of the peer). Only the side that opened a connectio
 end; the side that accepted it sees an ephemeral port. The connections of all workers together tell whose port that
 is: :func:`traffic` joins them, and what is left (scheduler, client, nanny) is not counted. Both directions are summed.
 What a worker sends to itself over a socket, as stock's p2p shuffle does, is kept apart: it costs time, but crosses no
-link. Bytes are those on the wire, after compression if there is any.
+link. Bytes are those on the wire, after compression if there is any. What the shuffle sends by UCX, always to another
+worker, is added: the meter wraps that transport's ``send`` too.
 
 *Bytes written.* The ``wchar`` counter of ``/proc/self/io``: bytes handed to ``write`` and its kin. Sockets use
 ``send``, which is not part of it, so for a workload that writes no files itself these are the bytes spilled. Unlike
@@ -32,13 +33,14 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from distributed import Client, Worker, WorkerPlugin
 
 from dask_gpurt import seams
+from dask_gpurt.shuffle.transport.ucx import UCXTransport
 
 __all__ = ["Meter", "Reading", "Usage", "measure", "traffic"]
 
@@ -54,6 +56,8 @@ class Reading:
     pid: int
     #: Connection -> bytes sent on it since the meter was installed.
     sent_nbytes: Mapping[Connection, int]
+    #: Bytes sent to other workers by the shuffle's UCX since the meter was installed.
+    ucx_nbytes: int
     #: Bytes handed to ``write`` since the process started.
     written_nbytes: int
     #: Processor time of the process.
@@ -90,17 +94,30 @@ class Meter(WorkerPlugin):
     name = "gpurt-meter"
 
     def setup(self, worker: Worker) -> None:  # noqa: ARG002
-        """Wrap the comms' ``write``."""
+        """Wrap what sends."""
         self._sent_nbytes: dict[Connection, int] = {}
-        self._originals: list[tuple[Any, Any]] = []
+        self._ucx_nbytes = 0
+        self._originals: list[tuple[Any, str, Any]] = []
         for cls in seams.comm_classes():
-            self._originals.append((cls, cls.write))
-            cls.write = _counting(cls.write, self._sent_nbytes)
+            self._replace(cls, "write", _counting(cls.write, self._sent_nbytes))
+        self._replace(UCXTransport, "send", self._counting_ucx(UCXTransport.send))
+
+    def _replace(self, cls: Any, name: str, function: Any) -> None:
+        self._originals.append((cls, name, getattr(cls, name)))
+        setattr(cls, name, function)
+
+    def _counting_ucx(self, send: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(send)
+        async def counting(transport: Any, peer: bytes, tag: int, buffers: Sequence[Any]) -> None:
+            await send(transport, peer, tag, buffers)
+            self._ucx_nbytes += sum(buffer.nbytes for buffer in buffers)
+
+        return counting
 
     def teardown(self, worker: Worker) -> None:  # noqa: ARG002
-        """Put the comms' ``write`` back."""
-        for cls, write in self._originals:
-            cls.write = write
+        """Put all back as it was."""
+        for cls, name, function in self._originals:
+            setattr(cls, name, function)
 
     def read(self) -> Reading:
         """Read all counters of this process."""
@@ -108,6 +125,7 @@ class Meter(WorkerPlugin):
         return Reading(
             pid=os.getpid(),
             sent_nbytes=dict(self._sent_nbytes),
+            ucx_nbytes=self._ucx_nbytes,
             written_nbytes=_proc_number("/proc/self/io", "wchar") or 0,
             cpu_s=times.user + times.system,
             peak_nbytes=_peak_nbytes(),
@@ -189,15 +207,18 @@ def _subtract(usage: Usage, before: Mapping[str, Reading], after: Mapping[str, R
     usage.lost_workers = len(before) - len(stayed)
     sent = {}
     peaks = []
+    ucx_nbytes = 0
     for address in stayed:
         start, end = before[address], after[address]
         sent[address] = {
             connection: nbytes - start.sent_nbytes.get(connection, 0) for connection, nbytes in end.sent_nbytes.items()
         }
         usage.written_nbytes += end.written_nbytes - start.written_nbytes
+        ucx_nbytes += end.ucx_nbytes - start.ucx_nbytes
         usage.cpu_s += end.cpu_s - start.cpu_s
         peaks.append(end.peak_nbytes)
-    usage.moved_nbytes, usage.looped_nbytes = traffic(sent)
+    moved_nbytes, usage.looped_nbytes = traffic(sent)
+    usage.moved_nbytes = moved_nbytes + ucx_nbytes
     known = [peak for peak in peaks if peak is not None]
     usage.peak_nbytes = sum(known) if known and len(known) == len(peaks) else None
 

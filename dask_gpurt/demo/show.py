@@ -44,12 +44,15 @@ def format_ratio(ratio: float | None) -> str:
 
     Examples
     --------
-    >>> format_ratio(1.534), format_ratio(float("inf")), format_ratio(None)
-    ('1.53', '∞', '-')
+    >>> format_ratio(1.534), format_ratio(5e5), format_ratio(float("inf")), format_ratio(None)
+    ('1.53', '> 1000', '∞', '-')
     """
     if ratio is None:
         return "-"
-    return "∞" if math.isinf(ratio) else f"{ratio:.2f}"
+    if math.isinf(ratio):
+        return "∞"
+    # What is left of the second side then is no workload's, but a runtime's small change.
+    return "> 1000" if ratio > 1000 else f"{ratio:.2f}"
 
 
 def make_table(comparisons: Sequence[Comparison]) -> Table:

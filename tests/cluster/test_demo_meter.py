@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import dask
+import dask.dataframe as dd
 import numpy as np
+import pandas as pd
 import pytest
 from distributed import Client, LocalCluster, wait
 
+import dask_gpurt
 from dask_gpurt.demo.measure import measure
 
 NBYTES = 32_000_000
@@ -57,6 +61,23 @@ def test_a_transfer_is_counted_once(client: Any) -> None:
     with measure(client) as usage:
         assert client.submit(size, array, workers=[b], pure=False).result() == NBYTES
     assert usage.moved_nbytes < NBYTES / 100
+
+
+@pytest.mark.parametrize("transport", ["auto", "dask"])
+def test_a_shuffle_is_counted_once_by_either_path(client: Any, transport: str) -> None:
+    # The index travels too: three numbers a row.
+    frame = pd.DataFrame({"key": np.arange(NBYTES // 24), "value": 1.0})
+    shuffled = dd.from_pandas(frame, npartitions=8).persist()
+    wait(shuffled)
+    with dask.config.set({"gpurt.shuffle.transport": transport}):
+        dask_gpurt.install(client, placement=False, memory=False)
+    try:
+        with measure(client) as usage:
+            wait(shuffled.shuffle("key", shuffle_method="p2p").persist())
+    finally:
+        dask_gpurt.uninstall(client)
+    # About half of the rows change places; the rest of a run's messages is small.
+    assert 0.4 * NBYTES < usage.moved_nbytes < 0.6 * NBYTES
 
 
 def test_what_a_client_gathers_is_not_counted(client: Any) -> None:

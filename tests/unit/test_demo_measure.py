@@ -7,6 +7,7 @@ from typing import Any
 
 from dask_gpurt import seams
 from dask_gpurt.demo.measure import Meter, traffic
+from dask_gpurt.shuffle.transport.ucx import UCXTransport
 
 
 def test_both_directions_are_joined() -> None:
@@ -52,3 +53,18 @@ def test_removing_the_meter_puts_the_comms_back(monkeypatch: Any) -> Any:
     assert meter.read().sent_nbytes == {("here", "there"): 5}
     meter.teardown(None)
     assert _Comm.write is original
+
+
+def test_removing_the_meter_puts_the_transport_back(monkeypatch: Any) -> None:
+    async def send(_self: Any, _peer: Any, _tag: Any, _buffers: Any) -> None:
+        pass
+
+    monkeypatch.setattr(seams, "comm_classes", lambda: ())
+    monkeypatch.setattr(UCXTransport, "send", send)
+    meter: Any = Meter()
+    meter.setup(None)
+    transport: Any = object()
+    asyncio.run(UCXTransport.send(transport, b"", 1, [memoryview(b"abc"), memoryview(b"de")]))
+    assert meter.read().ucx_nbytes == 5
+    meter.teardown(None)
+    assert UCXTransport.send is send
