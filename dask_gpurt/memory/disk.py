@@ -3,8 +3,12 @@
 Theory of operation
 -------------------
 A :class:`SpillFolder` is a folder of one process (mode 0700), with one file a copy (mode 0600). A file holds the frames
-of a copy one after the other, nothing else; their lengths and checksums (xxh3, 64 bits) stay in memory with the
-:class:`DiskCopy`, so that a file which was damaged, cut off, or exchanged cannot vouch for itself.
+of a copy, as :mod:`dask_gpurt.memory.files` lays them out; their lengths and checksums (xxh3, 64 bits) stay in memory with
+the :class:`DiskCopy`, so that a file which was damaged, cut off, or exchanged cannot vouch for itself.
+
+Files of :data:`DIRECT_NBYTES_MIN` and more go past the page cache, where the file system lets them, and while the disk
+takes :data:`DIRECT_RATE_MIN`. A slower one is better off with a cache before it, as far as there is memory for that: one file
+in :data:`DIRECT_PROBE` then finds out whether it is still slow.
 
 Beside the folder lies a lock file, held locked (flock) as long as the process lives. A folder whose lock can be taken
 belonged to a process that is dead: it is removed when the next folder is made beside it. The lock is created and taken
@@ -17,7 +21,7 @@ folder larger than it was before.
 
 Covers: files, checksums, errors, left-overs.
 Does not cover: what the frames mean (:mod:`dask_gpurt.memory.codec`); which thread does it
-(:mod:`dask_gpurt.memory.mover`); O_DIRECT.
+(:mod:`dask_gpurt.memory.mover`).
 
 Every method blocks. They may be called from several threads.
 """
@@ -26,12 +30,14 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import errno
 import fcntl
 import itertools
 import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +45,8 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from dask_gpurt.errors import CorruptDataError, SpillError
+from dask_gpurt.memory import files
+from dask_gpurt.memory.files import Layout
 
 if TYPE_CHECKING:
     from dask_gpurt.memory.blocks import BlockPool
@@ -50,9 +58,6 @@ _PREFIX = "gpurt-spill-"
 _LOCK = ".lock"
 _IDLE = ".idle"
 
-#: Buffers that one writev takes; the least that POSIX promises is 16, Linux takes 1024.
-_IOV_MAX = 1024
-
 #: Smaller files are removed at once.
 IDLE_FILE_NBYTES_MIN = 2**17
 #: An idle file may be larger than what is written to it by this factor. It is cut off then.
@@ -60,25 +65,36 @@ _FIT = 2.0
 #: Bytes of idle files that one decay removes at most, for it keeps a thread busy.
 _DECAY_NBYTES_MAX = 256 * 2**20
 
-#: Frames at least as long get a buffer of their own from the pool, shorter ones share one.
-_OWN_BUFFER_NBYTES = 16 * 2**10
+#: Smaller files are not worth the time that a disk takes for any; memory for them need not begin at a page, either.
+DIRECT_NBYTES_MIN = 2**18
+#: Bytes per second of a disk that is written to directly. Copying to the page cache gives two to five times as much, and
+#: takes all of a core for it.
+DIRECT_RATE_MIN = 5e8
+#: On a slower disk, one file in so many.
+DIRECT_PROBE = 64
 
 
 class DiskCopy:
     """A copy in a file: where it lies, and what it has to be."""
 
-    __slots__ = ("digests", "folder", "lengths", "nbytes", "path", "removed")
+    __slots__ = ("digests", "direct", "folder", "layout", "path", "removed")
 
-    def __init__(self, folder: SpillFolder, path: str, lengths: tuple[int, ...], digests: tuple[int, ...]) -> None:
+    def __init__(self, folder: SpillFolder, path: str, layout: Layout, digests: tuple[int, ...]) -> None:
         self.folder = folder
         self.path = path
-        self.lengths = lengths
+        self.layout = layout
         self.digests = digests
-        self.nbytes = sum(lengths)
+        #: Whether it was written past the page cache.
+        self.direct = False
         self.removed = False
 
     def __repr__(self) -> str:
-        return f"<DiskCopy {self.path} {len(self.lengths)} frames, {self.nbytes} bytes>"
+        return f"<DiskCopy {self.path} {len(self.digests)} frames, {self.nbytes} bytes>"
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return self.layout.nbytes
 
     def read(self) -> list[memoryview]:
         """Read and check; see :meth:`SpillFolder.read`."""
@@ -123,6 +139,7 @@ class SpillFolder:
             os.close(self._lock_fd)
             os.unlink(lock)
             raise _refused(error, f"cannot keep spilled data in {parent}") from error
+        self._pace = _Pace(_takes_direct(self.path))
         self._guard = threading.Lock()
         self._closed = False
         #: Idle files: (bytes, path), the smallest first; their bytes, and the least of these since the last decay.
@@ -152,16 +169,19 @@ class SpillFolder:
         views = [memoryview(frame).cast("B") for frame in frames]
         digests = tuple(xxhash.xxh3_64_intdigest(view) for view in views)
         path = os.path.join(self.path, f"{next(self._numbers)}.blk")
-        copy = DiskCopy(self, path, tuple(view.nbytes for view in views), digests)
+        copy = DiskCopy(self, path, Layout([view.nbytes for view in views]), digests)
         try:
             old = self._begin_file(copy.nbytes)
             if old is not None:
                 os.rename(old, path)
-            fd = os.open(path, os.O_WRONLY | (0 if old else os.O_CREAT | os.O_EXCL) | os.O_CLOEXEC, 0o600)
+            copy.direct = copy.nbytes >= DIRECT_NBYTES_MIN and self._pace.direct()
+            flags = os.O_WRONLY | (0 if old else os.O_CREAT | os.O_EXCL) | os.O_CLOEXEC
+            fd = os.open(path, flags | (os.O_DIRECT if copy.direct else 0), 0o600)
             try:
-                _write_all(fd, [view for view in views if view.nbytes])
-                if old is not None:
-                    os.ftruncate(fd, copy.nbytes)
+                started = time.perf_counter()
+                files.write(fd, views, copy.layout)
+                if copy.direct:
+                    self._pace.note(copy.nbytes, time.perf_counter() - started)
             finally:
                 os.close(fd)
         except OSError as error:
@@ -217,28 +237,16 @@ class SpillFolder:
         return frames
 
     def _read(self, copy: DiskCopy) -> list[memoryview]:
-        frames: list[memoryview] = []
-        shared = memoryview(bytearray(sum(n for n in copy.lengths if n < _OWN_BUFFER_NBYTES)))
-        for length in copy.lengths:
-            if length < _OWN_BUFFER_NBYTES:
-                frames.append(shared[:length])
-                shared = shared[length:]
-            else:
-                frames.append(self._pool.lease(length))
-        fd = os.open(copy.path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(copy.path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if copy.direct else 0))
         try:
             size = os.fstat(fd).st_size
             if size != copy.nbytes:
                 raise CorruptDataError(f"{copy.path}: {size} bytes, {copy.nbytes} were written")
-            for frame in frames:
-                done = 0
-                while done < frame.nbytes:
-                    count = os.readv(fd, [frame[done:]])
-                    if not count:
-                        raise CorruptDataError(f"{copy.path}: ends early")
-                    done += count
+            frames = files.read(fd, copy.layout, self._pool.lease, direct=copy.direct)
         finally:
             os.close(fd)
+        if frames is None:
+            raise CorruptDataError(f"{copy.path}: ends early")
         return frames
 
     def remove(self, copy: DiskCopy) -> None:
@@ -293,6 +301,43 @@ class SpillFolder:
             os.close(self._lock_fd)
 
 
+class _Pace:
+    """Says which files go past the page cache."""
+
+    def __init__(self, possible: bool) -> None:
+        self._possible = possible
+        self._numbers = itertools.count()
+        #: Bytes per second, the newest counting most; at first the disk is believed to be fast.
+        self._rate = 2 * DIRECT_RATE_MIN
+
+    def direct(self) -> bool:
+        number = next(self._numbers)
+        return self._possible and (self._rate >= DIRECT_RATE_MIN or number % DIRECT_PROBE == 0)
+
+    def note(self, nbytes: int, elapsed_s: float) -> None:
+        # A fast file is believed at once as little as a slow one: others may have kept the disk busy, or let it rest.
+        self._rate += (nbytes / max(elapsed_s, 1e-9) - self._rate) / 8
+
+
+def _takes_direct(folder: str) -> bool:
+    """Whether files of ``folder`` can be written past the page cache; those of a tmpfs, for one, cannot."""
+    path = os.path.join(folder, "direct")
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_DIRECT, 0o600)
+    except OSError:
+        _unlink(path)
+        return False
+    try:
+        files.write(fd, [memoryview(bytes(files.PAGE_NBYTES))], Layout([files.PAGE_NBYTES]))
+    except OSError as error:
+        # Of a full disk, say, whoever writes hears.
+        return error.errno != errno.EINVAL
+    finally:
+        os.close(fd)
+        _unlink(path)
+    return True
+
+
 def remove_leftovers(parent: str) -> list[str]:
     """Remove the folders of dead processes in ``parent``; returns their paths.
 
@@ -325,17 +370,6 @@ def remove_leftovers(parent: str) -> list[str]:
 def _unlink(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-
-
-def _write_all(fd: int, views: list[memoryview]) -> None:
-    while views:
-        count = os.writev(fd, views[:_IOV_MAX])
-        # A short count cuts through a frame: go on behind it.
-        while views and count >= views[0].nbytes:
-            count -= views[0].nbytes
-            views.pop(0)
-        if count:
-            views[0] = views[0][count:]
 
 
 def _refused(error: OSError, story: str) -> SpillError:

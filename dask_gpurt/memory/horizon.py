@@ -9,7 +9,8 @@ A block's next use is one of four things (:class:`Kind`):
   worker's own queue, or, for a task whose other inputs are still missing, how far its rank (Dask's priority) lies
   behind the rank of what runs now, divided by the number of workers that work on those ranks.
 - *idle*: nobody here is known to need it, but somebody may: a client holds it, or the task that needs it was not
-  assigned yet, or went to another worker.
+  assigned yet, or went to another worker. What a task just gave, or took, is the exception: who needs
+  the one, and that the other is dying, is heard of only when the scheduler knows. :data:`RECENT` is assumed for both.
 - *dying*: nobody will ever need it; its deletion is on the way. It need not be written.
 
 What one worker sees by itself never proves that a block is dying: the last task that it knows of may not be the last
@@ -29,7 +30,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-__all__ = ["DYING", "IDLE", "RUNNING", "Horizon", "Kind", "Snapshot", "Use", "next_use"]
+__all__ = ["DYING", "IDLE", "RECENT", "RUNNING", "Horizon", "Kind", "Snapshot", "Use", "next_use"]
 
 #: A rank in tasks that is farther than any queue: a use by a later graph, or at a lower user priority.
 FAR = 1e6
@@ -57,6 +58,8 @@ class Use(NamedTuple):
 DYING = Use(Kind.DYING)
 IDLE = Use(Kind.IDLE)
 RUNNING = Use(Kind.RUNNING)
+#: Of no known use, but a moment ago an input or a result: most will be gone, or be an input again, in another moment.
+RECENT = Use(Kind.NEXT, 1.0)
 
 
 class Horizon(Protocol):

@@ -32,7 +32,7 @@ import asyncio
 import logging
 import os
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Container, Hashable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from time import time
@@ -47,7 +47,7 @@ from dask_gpurt.memory import codec
 from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.device import DeviceFrames, HostFrames, device_total_nbytes, on_device
 from dask_gpurt.memory.disk import SpillFolder
-from dask_gpurt.memory.horizon import IDLE, Snapshot, Use, next_use
+from dask_gpurt.memory.horizon import IDLE, RECENT, Kind, Snapshot, Use, next_use
 from dask_gpurt.memory.ledger import Ledger, Tier
 from dask_gpurt.memory.mapping import Ruined, RuinedForClient, TieredMapping, serving
 from dask_gpurt.memory.mover import DiskStore, Mover
@@ -55,7 +55,7 @@ from dask_gpurt.memory.shards import ChunkName, ShardStore
 from dask_gpurt.memory.spiller import Spiller
 from dask_gpurt.memory.store import BufferStore, DictBufferStore
 
-__all__ = ["MemoryManager"]
+__all__ = ["MemoryManager", "WorkerHorizon"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,9 @@ _ALIVE = ("init", "running", "paused", "closing_gracefully")
 
 #: How often a key may be lost and computed again before the tasks that want it fail.
 LOSSES_MAX = 3
+
+#: Tasks per thread that have ended of which the scheduler may not have heard, or not have said what follows.
+RECENT_PER_THREAD = 2
 
 _DECAY = "gpurt-memory-decay"
 #: Memory and files that wait for their next use go after one to two times so long. Enough for the next step of a job, or
@@ -149,26 +152,35 @@ class _StockCopy:
         self._stock.remove(self)
 
 
-class _WorkerHorizon:
+class WorkerHorizon:
     """Next uses, from what the worker knows at the moment; see :mod:`dask_gpurt.memory.horizon`."""
 
     def __init__(self, worker: Any) -> None:
         self._worker = worker
         self._loop_thread = threading.get_ident()
+        self._recent: deque[set[Hashable]] = deque(maxlen=RECENT_PER_THREAD * worker.state.nthreads)
+
+    def note(self, key: Hashable) -> None:
+        """Note that ``key`` came right now."""
+        task = seams.worker_task(self._worker, key)
+        self._recent.append({key} if task is None else {key, *seams.input_keys(self._worker, task)})
 
     def uses(self, names: Sequence[Hashable]) -> list[Use]:
+        """Say the next use of each of ``names``."""
         # The worker's state may change under the eyes of any other thread.
         looking = threading.get_ident() == self._loop_thread
         snapshot = Snapshot(*seams.ahead(self._worker)) if looking else None
-        return [self._use(name, snapshot) for name in names]
+        recent = set().union(*self._recent)
+        return [self._use(name, snapshot, recent) for name in names]
 
-    def _use(self, name: Hashable, snapshot: Snapshot | None) -> Use:
+    def _use(self, name: Hashable, snapshot: Snapshot | None, recent: set[Hashable]) -> Use:
         if isinstance(name, ChunkName):
             return name.use
         if snapshot is None:
             return IDLE
         key = name.key if isinstance(name, DeviceFrames) else name
-        return next_use(seams.dependents_of(self._worker, key), snapshot)
+        use = next_use(seams.dependents_of(self._worker, key), snapshot)
+        return RECENT if use.kind is Kind.IDLE and key in recent else use
 
 
 class MemoryManager:
@@ -233,13 +245,15 @@ class MemoryManager:
         loop = asyncio.get_running_loop()
         parent = self._settings.directory or os.path.join(self._worker.local_directory, "gpurt")
         self._folder = await loop.run_in_executor(None, SpillFolder, parent, self.pool)
-        horizon = _WorkerHorizon(self._worker)
+        horizon = WorkerHorizon(self._worker)
         host = self._host = Mover(Spiller(self.ledger, horizon), DiskStore(self._folder), loop, self._on_lost)
         if self.ledger.limit(Tier.DEVICE) is not None:
             # The bytes of the copies are counted by the HOST mover, which holds them.
             spiller = Spiller(self.ledger, horizon, upper=Tier.DEVICE, lower=None)
             self._device = Mover(spiller, HostFrames(host), loop, self._on_lost, threads=1)
-        mapping = TieredMapping(host, self._need_nbytes, device=self._device, on_device=on_device)
+        mapping = TieredMapping(
+            host, self._need_nbytes, device=self._device, on_device=on_device, announce=horizon.note
+        )
         # From here on nothing waits: the worker sees one store or the other.
         stock = _Stock(store)
         moved: list[Hashable] = []

@@ -83,6 +83,8 @@ class TieredMapping(MutableMapping[Hashable, object]):
         Holds the values that live on a device, where there is one.
     on_device
         Whether a value lives on a device.
+    announce
+        Hears of a key right before its value is put.
     need
         Bytes by which the process is above the mark that the memory monitor spills to.
     """
@@ -94,11 +96,13 @@ class TieredMapping(MutableMapping[Hashable, object]):
         *,
         device: Mover | None = None,
         on_device: Callable[[object], bool] = lambda value: False,  # noqa: ARG005
+        announce: Callable[[Hashable], None] = lambda key: None,  # noqa: ARG005
     ) -> None:
         self._host = host
         self._device = device
         self._on_device = on_device
         self._need = need
+        self._announce = announce
         #: Keys in the order in which they were put -> where they are.
         self._homes: dict[Hashable, Mover] = {}
         #: Keys whose value is lost for good -> why.
@@ -130,6 +134,7 @@ class TieredMapping(MutableMapping[Hashable, object]):
             self.ruined[key] = CorruptDataError(value.reason)
             return
         self.ruined.pop(key, None)
+        self._announce(key)
         home.put(key, value)
 
     def __delitem__(self, key: Hashable) -> None:

@@ -458,18 +458,18 @@ def test_a_receiver_stands_still_for_a_while(site: Site, tmp_path: pathlib.Path)
 
 def fill_disk(writes: int | None, dask_worker: Any) -> None:
     """Let so many writes, or all, find the disk full."""
-    stock = os.writev
+    stock = os.pwrite
     left = itertools.count()
 
-    def writev(fd: int, buffers: Any) -> int:
+    def pwrite(fd: int, data: Any, offset: int) -> int:
         if writes is None or next(left) < writes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return stock(fd, buffers)
+        return stock(fd, data, offset)
 
     def empty() -> None:
-        os.writev = stock
+        os.pwrite = stock
 
-    os.writev = writev
+    os.pwrite = pwrite
     dask_worker.empty_disk = empty
 
 

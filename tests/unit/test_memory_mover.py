@@ -281,15 +281,15 @@ def test_what_cannot_be_serialized_stays_and_is_said_once(tmp_path: Path, caplog
 def test_a_full_disk_leaves_everything_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
-    honest = os.writev
+    honest = os.pwrite
     full = True
 
-    def writev(fd: int, views: list[memoryview]) -> int:
+    def pwrite(fd: int, data: memoryview, offset: int) -> int:
         if full:
             raise OSError(number, os.strerror(number))
-        return honest(fd, views)
+        return honest(fd, data, offset)
 
-    monkeypatch.setattr(os, "writev", writev)
+    monkeypatch.setattr(os, "pwrite", pwrite)
     monkeypatch.setattr("dask_gpurt.memory.mover.RETRY_S", 0.02)
 
     async def main() -> None:

@@ -1,0 +1,107 @@
+"""Frames come back from a file as they were, past the page cache and through it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dask_gpurt.memory import disk, files
+from dask_gpurt.memory.blocks import BlockPool
+from dask_gpurt.memory.files import LARGE_NBYTES, PAGE_NBYTES, Layout
+
+LENGTHS = st.lists(
+    st.one_of(
+        st.integers(0, 300),
+        st.sampled_from([PAGE_NBYTES - 1, PAGE_NBYTES, PAGE_NBYTES + 1, LARGE_NBYTES - 1, LARGE_NBYTES]),
+        st.integers(LARGE_NBYTES, LARGE_NBYTES + 3 * PAGE_NBYTES),
+        st.just(5 * 2**20 + 17),
+    ),
+    max_size=8,
+)
+POOL = BlockPool(2**26)
+
+
+@pytest.fixture(params=["direct", "cached"])
+def flags(request: pytest.FixtureRequest, tmp_path: Path) -> int:
+    if request.param == "cached":
+        return 0
+    folder = disk.SpillFolder(str(tmp_path), POOL)
+    copy = folder.write([bytes(disk.DIRECT_NBYTES_MIN)])
+    folder.close()
+    if not copy.direct:
+        pytest.skip("this file system has a page cache before everything")
+    return os.O_DIRECT
+
+
+@given(lengths=LENGTHS)
+def test_frames_lie_apart_and_large_ones_at_pages(lengths: list[int]) -> None:
+    layout = Layout(lengths)
+    end = 0
+    for offset, length in zip(layout.offsets, lengths, strict=True):
+        assert offset >= end
+        assert offset % (PAGE_NBYTES if length >= LARGE_NBYTES else 64) == 0
+        end = offset + length
+    assert layout.nbytes == end
+    assert [n for first, last in layout.segments for n in range(first, last)] == list(range(len(lengths)))
+    assert all(layout.offsets[first] % PAGE_NBYTES == 0 for first, _ in layout.segments)
+    assert sum(lengths) <= end < sum(lengths) + PAGE_NBYTES * (2 * len(lengths) + 1)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lengths=LENGTHS, pooled=st.booleans(), longer=st.booleans())
+def test_round_trip(tmp_path: Path, flags: int, lengths: list[int], pooled: bool, longer: bool) -> None:
+    rng = np.random.default_rng(sum(lengths))
+    frames: list[Any] = []
+    for length in lengths:
+        # Begins at a page, or nowhere in particular.
+        frame = POOL.lease(length) if pooled else memoryview(bytearray(length + 1))[1:]
+        np.frombuffer(frame, dtype=np.uint8)[...] = rng.integers(0, 256, length, dtype=np.uint8)
+        frames.append(frame)
+    layout = Layout(lengths)
+    path = tmp_path / "file"
+    path.write_bytes(b"old" * 3_000_000 if longer else b"")
+    fd = os.open(path, os.O_RDWR | flags)
+    try:
+        files.write(fd, frames, layout)
+        assert os.fstat(fd).st_size == layout.nbytes
+        found = files.read(fd, layout, POOL.lease, direct=bool(flags))
+        assert found is not None
+        assert [bytes(frame) for frame in found] == [bytes(frame) for frame in frames]
+        if any(lengths):
+            os.ftruncate(fd, max(o + n for o, n in zip(layout.offsets, lengths, strict=True) if n) - 1)
+            assert files.read(fd, layout, POOL.lease, direct=bool(flags)) is None
+    finally:
+        os.close(fd)
+
+
+def test_reads_that_are_cut_short_are_continued(tmp_path: Path, flags: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: honest(fd, [views[0][: 2 * PAGE_NBYTES]], offset))
+    layout = Layout([50_000, LARGE_NBYTES + 5])
+    frames = [memoryview(bytes([7]) * length) for length in layout.lengths]
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT | flags)
+    try:
+        files.write(fd, frames, layout)
+        found = files.read(fd, layout, POOL.lease, direct=bool(flags))
+    finally:
+        os.close(fd)
+    assert found == frames
+
+
+def test_a_slow_disk_is_written_to_through_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = disk.SpillFolder(str(tmp_path), POOL)
+    frames = [bytes(disk.DIRECT_NBYTES_MIN)]
+    if not folder.write(frames).direct:
+        pytest.skip("this file system has a page cache before everything")
+    monkeypatch.setattr(disk, "DIRECT_RATE_MIN", 1e15)
+    direct = [folder.write(frames).direct for _ in range(2 * disk.DIRECT_PROBE)]
+    assert sum(direct) == 2, "it is asked now and then"
+    monkeypatch.setattr(disk, "DIRECT_RATE_MIN", 1.0)
+    assert folder.write(frames).direct
+    folder.close()
