@@ -35,6 +35,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Container, Hashable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from time import time
 from typing import Any
 
@@ -71,10 +72,15 @@ LOSSES_MAX = 3
 #: Tasks per thread that have ended of which the scheduler may not have heard, or not have said what follows.
 RECENT_PER_THREAD = 2
 
+_ADAPT = "gpurt-memory-adapt"
 _DECAY = "gpurt-memory-decay"
 #: Memory and files that wait for their next use go after one to two times so long. Enough for the next step of a job, or
 #: for somebody to look at a result and go on.
 DECAY_INTERVAL_S = 60.0
+#: How often the limit of HOST is set anew; the memory monitor looks as often.
+ADAPT_INTERVAL_S = 0.2
+#: Part of its limit that HOST keeps however much of the process's memory is no data.
+LEAST_FRACTION = 1 / 8
 #: Slabs that may wait for their next use: part of the HOST limit, and bytes at most. They are memory that no key
 #: accounts for; where memory gets short, and when they have waited for some seconds, they go back to the system.
 IDLE_FRACTION = 1 / 4
@@ -254,6 +260,7 @@ class MemoryManager:
         mapping = TieredMapping(
             host, self._need_nbytes, device=self._device, on_device=on_device, announce=horizon.note
         )
+        host_nbytes_max = self.ledger.limit(Tier.HOST)
         # From here on nothing waits: the worker sees one store or the other.
         stock = _Stock(store)
         moved: list[Hashable] = []
@@ -276,6 +283,10 @@ class MemoryManager:
         # Where Dask stops them when the worker closes.
         decay = self._worker.periodic_callbacks[_DECAY] = PeriodicCallback(self._decay, 1000 * DECAY_INTERVAL_S)
         decay.start()
+        if host_nbytes_max is not None and self._limits.spill_nbytes is not None:
+            adapt = PeriodicCallback(partial(self._adapt, host_nbytes_max), 1000 * ADAPT_INTERVAL_S)
+            self._worker.periodic_callbacks[_ADAPT] = adapt
+            adapt.start()
         self.store = ShardStore(host)
         seams.set_worker_store(self._worker, mapping)
         seams.set_worker_hooks(self._worker, seams.WorkerHooks(execute=self._execute, get_data=self._get_data))
@@ -296,11 +307,12 @@ class MemoryManager:
             return
         if self._prefetching is not None:
             self._prefetching.cancel()
-        decay = self._worker.periodic_callbacks.pop(_DECAY, None)
-        if decay is not None:
-            decay.stop()
+        for name in (_ADAPT, _DECAY):
+            callback = self._worker.periodic_callbacks.pop(name, None)
+            if callback is not None:
+                callback.stop()
         for mover in self._movers():
-            mover.unlimit()
+            mover.set_limit(None)
         if give_back:
             await self._return_all(mapping, stock)
         self._mapping = None
@@ -363,6 +375,18 @@ class MemoryManager:
             await asyncio.get_running_loop().run_in_executor(None, self._folder.close)
             self._folder = None
         self.pool.trim()
+
+    def _adapt(self, nbytes_max: int) -> None:
+        """Leave room below the mark of the memory monitor for what is in the process and not in the books.
+
+        Code, and what running tasks take: no spilling makes these smaller. Where they are large the process would pass
+        the mark, a worker that passes the next one is paused, and at the last one it is killed.
+        """
+        mark = self._limits.spill_nbytes
+        assert mark is not None
+        assert self._host is not None
+        beside = seams.process_memory_nbytes(self._worker) - self.ledger.used(Tier.HOST)
+        self._host.set_limit(max(int(nbytes_max * LEAST_FRACTION), min(nbytes_max, mark - beside)))
 
     async def _decay(self) -> None:
         """Give back memory and files that were kept for later, when later does not come."""

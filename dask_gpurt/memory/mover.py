@@ -397,10 +397,10 @@ class Mover:
             self._handle(ev.Pressed(nbytes), garbage)
         return before - self.ledger.held(self.tier)
 
-    def unlimit(self) -> None:
-        """Stop making room; whoever waits for it goes on."""
+    def set_limit(self, nbytes: int | None) -> None:
+        """Hold so many bytes at most; None: stop making room, whoever waits for it goes on."""
         with self._acting() as garbage:
-            self.ledger.set_limit(self.tier, None)
+            self.ledger.set_limit(self.tier, nbytes)
             self._handle(ev.Pressed(0), garbage)
 
     # The end

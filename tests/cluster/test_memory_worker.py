@@ -19,6 +19,7 @@ from distributed.utils_test import gen_test
 
 from dask_gpurt.config import MemorySettings
 from dask_gpurt.errors import CorruptDataError, GpurtError, SpillError
+from dask_gpurt.memory.ledger import Tier
 from dask_gpurt.memory.manager import MemoryManager
 from dask_gpurt.memory.mapping import TieredMapping
 from dask_gpurt.memory.mover import Mover
@@ -344,3 +345,64 @@ async def test_without_a_limit_nothing_is_touched() -> None:
         store.put("a", [b"x"], await store.reserve(1))
         assert await store.take("a") == [b"x"]
         await manager.stop()
+
+
+def limits(dask_worker: Any = None) -> tuple[int, int]:
+    """The limit now, and the most that it may be."""
+    manager = dask_worker.extensions["test-memory"]
+    found = manager.ledger.limit(Tier.HOST)
+    assert found is not None
+    return found, int(dask_worker.memory_manager.memory_limit * dask_worker.memory_manager.memory_target_fraction)
+
+
+async def adapted(nbytes: int, dask_worker: Any = None) -> None:
+    """Wait until the limit is about ``nbytes``."""
+    manager = dask_worker.extensions["test-memory"]
+
+    async def settled() -> None:
+        # A timer sets the limit, and tells nobody.
+        while abs(manager.ledger.limit(Tier.HOST) - nbytes) > 60_000_000:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+    await asyncio.wait_for(settled(), 20)
+
+
+def occupy(nbytes: int, dask_worker: Any = None) -> None:
+    """Take memory that Dask knows nothing of; nothing gives it back."""
+    dask_worker.occupied = np.ones(nbytes, dtype="u1") if nbytes else None
+
+
+def test_what_is_no_data_takes_its_room_from_the_data() -> None:
+    with (
+        LocalCluster(
+            n_workers=1,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address="127.0.0.1:0",
+            protocol="tcp",
+            memory_limit=2_000_000_000,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        client.run(start, MemorySettings())
+        ((full, most),) = client.run(limits).values()
+        assert full == most == 1_200_000_000
+        client.run(occupy, 1_000_000_000)
+        # The process is to stay below 0.7: 1.4 GB, of which 1 GB and the code are no data.
+        (rest,) = client.run(beside).values()
+        client.run(adapted, 1_400_000_000 - rest)
+        data = client.map(np.ones, [12_500_000] * 8, pure=False)
+        wait(data)
+        assert total(client, "host_written_nbytes") >= 400_000_000
+        (process_nbytes,) = client.run(lambda dask_worker: dask_worker.monitor.get_process_memory()).values()
+        assert process_nbytes < 1_600_000_000, "no worker is paused for it"
+        client.run(occupy, 0)
+        client.run(adapted, most)
+        assert [future.result().sum() for future in data] == [12_500_000] * 8
+        client.run(stop)
+
+
+def beside(dask_worker: Any = None) -> int:
+    """Bytes of the process that are not data."""
+    held = dask_worker.extensions["test-memory"].ledger.used(Tier.HOST)
+    return int(dask_worker.monitor.get_process_memory() - held)

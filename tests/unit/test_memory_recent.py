@@ -27,7 +27,9 @@ class Site:
 
     def end(self, key: str) -> None:
         self.horizon.note(key)
-        self.state.handle_stimulus(ExecuteSuccessEvent.dummy(key, key, run_id=self.state.tasks[key].run_id, stimulus_id=f"end-{key}"))
+        self.state.handle_stimulus(
+            ExecuteSuccessEvent.dummy(key, key, run_id=self.state.tasks[key].run_id, stimulus_id=f"end-{key}")
+        )
 
     def use(self, key: str) -> Use:
         (use,) = self.horizon.uses([key])
