@@ -34,12 +34,12 @@ from __future__ import annotations
 
 import enum
 import itertools
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
 from dask_gpurt.memory import events as ev
-from dask_gpurt.memory.horizon import IDLE, Horizon, Kind
+from dask_gpurt.memory.horizon import Horizon, Kind, Use
 from dask_gpurt.memory.ledger import Ledger, Reservation, Tier
 from dask_gpurt.memory.policy import Candidate, order
 
@@ -341,29 +341,37 @@ class Spiller:
                     self._drop(block, instructions)
             excess -= candidate.nbytes
 
-    def _candidates(self) -> Iterable[Candidate]:
+    def _candidates(self) -> list[Candidate]:
         groups: list[list[Block]] = []
         firsts: list[Hashable] = []
+        every = self.blocks
         for buffer, names in self._sharing.items():
-            blocks = [self.blocks[name] for name in names]
-            # The ledger may know holders that are no blocks of ours; then nothing would be freed.
-            if not blocks[0].buffer_nbytes or self.ledger.holders(self.upper, buffer) != len(blocks):
-                continue
-            if any(b.pins or b.state is State.WRITING or (b.unwritable and b.state is State.RESIDENT) for b in blocks):
-                continue
-            groups.append(blocks)
-            firsts.extend(b.name for b in blocks)
+            blocks = [every[name] for name in names]
+            for b in blocks:
+                if b.pins or b.state is State.WRITING or (b.unwritable and b.state is State.RESIDENT):
+                    break
+            else:
+                # The ledger may know holders that are no blocks of ours; then nothing would be freed.
+                if blocks[0].buffer_nbytes and self.ledger.holders(self.upper, buffer) == len(blocks):
+                    groups.append(blocks)
+                    firsts.extend(names)
         uses = iter(self.horizon.uses(firsts))
-        for blocks in groups:
+        return [self._candidate(blocks, list(itertools.islice(uses, len(blocks)))) for blocks in groups]
+
+    def _candidate(self, blocks: list[Block], uses: list[Use]) -> Candidate:
+        if len(blocks) == 1:
+            # Most are, and this is done for all blocks, for each that is moved away.
+            (block,) = blocks
+            dirty_nbytes = block.nbytes if block.state is State.RESIDENT else 0
+            return Candidate((block.name,), block.buffer_nbytes, dirty_nbytes, uses[0], block.recency)
+        return Candidate(
+            tuple(b.name for b in blocks),
+            blocks[0].buffer_nbytes,
+            sum(b.nbytes for b in blocks if b.state is State.RESIDENT),
             # Dying only if all are, needed as soon as the first is.
-            use = max((next(uses) for _ in blocks), key=lambda u: (u.kind, -u.distance), default=IDLE)
-            yield Candidate(
-                tuple(b.name for b in blocks),
-                blocks[0].buffer_nbytes,
-                sum(b.nbytes for b in blocks if b.state is State.RESIDENT),
-                use,
-                max(b.recency for b in blocks),
-            )
+            max(uses, key=lambda use: (use.kind, -use.distance)),
+            max(b.recency for b in blocks),
+        )
 
     def _begin_write(self, block: Block, leaving_nbytes: int, instructions: list[ev.Instruction]) -> bool:
         if self.lower is not None:
