@@ -132,6 +132,17 @@ class BlockPool:
         view: memoryview = array.data
         return view
 
+    def set_idle_limit(self, nbytes: int) -> None:
+        """Let so many bytes wait for their next use from now on, and give back what is more."""
+        with self._lock:
+            self._sort()
+            self.idle_limit_nbytes = nbytes
+            for size in sorted(self._idle, reverse=True):
+                while self._idle_nbytes > nbytes and self._idle[size]:
+                    self._idle[size].pop()
+                    self._idle_nbytes -= size
+            self._spare_nbytes = min(self._spare_nbytes, self._idle_nbytes)
+
     def trim(self) -> None:
         """Give all idle slabs back to the system."""
         with self._lock:

@@ -82,9 +82,13 @@ ADAPT_INTERVAL_S = 0.2
 #: Part of its limit that HOST keeps however much of the process's memory is no data.
 LEAST_FRACTION = 1 / 8
 #: Slabs that may wait for their next use: part of the HOST limit, and bytes at most. They are memory that no key
-#: accounts for; where memory gets short, and when they have waited for some seconds, they go back to the system.
-IDLE_FRACTION = 1 / 4
+#: accounts for; where memory gets short, and when they have waited for a while, they go back to the system.
+IDLE_FRACTION = 1 / 2
 IDLE_NBYTES_MAX = 4 * 2**30
+#: Part of the memory monitor's mark from which on memory is short, and the part of the idle slabs that stay then: under
+#: pressure blocks come and go, and memory that the next one finds need not be mapped again.
+TIGHT_FRACTION = 0.9
+TIGHT_IDLE_FRACTION = 1 / 4
 
 
 class _Stock:
@@ -220,7 +224,8 @@ class MemoryManager:
         self._mapping: TieredMapping | None = None
         self._folder: SpillFolder | None = None
         #: Lends host memory to whatever is read back, and to shuffles.
-        self.pool = BlockPool(min(IDLE_NBYTES_MAX, int((host_nbytes or IDLE_NBYTES_MAX) * IDLE_FRACTION)))
+        self._idle_nbytes_max = min(IDLE_NBYTES_MAX, int((host_nbytes or IDLE_NBYTES_MAX) * IDLE_FRACTION))
+        self.pool = BlockPool(self._idle_nbytes_max)
         self._stock: _Stock | None = None
         self._hooks: seams.WorkerHooks | None = None
         self._losses: Counter[Hashable] = Counter()
@@ -385,8 +390,13 @@ class MemoryManager:
         mark = self._limits.spill_nbytes
         assert mark is not None
         assert self._host is not None
-        beside = seams.process_memory_nbytes(self._worker) - self.ledger.used(Tier.HOST)
-        self._host.set_limit(max(int(nbytes_max * LEAST_FRACTION), min(nbytes_max, mark - beside)))
+        process_nbytes = seams.process_memory_nbytes(self._worker)
+        # What only waits for its next use is the first to go.
+        tight = process_nbytes > mark * TIGHT_FRACTION
+        idle_nbytes_max = self._idle_nbytes_max
+        self.pool.set_idle_limit(int(idle_nbytes_max * TIGHT_IDLE_FRACTION) if tight else idle_nbytes_max)
+        room = mark - process_nbytes + self.ledger.used(Tier.HOST)
+        self._host.set_limit(max(int(nbytes_max * LEAST_FRACTION), min(nbytes_max, room)))
 
     async def _decay(self) -> None:
         """Give back memory and files that were kept for later, when later does not come."""

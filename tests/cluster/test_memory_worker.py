@@ -229,7 +229,7 @@ async def test_the_figures_of_the_dashboard_are_right() -> None:
             protocol="tcp",
             host="127.0.0.1",
             dashboard_address=":0",
-            memory_limit="100 MB",
+            memory_limit="4 GB",
             asynchronous=True,
         ) as cluster,
         Client(cluster, asynchronous=True) as client,
@@ -268,7 +268,7 @@ async def test_a_key_that_is_deleted_while_data_is_given_back(monkeypatch: pytes
             protocol="tcp",
             host="127.0.0.1",
             dashboard_address=":0",
-            memory_limit="100 MB",
+            memory_limit="4 GB",
             asynchronous=True,
         ) as cluster,
         Client(cluster, asynchronous=True) as client,
@@ -307,7 +307,7 @@ async def test_a_worker_that_cannot_have_it_is_left_as_it_was(tmp_path: Path) ->
         protocol="tcp",
         host="127.0.0.1",
         dashboard_address=":0",
-        memory_limit="100 MB",
+        memory_limit="4 GB",
         asynchronous=True,
     ) as cluster:
         worker = cluster.workers[0]

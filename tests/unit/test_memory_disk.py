@@ -268,3 +268,17 @@ def test_size_classes_waste_little(nbytes: int) -> None:
     size = size_class(nbytes)
     assert nbytes <= size <= nbytes + max(4096, nbytes // 8 + 1)
     assert size_class(size) == size
+
+
+def test_a_lower_limit_gives_back_what_is_more() -> None:
+    pool = BlockPool(2**30)
+    del [pool.lease(n * 2**20) for n in (1, 2, 4, 8)][:]
+    assert pool.idle_nbytes == 15 * 2**20
+    pool.set_idle_limit(4 * 2**20)
+    assert pool.idle_nbytes == 3 * 2**20, "the largest go first"
+    lease = pool.lease(8 * 2**20)
+    del lease
+    assert pool.idle_nbytes == 3 * 2**20
+    pool.set_idle_limit(2**30)
+    del [pool.lease(8 * 2**20)][:]
+    assert pool.idle_nbytes == 11 * 2**20
