@@ -108,12 +108,23 @@ SHUFFLE: tuple[Seam, ...] = (
     Seam(
         "scheduler", "distributed.shuffle:ShuffleSchedulerPlugin._restart_shuffle", ("id", "scheduler", "stimulus_id")
     ),
+    Seam("scheduler", "distributed.shuffle:ShuffleSchedulerPlugin._calculate_worker_for", ("spec",)),
+    Seam("scheduler", "distributed.shuffle:ShuffleSchedulerPlugin.get_or_create", ("shuffle_id", "key", "worker")),
     Seam("scheduler", "distributed.shuffle:ShuffleSchedulerPlugin.active_shuffles"),
+    Seam("scheduler", "distributed.shuffle._core:barrier_key", ("shuffle_id",)),
+    Seam("scheduler", "distributed.shuffle._core:id_from_key", ("key",)),
     Seam("scheduler", "distributed.shuffle._shuffle:DataFrameShuffleSpec.create_run_on_worker"),
     Seam("scheduler", "distributed.shuffle._rechunk:ArrayRechunkSpec.create_run_on_worker"),
     Seam("scheduler", ".plugins"),
     Seam("worker", "distributed.shuffle:ShuffleWorkerPlugin.setup", ("worker",)),
     Seam("worker", "distributed.shuffle:ShuffleWorkerPlugin.shuffle_receive", ("shuffle_id", "run_id", "data")),
+    Seam(
+        "worker",
+        "distributed.shuffle:ShuffleWorkerPlugin.add_partition",
+        ("data", "partition_id", "id", "kwargs"),
+    ),
+    Seam("worker", "distributed.shuffle._worker_plugin:_ShuffleRunManager._active_runs"),
+    Seam("worker", "distributed.shuffle._worker_plugin:_ShuffleRunManager._fetch", ("shuffle_id", "key")),
     Seam("worker", "distributed.shuffle._worker_plugin:_ShuffleRunManager.close", ("shuffle_run",)),
     Seam("worker", "distributed.shuffle._worker_plugin:_ShuffleRunManager.get_with_run_id", ("shuffle_id", "run_id")),
     Seam("worker", "distributed.shuffle._core:id_from_key", ("key",)),
@@ -525,23 +536,96 @@ def __getattr__(name: str) -> Any:
 
 def override_shuffle_spec(plugin: Any, choose: Callable[[Any], Any]) -> Callable[[], None]:
     """Let ``choose`` answer the spec for each new run of a scheduler's shuffle plugin; returns how to undo it."""
-    before = vars(plugin).get("_retrieve_spec")
     stock = plugin._retrieve_spec
 
     def retrieve(shuffle_id: Any) -> Any:
         return choose(stock(shuffle_id))
 
+    return _override(plugin, "_retrieve_spec", retrieve)
+
+
+def override_shuffle_assignment(plugin: Any, assign: Callable[[Any, dict[Any, str]], Any]) -> Callable[[], None]:
+    """Let ``assign`` (spec, stock's answer) say which worker makes each output of a new run; returns how to undo it."""
+    stock = plugin._calculate_worker_for
+
+    def calculate(spec: Any) -> Any:
+        return assign(spec, stock(spec))
+
+    return _override(plugin, "_calculate_worker_for", calculate)
+
+
+def _override(owner: Any, name: str, function: Callable[..., Any]) -> Callable[[], None]:
+    """Put ``function`` before a method of this one object; returns how to undo it."""
+    before = vars(owner).get(name)
+
     def restore() -> None:
         # Whoever has put another layer on top of this one keeps it.
-        if vars(plugin).get("_retrieve_spec") is not retrieve:
+        if vars(owner).get(name) is not function:
             return
         if before is None:
-            del plugin._retrieve_spec
+            delattr(owner, name)
         else:
-            plugin._retrieve_spec = before
+            setattr(owner, name, before)
 
-    plugin._retrieve_spec = retrieve
+    setattr(owner, name, function)
     return restore
+
+
+def shuffle_spec(plugin: Any, shuffle_id: str) -> Any:
+    """Return the spec that a new run of a shuffle would have, or None if the scheduler does not know its barrier."""
+    try:
+        return plugin._retrieve_spec(shuffle_id)
+    except KeyError:
+        return None
+
+
+def shuffle_barrier(scheduler: Any, shuffle_id: str) -> Any:
+    """Return the scheduler's state of the barrier task of a shuffle."""
+    from distributed.shuffle._core import ShuffleId, barrier_key
+
+    return scheduler.tasks[barrier_key(ShuffleId(shuffle_id))]
+
+
+def barrier_shuffle(task: Any) -> str | None:
+    """Return the id of the shuffle whose barrier a task of the scheduler is, or None."""
+    from distributed.shuffle._core import id_from_key
+
+    shuffle_id = id_from_key(task.key)
+    return None if shuffle_id is None else str(shuffle_id)
+
+
+@dataclass(frozen=True)
+class ShuffleHooks:
+    """Where a worker's shuffle plugin begins with an input: its own entries, or what stands before them."""
+
+    #: data, partition_id, id, kwargs; called in a task's thread.
+    add_partition: Callable[..., Any]
+    #: shuffle_id, key -> coroutine of the spec of a run.
+    fetch: Callable[..., Any]
+
+
+def shuffle_hooks(plugin: Any) -> ShuffleHooks:
+    """Return the entries of a worker's shuffle plugin as they are now."""
+    return ShuffleHooks(plugin.add_partition, plugin.shuffle_runs._fetch)
+
+
+def override_shuffle_hooks(plugin: Any, hooks: ShuffleHooks) -> Callable[[], None]:
+    """Put ``hooks`` into a worker's shuffle plugin; returns how to undo it."""
+    undo = (
+        _override(plugin, "add_partition", hooks.add_partition),
+        _override(plugin.shuffle_runs, "_fetch", hooks.fetch),
+    )
+
+    def restore() -> None:
+        for restore_one in undo:
+            restore_one()
+
+    return restore
+
+
+def has_shuffle_run(plugin: Any, shuffle_id: str) -> bool:
+    """Whether a worker knows an active run of a shuffle."""
+    return shuffle_id in plugin.shuffle_runs._active_runs
 
 
 def restart_shuffle(scheduler: Any, shuffle_id: str, run_id: int) -> bool:

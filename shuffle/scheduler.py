@@ -2,7 +2,8 @@
 
 Covers: the decision, once for each new run, by the class of the spec that all workers of the run receive. So they agree
 by construction, and runs that exist when this is installed or removed end on the plane on which they began.
-Does not cover: everything else; run ids, the assignment of outputs, barrier and restart are distributed's.
+Does not cover: which worker makes which output, which is :mod:`dask_gpurt.shuffle.assigner`'s; and everything else: run
+ids, barrier and restart are distributed's.
 See also: :mod:`dask_gpurt.shuffle.run`, which asks for a run to be declined.
 """
 
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dask_gpurt import seams
 from dask_gpurt.config import ShuffleSettings
 from dask_gpurt.shuffle import dataframe, rechunk
+from dask_gpurt.shuffle.assigner import Assigner
 
 if TYPE_CHECKING:
     from distributed import Scheduler
@@ -47,29 +49,35 @@ class ShuffleScheduler:
     def __init__(self, scheduler: Scheduler, settings: ShuffleSettings) -> None:
         self.scheduler = scheduler
         self.settings = settings
+        self.assigner = Assigner(scheduler)
         self._capable: set[str] = set()
         # Ordered, for the oldest to be dropped.
         self._declined: dict[str, str] = {}
-        self._restore: Callable[[], None] | None = None
+        self._restore: list[Callable[[], None]] = []
 
     def __repr__(self) -> str:
         return f"<ShuffleScheduler {len(self._capable)} workers capable, {len(self._declined)} shuffles declined>"
 
     def start(self) -> None:
         """Decide for new runs from now on."""
-        if self._restore is not None:
+        if self._restore:
             return
         plugin: ShuffleSchedulerPlugin = self.scheduler.plugins["shuffle"]  # type: ignore[assignment]
-        self._restore = seams.override_shuffle_spec(plugin, self.choose)
+        self._restore = [
+            seams.override_shuffle_spec(plugin, self.choose),
+            seams.override_shuffle_assignment(plugin, self.assigner.assign),
+        ]
         self.scheduler.handlers["gpurt_shuffle_decline"] = self.decline
+        self.scheduler.handlers["gpurt_shuffle_open"] = self.assigner.open
 
     def stop(self) -> None:
         """Leave new runs to stock."""
-        if self._restore is None:
-            return
-        self._restore()
-        self._restore = None
+        for restore in self._restore:
+            restore()
+        self._restore.clear()
         self.scheduler.handlers.pop("gpurt_shuffle_decline", None)
+        self.scheduler.handlers.pop("gpurt_shuffle_open", None)
+        self.assigner.stop()
 
     def set_capable(self, address: str, capable: bool) -> None:
         """Note whether a worker has our part."""

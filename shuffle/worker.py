@@ -21,6 +21,7 @@ from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.store import BufferStore, DictBufferStore
 from dask_gpurt.shuffle.carrier import Carrier
 from dask_gpurt.shuffle.credits import ByteWindow
+from dask_gpurt.shuffle.sampler import Sampler
 from dask_gpurt.shuffle.watchdog import Watchdog, describe, interval_s
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class ShuffleWorker:
         self.pool = BlockPool(IDLE_NBYTES) if pool is None else pool
         self.window = ByteWindow(settings.send_limit)
         self.carrier = Carrier(worker, self, ucx=settings.transport != "dask")
+        self.sampler = Sampler(worker)
         limit = seams.worker_memory_limit(worker)
         #: Whether there is room for compiled kernels.
         self.compiles = limit is None or limit >= COMPILER_MEMORY_LIMIT
@@ -99,6 +101,7 @@ class ShuffleWorker:
         """
         # Where Dask stops them when the worker closes.
         self.carrier.start()
+        self.sampler.start()
         trim = self.worker.periodic_callbacks[_TRIM] = PeriodicCallback(self.trim, 1000 * TRIM_INTERVAL_S)
         trim.start()
         if self._watchdog is not None:
@@ -108,6 +111,7 @@ class ShuffleWorker:
 
     async def stop(self) -> None:
         """End. Runs that are under way go on to their end with what they hold, in memory, for the store may go now."""
+        self.sampler.stop()
         for name in (_TRIM, _WATCH):
             callback = self.worker.periodic_callbacks.pop(name, None)
             if callback is not None:
@@ -156,6 +160,7 @@ class ShuffleWorker:
         """Note a run."""
         self.runs += 1
         self._runs[str(run.id), run.run_id] = run
+        self.sampler.attach()
         self.carrier.prepare()
 
     async def ended(self, run: Run) -> None:

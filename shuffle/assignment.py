@@ -1,0 +1,191 @@
+"""Which worker makes which output partition: a pure decision over arrays.
+
+Covers: how much each worker should get (:func:`targets`), and who gets what (:func:`assign`).
+Does not cover: where sizes come from (:mod:`dask_gpurt.shuffle.sizes`), and what the scheduler knows of workers and of
+consumers (:mod:`dask_gpurt.shuffle.assigner`).
+
+Theory of operation
+    Stock deals outputs by *ranges*: the first n-th to one worker, the next to another. That keeps neighbours together, and is
+    right where outputs are alike. It is given up only where that makes the fullest worker less full by
+    :data:`TOLERANCE`; fullness is the expected bytes of a worker's outputs over those that it should get.
+
+    The alternative is dealt in two steps. *Large* outputs, of which a worker could take few, go one by one, the largest
+    first, to the worker that they leave the least full (LPT, which keeps the fullest worker within 4/3 of the best that
+    there is). The *small* ones fill the workers up to one level, in stock's order, so that neighbours stay together here
+    too. That level is at most the mean, and each worker is over it by at most one small output, so where workers are
+    alike the whole stays within 4/3 of the best.
+
+    An output whose consumer has its other inputs on some worker had better be there. That is tried first, and taken as far as
+    the balance allows: ties are decided for it, and up to :data:`TOLERANCE` is paid for it.
+
+    All is deterministic: same arguments, same answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["TOLERANCE", "Host", "assign", "fullness", "ranges", "targets"]
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.intp]
+
+#: How much fuller the fullest worker may be than it need be. A sample of some ten thousand rows, or memory that is
+#: measured twice a second, is wrong by some percent; neighbours are not torn apart for that.
+TOLERANCE = 0.15
+
+#: From this part of a worker's mean share on, an output is large.
+LARGE = 0.25
+
+#: A worker without any room gets this part of its share all the same: what it holds may go down the tiers.
+ROOM_MIN = 0.25
+
+
+@dataclass(frozen=True)
+class Host:
+    """A worker that may take outputs.
+
+    Parameters
+    ----------
+    threads
+        What it works with.
+    room_nbytes
+        What it can take before it has to spill; None where that is not known.
+    """
+
+    threads: int
+    room_nbytes: float | None = None
+
+
+def targets(hosts: Sequence[Host], total_nbytes: float | None) -> Floats:
+    """Say how much of a shuffle each worker should get, as parts of 1.
+
+    By threads; where all of it fits into the workers' room, nobody gets more than its room, within :data:`ROOM_MIN`. Where
+    it does not fit, somebody has to spill, and it may be everybody alike.
+
+    Examples
+    --------
+    >>> targets([Host(1, 300), Host(1, 2000)], 1000).tolist()
+    [0.3, 0.7]
+    >>> targets([Host(1, 300), Host(1, 600)], 1000).tolist()
+    [0.5, 0.5]
+    """
+    threads = np.array([host.threads for host in hosts], dtype=np.float64)
+    even: Floats = threads / threads.sum()
+    if not total_nbytes:
+        return even
+    room = np.array([np.inf if host.room_nbytes is None else host.room_nbytes for host in hosts]) / total_nbytes
+    caps = np.maximum(room, even * ROOM_MIN)
+    if room.sum() < 1 or (even <= caps).all():
+        return even
+    # Whoever is at its cap stays there, and the others share the rest; that may bring one more to its cap.
+    found = even.copy()
+    while (over := found > caps).any():
+        capped = over | (found == caps)
+        found[capped] = caps[capped]
+        found[~capped] = (1 - found[capped].sum()) * threads[~capped] / threads[~capped].sum()
+    return found
+
+
+def ranges(outputs: int, workers: int) -> Ints:
+    """Deal outputs by stock's ranges.
+
+    Examples
+    --------
+    >>> ranges(5, 2).tolist()
+    [0, 0, 0, 1, 1]
+    """
+    found: Ints = np.arange(outputs, dtype=np.intp) * workers // max(outputs, 1)
+    return found
+
+
+def fullness(owners: Ints, sizes: Floats, shares: Floats) -> float:
+    """Say how full the fullest worker is: 1 where each has what it should get."""
+    total = float(sizes.sum())
+    if not total:
+        return 0.0
+    return float((np.bincount(owners, sizes, minlength=len(shares)) / shares).max()) / total
+
+
+def assign(stock: Ints, sizes: Floats, shares: Floats, preferred: Ints | None = None) -> Ints:
+    """Choose the worker of each output.
+
+    Parameters
+    ----------
+    stock
+        The worker that stock chooses for each output.
+    sizes
+        Expected size of each output, in any unit.
+    shares
+        Of each worker, what it should get, as parts of 1; see :func:`targets`.
+    preferred
+        The worker on which each output is wanted; -1 for anywhere.
+
+    Returns
+    -------
+    ndarray
+        The worker of each output. The fullest is at most ``1 + TOLERANCE`` times as full as with any of the ways that were
+        tried, of which stock's is one; without ``preferred``, it is at most as full as with stock's.
+
+    Examples
+    --------
+    >>> assign(ranges(4, 2), np.array([6.0, 1, 1, 4]), np.array([0.5, 0.5])).tolist()
+    [0, 1, 1, 1]
+    """
+    ways: list[Ints] = []
+    if preferred is not None and (preferred >= 0).any():
+        ways = [np.where(preferred < 0, stock, preferred), _deal(stock, sizes, shares, preferred)]
+    ways.append(stock)
+    if len(sizes) > len(shares):
+        # With fewer, stock gives nobody two.
+        ways.append(_deal(stock, sizes, shares, None))
+    full = [fullness(way, sizes, shares) for way in ways]
+    limit = min(full) * (1 + TOLERANCE)
+    return next(way for way, its in zip(ways, full, strict=True) if its <= limit)
+
+
+def _deal(stock: Ints, sizes: Floats, shares: Floats, preferred: Ints | None) -> Ints:
+    """Deal what is wanted somewhere, then large outputs, then small ones."""
+    total = float(sizes.sum())
+    owners = np.full(len(sizes), -1, dtype=np.intp)
+    loads = np.zeros(len(shares))
+    largest_first = np.argsort(-sizes, kind="stable")
+    if preferred is not None:
+        caps = shares * total * (1 + TOLERANCE)
+        for worker in np.unique(preferred[preferred >= 0]).tolist():
+            wanted = largest_first[preferred[largest_first] == worker]
+            # In this order, as many as there is room for.
+            taken = wanted[np.cumsum(sizes[wanted]) <= caps[worker]]
+            owners[taken] = worker
+            loads[worker] = sizes[taken].sum()
+    large = sizes > LARGE * total / len(shares)
+    for output in largest_first[(large & (owners < 0))[largest_first]].tolist():
+        full = (loads + sizes[output]) / shares
+        # As full as the least full, or nearly so that only rounding is between them: stock's worker, where it is one.
+        best = np.flatnonzero(full <= full.min() * (1 + 1e-9))
+        worker = int(stock[output]) if stock[output] in best else int(best[0])
+        owners[output] = worker
+        loads[worker] += sizes[output]
+    small = np.flatnonzero(owners < 0)
+    small = small[np.argsort(stock[small], kind="stable")]
+    room = np.cumsum(np.maximum(_level(loads, shares, float(sizes[small].sum())) * shares - loads, 0))
+    # Where its middle falls, so that a worker is over the level by half an output at each end.
+    middles = np.cumsum(sizes[small]) - sizes[small] / 2
+    roomy = int(np.argmax(room))
+    owners[small] = np.minimum(np.searchsorted(room, middles, side="right"), roomy)
+    return owners
+
+
+def _level(loads: Floats, shares: Floats, more: float) -> float:
+    """Say up to which load per share the workers are filled by ``more``."""
+    full = np.sort(loads / shares)
+    by_fullness = np.argsort(loads / shares, kind="stable")
+    # With the k least full workers filled up to one level: what they hold and get, over what they should get.
+    levels = (np.cumsum(loads[by_fullness]) + more) / np.cumsum(shares[by_fullness])
+    # The first for which the next worker is above that level already.
+    enough = np.append(full[1:], np.inf) >= levels
+    return float(levels[np.argmax(enough)])

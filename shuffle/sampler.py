@@ -1,0 +1,108 @@
+"""A worker's first input of a shuffle is counted before its run exists, and the count goes with the question for the run.
+
+Covers: when a sample is taken, and how it travels.
+Does not cover: what is in it (:mod:`dask_gpurt.shuffle.sizes`), and what the scheduler does with it
+(:mod:`dask_gpurt.shuffle.assigner`).
+
+Theory of operation: a worker asks the scheduler for a shuffle's run when its first input is there. This stands before
+that question, and asks it with a sample, so there is no message more than in stock Dask. It decides nothing: workers that
+do not have it ask as they always do, and where the scheduler does not know the question, the stock one is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from distributed.core import clean_exception
+
+from dask_gpurt import seams
+from dask_gpurt.shuffle.sizes import Sample, sample_of
+
+if TYPE_CHECKING:
+    from distributed import Worker
+
+__all__ = ["COLUMNS", "SAMPLED_NBYTES_MIN", "Sampler"]
+
+#: The columns by which dask.dataframe tells a shuffle where rows go: a join, and all others.
+COLUMNS = ("__hash_partition", "_partitions")
+
+#: Inputs of fewer bytes are not worth a look: whoever gets them all has no more than a message's worth.
+SAMPLED_NBYTES_MIN = 2**16
+
+
+class Sampler:
+    """Takes samples on one worker.
+
+    Parameters
+    ----------
+    worker
+        The worker.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self._started = False
+        self._restore: Callable[[], None] | None = None
+        #: Shuffle to the sample that goes with the question for its run.
+        self._samples: dict[str, Sample] = {}
+
+    def start(self) -> None:
+        """Begin, or do so with the first run on a worker that preloads dask-gpurt, and has Dask's own plugin later."""
+        self._started = True
+        self.attach()
+
+    def attach(self) -> None:
+        """Stand before Dask's own plugin, if that is there, and this has been started."""
+        plugin = self.worker.extensions.get("shuffle")
+        if not self._started or self._restore is not None or plugin is None:
+            return
+        stock = seams.shuffle_hooks(plugin)
+
+        def add_partition(data: Any, partition_id: Any, id: str, **kwargs: Any) -> Any:  # noqa: A002  stock's name
+            if not seams.has_shuffle_run(plugin, id) and (sample := self._sample(data)) is not None:
+                self._samples[id] = sample
+            try:
+                return stock.add_partition(data, partition_id, id, **kwargs)
+            finally:
+                # Where another thread was first, nobody has asked with it.
+                self._samples.pop(id, None)
+
+        async def fetch(shuffle_id: str, key: Any = None) -> Any:
+            sample = None if key is None else self._samples.pop(shuffle_id, None)
+            found = None if sample is None else await self._ask(shuffle_id, key, sample)
+            return await stock.fetch(shuffle_id, key) if found is None else found
+
+        self._restore = seams.override_shuffle_hooks(plugin, seams.ShuffleHooks(add_partition, fetch))
+
+    def stop(self) -> None:
+        """Put stock back."""
+        self._started = False
+        if self._restore is not None:
+            self._restore()
+            self._restore = None
+
+    def _sample(self, data: Any) -> Sample | None:
+        import pandas as pd
+
+        if type(data) is not pd.DataFrame or not data.columns.is_unique:
+            return None
+        column = next((column for column in COLUMNS if column in data.columns), None)
+        if column is None:
+            return None
+        nbytes = int(data.memory_usage().sum())
+        return sample_of(column, np.asarray(data[column]), nbytes) if nbytes >= SAMPLED_NBYTES_MIN else None
+
+    async def _ask(self, shuffle_id: str, key: Any, sample: Sample) -> Any:
+        reply = await self.worker.scheduler.gpurt_shuffle_open(
+            shuffle_id=shuffle_id, key=key, worker=self.worker.address, sample=sample.to_message()
+        )
+        if reply is None:
+            # The scheduler has our part no more.
+            return None
+        if reply["status"] == "error":
+            _, error, traceback = clean_exception(**reply)
+            assert error is not None
+            raise error.with_traceback(traceback)
+        return reply["run_spec"]
