@@ -94,8 +94,9 @@ class Assigner:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
-        #: At most so long a question waits.
+        #: At most so long a question waits, and no longer than what could be won takes at this rate.
         self.patience_s = PATIENCE_S
+        self.rate_nbytes_s = RATE_NBYTES_S
         #: Shuffle to its samples.
         self._polls: dict[str, _Poll] = {}
 
@@ -148,7 +149,7 @@ class Assigner:
         shares = targets(hosts, total)
         stock = ranges(len(outputs), len(hosts))
         surplus = fullness(stock, sizes, shares) - fullness(assign(stock, sizes, shares), sizes, shares)
-        return min(surplus * total / len(hosts) / RATE_NBYTES_S, self.patience_s)
+        return min(surplus * total / len(hosts) / self.rate_nbytes_s, self.patience_s)
 
     # The assignment
 

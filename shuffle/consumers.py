@@ -15,7 +15,7 @@ go where they are not wanted, and the consumers fetch what they need, as ever.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dask_gpurt import seams
@@ -47,25 +47,27 @@ def wanted_on(
         Gives the workers of another shuffle's outputs, by its id; None if it has not begun.
     """
     found: dict[Any, dict[str, int]] = {}
+    #: Barrier of another shuffle to the tasks that make its outputs, and where.
     others: dict[TaskState, dict[TaskState, str]] = {}
+
+    def homes(other: TaskState, shuffle_id: str) -> dict[TaskState, str]:
+        if other not in others:
+            run = run_of(shuffle_id) or {}
+            others[other] = {task: run[output] for task, output in _tasks_of(other, list(run)).items()}
+        return others[other]
+
     for task, output in _tasks_of(barrier, outputs).items():
         waiting: defaultdict[str, int] = defaultdict(int)
         for partner in _partners(task):
-            if partner.who_has:
+            # What is not there yet will be made where that lies which it is made of.
+            for source in [partner] if partner.who_has else _inputs(partner):
+                if (shuffle_id := seams.barrier_shuffle(source)) is not None:
+                    if (address := homes(source, shuffle_id).get(partner)) is not None:
+                        waiting[address] += 1
                 # What lies on several workers draws to none of them.
-                if len(partner.who_has) == 1:
-                    (home,) = partner.who_has
-                    waiting[home.address] += max(partner.get_nbytes(), 1)
-                continue
-            for other in partner.dependencies:
-                if (shuffle_id := seams.barrier_shuffle(other)) is None or other is barrier:
-                    continue
-                if other not in others:
-                    run = run_of(shuffle_id)
-                    homes = {} if run is None else _tasks_of(other, list(run))
-                    others[other] = {} if run is None else {t: run[o] for t, o in homes.items()}
-                if partner in others[other]:
-                    waiting[others[other][partner]] += 1
+                elif source.who_has and len(source.who_has) == 1:
+                    (home,) = source.who_has
+                    waiting[home.address] += max(source.get_nbytes(), 1)
         if waiting:
             found[output] = dict(waiting)
     return found
@@ -90,7 +92,10 @@ def _partners(task: TaskState) -> list[TaskState]:
     return [
         partner
         for taker in takers
-        if len(taker.dependencies) <= PARTNERS_MAX
-        for partner in taker.dependencies
+        for partner in _inputs(taker)
         if partner is not task and len(partner.dependents) <= PARTNERS_MAX and seams.barrier_shuffle(partner) is None
     ]
+
+
+def _inputs(task: TaskState) -> Collection[TaskState]:
+    return task.dependencies if len(task.dependencies) <= PARTNERS_MAX else ()

@@ -1,0 +1,288 @@
+"""Who makes which output: by size, beside what it meets, and as stock does where there is nothing to be won."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import cloudpickle
+import dask
+import dask.array as da
+import dask.dataframe as dd
+import numpy as np
+import pandas as pd
+import pytest
+from distributed import Client, Event, LocalCluster, secede, wait
+
+import dask_gpurt
+
+# The servers cannot import this module.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+ROWS, INPUTS, OUTPUTS = 40_000, 8, 16
+#: Half of the rows have it.
+HOT = 7
+#: By which a worker asks the scheduler for a run.
+QUESTIONS = ("gpurt_shuffle_open", "shuffle_get_or_create", "shuffle_get")
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Client]:
+    with (
+        dask.config.set({"distributed.scheduler.validate": True, "distributed.worker.validate": True}),
+        LocalCluster(
+            n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0", silence_logs=False
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+@pytest.fixture
+def client(shared: Client) -> Iterator[Client]:
+    """The cluster with our shuffle alone, whose scheduler waits for samples as long as it takes, and takes notes."""
+    dask_gpurt.install(shared, placement=False, memory=False)
+    shared.run_on_scheduler(take_notes)
+    yield shared
+    shared.run_on_scheduler(stop_notes)
+    dask_gpurt.uninstall(shared)
+
+
+def take_notes(dask_scheduler: Any) -> None:
+    """Note the workers' questions for runs, and what they are told. Events: one has "asked", a run has "begun"."""
+    for name in ("asked", "begun"):
+        dask_scheduler.extensions["events"].event_clear(name=name)
+    assigner = dask_scheduler.plugins["gpurt"].shuffle.assigner
+    assigner.patience_s, assigner.rate_nbytes_s = 30.0, 1.0
+    found = dask_scheduler.extensions["notes"] = {"runs": {}, "questions": []}
+    for name in QUESTIONS:
+        handler = dask_scheduler.handlers[name]
+
+        async def noting(*, name: str = name, handler: Any = handler, **message: Any) -> Any:
+            found["questions"].append(name)
+            dask_scheduler.extensions["events"].event_set(name="asked")
+            answer = handler(**message)
+            answer = await answer if asyncio.iscoroutine(answer) else answer
+            if answer["status"] == "OK":
+                run = answer["run_spec"].data
+                found["runs"].setdefault(run.run_id, []).append(dict(run.worker_for))
+                dask_scheduler.extensions["events"].event_set(name="begun")
+            return answer
+
+        dask_scheduler.handlers[name] = noting
+
+
+def stop_notes(dask_scheduler: Any) -> None:
+    plugin = dask_scheduler.plugins["shuffle"]
+    dask_scheduler.handlers.update(shuffle_get=plugin.get, shuffle_get_or_create=plugin.get_or_create)
+    del dask_scheduler.extensions["notes"]
+
+
+def questions(client: Client) -> list[str]:
+    found: list[str] = client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.extensions["notes"]["questions"])
+    return found
+
+
+def assignments(client: Client) -> list[dict[Any, str]]:
+    """Of each run; all its workers have been told the same."""
+    runs = client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.extensions["notes"]["runs"])
+    for told in runs.values():
+        assert all(one == told[0] for one in told)
+    return [told[0] for _, told in sorted(runs.items())]
+
+
+def loads(client: Client) -> list[float]:
+    """Part of the shuffled bytes that each worker has received or kept."""
+
+    def taken(dask_worker: Any) -> float:
+        metrics = dask_worker.extensions["gpurt"].shuffle.metrics()
+        return float(metrics["bytes_received"] + metrics["bytes_local"])
+
+    found = list(client.run(taken).values())
+    return [one / sum(found) for one in found]
+
+
+def part(number: int, *, hot: bool) -> pd.DataFrame:
+    rng = np.random.default_rng(number)
+    key = rng.integers(0, 1 << 40, ROWS)
+    if hot:
+        key[rng.random(ROWS) < 0.5] = HOT
+    return pd.DataFrame({"id": np.arange(ROWS) + number * ROWS, "key": key, "value": rng.random(ROWS)})
+
+
+def source(*, hot: bool, inputs: int = INPUTS) -> Any:
+    return dd.from_map(part, range(inputs), hot=hot, meta=part(0, hot=False).iloc[:0])
+
+
+def expected(*, hot: bool) -> pd.DataFrame:
+    return pd.concat([part(number, hot=hot) for number in range(INPUTS)], ignore_index=True)
+
+
+def test_a_hot_key_does_not_fill_one_worker(client: Client) -> None:
+    inputs = source(hot=True).persist()
+    wait(inputs)
+    found = inputs.shuffle("key", npartitions=OUTPUTS, shuffle_method="p2p").compute()
+    pd.testing.assert_frame_equal(found.sort_values("id", ignore_index=True), expected(hot=True))
+    assert max(loads(client)) < 0.6
+
+
+def test_even_outputs_are_where_stock_has_them_and_nobody_asks_more_than_once(client: Client) -> None:
+    inputs = source(hot=False).persist()
+    wait(inputs)
+    for _ in range(2):
+        found = inputs.shuffle("key", npartitions=OUTPUTS, shuffle_method="p2p").compute()
+        pd.testing.assert_frame_equal(found.sort_values("id", ignore_index=True), expected(hot=False))
+    for worker_for in assignments(client):
+        first, last = worker_for[0], worker_for[OUTPUTS - 1]
+        assert first != last
+        assert worker_for == {i: first if i < OUTPUTS // 2 else last for i in range(OUTPUTS)}
+    # One question of each worker for each run, as in stock Dask: for its first input, or for the first that it is sent.
+    assert len(questions(client)) == 2 * 2
+    assert "gpurt_shuffle_open" in questions(client)
+
+
+def test_sorted_inputs_are_not_taken_for_skew(client: Client) -> None:
+    """Each input has the rows of one output, which looks like skew to whoever sees one of them."""
+    frame = pd.DataFrame({"key": np.arange(INPUTS * ROWS), "value": 1.0})
+    inputs = dd.from_pandas(frame, npartitions=INPUTS, sort=False).persist()
+    divisions = [*range(0, INPUTS * ROWS, ROWS), INPUTS * ROWS]
+    found = inputs.set_index("key", divisions=divisions, shuffle_method="p2p").compute()
+    pd.testing.assert_frame_equal(found, frame.set_index("key"))
+    (worker_for,) = assignments(client)
+    assert Counter(worker_for.values()).most_common()[0][1] == INPUTS // 2
+
+
+def hold(part: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Let a partition wait for an event, but not the worker's thread, nor the empty one by which types are found out."""
+    if len(part):
+        secede()
+        assert Event(name).wait(60)
+    return part
+
+
+def test_both_sides_of_a_join_are_together_and_spread_by_size(client: Client) -> None:
+    left = source(hot=True).persist()
+    wait(left)
+    keys = pd.concat([part(0, hot=False)[["key"]], pd.DataFrame({"key": [HOT]})]).assign(other=1)
+    # The sizes of the side that begins count: the other one waits for it.
+    right = dd.from_pandas(keys, npartitions=2, sort=False)
+    right = right.map_partitions(hold, "begun", meta=right)
+    merged = left.merge(right, on="key", npartitions=OUTPUTS, shuffle_method="p2p", broadcast=False)
+    found = merged.compute().sort_values("id", ignore_index=True)
+    reference = expected(hot=True).merge(keys, on="key").sort_values("id", ignore_index=True)
+    pd.testing.assert_frame_equal(found[reference.columns], reference)
+    one, other = assignments(client)
+    assert one == other
+    assert max(loads(client)) < 0.6
+
+
+def fetched(client: Client) -> Counter[str]:
+    """Count by name the results that workers have fetched from each other."""
+
+    def count(dask_worker: Any) -> list[str]:
+        return [str(key[0]) for log in dask_worker.transfer_incoming_log for key in log["keys"] if type(key) is tuple]
+
+    return Counter(name for names in client.run(count).values() for name in names)
+
+
+def test_outputs_come_to_what_they_meet(client: Client) -> None:
+    divisions = [i * 2**40 // OUTPUTS for i in range(OUTPUTS + 1)]
+
+    def indexed() -> Any:
+        return source(hot=False).set_index("key", divisions=divisions, shuffle_method="p2p")
+
+    left = indexed().persist()
+    wait(left)
+    reference = expected(hot=False).set_index("key")
+    for number in range(2):
+        # Stock's ranges begin with another worker for each shuffle, so once they cross.
+        right = indexed()[["id"]].rename(columns={"id": f"other{number}"})
+        joined = left.join(right, how="inner").persist()
+        wait(joined)
+        found = joined.compute().sort_values("id")
+        both = reference.join(reference[["id"]].rename(columns={"id": f"other{number}"}), how="inner")
+        pd.testing.assert_frame_equal(found, both.sort_values("id"))
+    assert not fetched(client)[left.__dask_keys__()[0][0]]
+    one, other, third = assignments(client)
+    assert one == other == third
+
+
+def test_a_rechunk_is_spread_by_the_sizes_of_its_chunks(client: Client) -> None:
+    array = np.arange(600 * 640.0).reshape(600, 640)
+    chunks = (40, 40, 40, 40, 40, 40, 40, 360)
+    persisted = da.from_array(array, chunks=(60, 640)).persist()
+    wait(persisted)
+    found = persisted.rechunk((600, chunks), method="p2p").compute()
+    np.testing.assert_array_equal(found, array)
+    (worker_for,) = assignments(client)
+    # The large one alone, the small ones together.
+    assert worker_for[0, 7] not in {worker_for[0, i] for i in range(7)}
+    assert max(loads(client)) < 0.6
+
+
+def test_even_chunks_are_where_stock_has_them(client: Client) -> None:
+    array = np.arange(600 * 640.0).reshape(600, 640)
+    found = da.from_array(array, chunks=(60, 640)).rechunk((600, 80), method="p2p").compute()
+    np.testing.assert_array_equal(found, array)
+    (worker_for,) = assignments(client)
+    assert [worker_for[0, i] == worker_for[0, 0] for i in range(8)] == [True] * 4 + [False] * 4
+
+
+def test_chunks_come_to_what_they_are_added_to(client: Client) -> None:
+    array = np.arange(600 * 640.0).reshape(600, 640)
+    workers = sorted(client.scheduler_info()["workers"])
+    # Otherwise than any ranges.
+    homes = {(0, i): workers[i % 2] for i in range(8)}
+    blocks = {
+        ("there", *at): client.submit(
+            np.ascontiguousarray, array[:, 80 * at[1] :][:, :80], key=("there", *at), workers=[home]
+        )
+        for at, home in homes.items()
+    }
+    there = da.Array(blocks, "there", chunks=((600,), (80,) * 8), dtype=array.dtype)
+    rows = da.from_array(array, chunks=(60, 640)).persist()
+    wait([rows, *blocks.values()])
+    total = (rows.rechunk((600, 80), method="p2p") + there).persist()
+    wait(total)
+    assert assignments(client) == [homes]
+    assert not fetched(client)["there"]
+    np.testing.assert_array_equal(total.compute(), 2 * array)
+
+
+def test_a_worker_that_dies_while_it_waits_is_not_waited_for(client: Client) -> None:
+    pids = client.run(os.getpid)
+
+    def kill_who_asks(dask_scheduler: Any, pids: dict[str, int]) -> None:
+        handler = dask_scheduler.handlers["gpurt_shuffle_open"]
+
+        async def killing(*, worker: str, **message: Any) -> Any:
+            if (pid := pids.pop(worker, None)) is not None and len(pids) == 1:
+                os.kill(pid, signal.SIGKILL)
+            return await handler(worker=worker, **message)
+
+        dask_scheduler.handlers["gpurt_shuffle_open"] = killing
+
+    client.run_on_scheduler(kill_who_asks, pids=pids)
+    shuffled = source(hot=True).shuffle("key", npartitions=OUTPUTS, shuffle_method="p2p")
+    found = client.compute(shuffled).result(60)
+    pd.testing.assert_frame_equal(found.sort_values("id", ignore_index=True), expected(hot=True))
+    assert set(assignments(client)[-1].values()) <= set(client.scheduler_info()["workers"])
+
+
+def test_who_waits_while_it_is_uninstalled_gets_a_run_of_stock(client: Client) -> None:
+    inputs = source(hot=True)
+    held = inputs.map_partitions(hold_all_but_first, "released", meta=inputs)
+    future = client.compute(held.shuffle("key", npartitions=OUTPUTS, shuffle_method="p2p"))
+    assert Event("asked").wait(60)
+    dask_gpurt.uninstall(client)
+    Event("released").set()
+    pd.testing.assert_frame_equal(future.result(60).sort_values("id", ignore_index=True), expected(hot=True))
+
+
+def hold_all_but_first(part: pd.DataFrame, name: str) -> pd.DataFrame:
+    return hold(part, name) if len(part) and part["id"].iloc[0] else part
