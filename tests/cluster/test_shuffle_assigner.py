@@ -59,7 +59,8 @@ def take_notes(dask_scheduler: Any) -> None:
         dask_scheduler.extensions["events"].event_clear(name=name)
     assigner = dask_scheduler.plugins["gpurt"].shuffle.assigner
     assigner.patience_s, assigner.rate_nbytes_s = 30.0, 1.0
-    found = dask_scheduler.extensions["notes"] = {"runs": {}, "questions": []}
+    found: dict[str, Any] = {"runs": {}, "questions": []}
+    dask_scheduler.extensions["notes"] = found
     for name in QUESTIONS:
         handler = dask_scheduler.handlers[name]
 
@@ -190,26 +191,36 @@ def fetched(client: Client) -> Counter[str]:
     return Counter(name for names in client.run(count).values() for name in names)
 
 
-def test_outputs_come_to_what_they_meet(client: Client) -> None:
+def indexed(name: str) -> Any:
+    """Return the ids by key, by a shuffle whose outputs are known by their divisions."""
     divisions = [i * 2**40 // OUTPUTS for i in range(OUTPUTS + 1)]
+    ids = source(hot=False)[["id", "key"]].rename(columns={"id": name})
+    return ids.set_index("key", divisions=divisions, shuffle_method="p2p")
 
-    def indexed() -> Any:
-        return source(hot=False).set_index("key", divisions=divisions, shuffle_method="p2p")
 
-    left = indexed().persist()
+def check_joined(found: pd.DataFrame, *names: str) -> None:
+    ids = expected(hot=False).set_index("key")["id"]
+    assert ids.index.is_unique
+    pd.testing.assert_frame_equal(found.sort_index(), pd.DataFrame(dict.fromkeys(names, ids)).sort_index())
+
+
+def test_outputs_come_to_persisted_ones_that_they_meet(client: Client) -> None:
+    left = indexed("left").persist()
     wait(left)
-    reference = expected(hot=False).set_index("key")
-    for number in range(2):
-        # Stock's ranges begin with another worker for each shuffle, so once they cross.
-        right = indexed()[["id"]].rename(columns={"id": f"other{number}"})
-        joined = left.join(right, how="inner").persist()
+    for name in ("right", "other"):
+        # Stock's ranges begin with another worker for each shuffle, so they would cross once.
+        joined = left.join(indexed(name), how="inner").persist()
         wait(joined)
-        found = joined.compute().sort_values("id")
-        both = reference.join(reference[["id"]].rename(columns={"id": f"other{number}"}), how="inner")
-        pd.testing.assert_frame_equal(found, both.sort_values("id"))
-    assert not fetched(client)[left.__dask_keys__()[0][0]]
+        check_joined(joined.compute(), "left", name)
     one, other, third = assignments(client)
     assert one == other == third
+    assert not fetched(client)[left.__dask_keys__()[0][0]]
+
+
+def test_outputs_of_two_shuffles_meet(client: Client) -> None:
+    check_joined(indexed("left").join(indexed("right"), how="inner").compute(), "left", "right")
+    one, other = assignments(client)
+    assert one == other
 
 
 def test_a_rechunk_is_spread_by_the_sizes_of_its_chunks(client: Client) -> None:
