@@ -162,9 +162,8 @@ class Assigner:
             return stock
         barrier = seams.shuffle_barrier(self.scheduler, str(spec.id))
         workers = self._workers(barrier)
-        # In stock's order, which is another one for each shuffle.
-        addresses = list(dict.fromkeys([*stock.values(), *workers]))
-        if len(addresses) == 1 or not workers.keys() >= set(addresses):
+        addresses = list(workers)
+        if len(addresses) == 1 or not workers.keys() >= set(stock.values()):
             return stock
         wanted = wanted_on(barrier, list(stock), self._worker_for)
         sizes = self._sizes(spec, poll, len(barrier.dependencies))

@@ -18,7 +18,9 @@ Theory of operation
     An output whose consumer has its other inputs on some worker had better be there. That is tried first, and taken as far as
     the balance allows: ties are decided for it, and up to :data:`TOLERANCE` is paid for it.
 
-    All is deterministic: same arguments, same answer.
+    All is deterministic: same arguments, same answer. Stock gives the first range to another worker each time, for the sake of
+    many small shuffles. What is dealt here begins with the first worker each time: the same shuffle again, as in a loop, gives
+    each worker the same again, and so what its memory pool has kept from the last time fits.
 """
 
 from __future__ import annotations
@@ -136,20 +138,23 @@ def assign(stock: Ints, sizes: Floats, shares: Floats, preferred: Ints | None = 
     >>> assign(ranges(4, 2), np.array([6.0, 1, 1, 4]), np.array([0.5, 0.5])).tolist()
     [0, 1, 1, 1]
     """
+    # The ranges in their order, whoever has the first.
+    _, first, by_range = np.unique(stock, return_index=True, return_inverse=True)
+    home = np.argsort(np.argsort(first))[by_range]
     ways: list[Ints] = []
     if preferred is not None and (preferred >= 0).any():
-        ways = [np.where(preferred < 0, stock, preferred), _deal(stock, sizes, shares, preferred)]
+        ways = [np.where(preferred < 0, stock, preferred), _deal(home, sizes, shares, preferred)]
     ways.append(stock)
     if len(sizes) > len(shares):
         # With fewer, stock gives nobody two.
-        ways.append(_deal(stock, sizes, shares, None))
+        ways.append(_deal(home, sizes, shares, None))
     full = [fullness(way, sizes, shares) for way in ways]
     limit = min(full) * (1 + TOLERANCE)
     return next(way for way, its in zip(ways, full, strict=True) if its <= limit)
 
 
-def _deal(stock: Ints, sizes: Floats, shares: Floats, preferred: Ints | None) -> Ints:
-    """Deal what is wanted somewhere, then large outputs, then small ones."""
+def _deal(home: Ints, sizes: Floats, shares: Floats, preferred: Ints | None) -> Ints:
+    """Deal what is wanted somewhere, then large outputs, then small ones, beginning with the first worker."""
     total = float(sizes.sum())
     owners = np.full(len(sizes), -1, dtype=np.intp)
     loads = np.zeros(len(shares))
@@ -165,13 +170,13 @@ def _deal(stock: Ints, sizes: Floats, shares: Floats, preferred: Ints | None) ->
     large = sizes > LARGE * total / len(shares)
     for output in largest_first[(large & (owners < 0))[largest_first]].tolist():
         full = (loads + sizes[output]) / shares
-        # As full as the least full, or nearly so that only rounding is between them: stock's worker, where it is one.
+        # As full as the least full, or nearly, so that only rounding is between them: its range's worker, where it is one.
         best = np.flatnonzero(full <= full.min() * (1 + 1e-9))
-        worker = int(stock[output]) if stock[output] in best else int(best[0])
+        worker = int(home[output]) if home[output] in best else int(best[0])
         owners[output] = worker
         loads[worker] += sizes[output]
     small = np.flatnonzero(owners < 0)
-    small = small[np.argsort(stock[small], kind="stable")]
+    small = small[np.argsort(home[small], kind="stable")]
     room = np.cumsum(np.maximum(_level(loads, shares, float(sizes[small].sum())) * shares - loads, 0))
     # Where its middle falls, so that a worker is over the level by half an output at each end.
     middles = np.cumsum(sizes[small]) - sizes[small] / 2
