@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -244,6 +245,25 @@ def test_even_chunks_are_where_stock_has_them(client: Client) -> None:
     assert [worker_for[0, i] == worker_for[0, 0] for i in range(8)] == [True] * 4 + [False] * 4
 
 
+def test_a_worker_without_room_gets_less(client: Client) -> None:
+    def limit(dask_scheduler: Any, address: str, nbytes: int) -> int:
+        worker = dask_scheduler.workers[address]
+        before, worker.memory_limit = worker.memory_limit, nbytes
+        return int(before)
+
+    short, _ = client.scheduler_info()["workers"]
+    array = np.arange(600 * 640.0).reshape(600, 640)
+    # Enough for each task, but less than the process has.
+    before = client.run_on_scheduler(limit, address=short, nbytes=20_000_000)
+    try:
+        found = da.from_array(array, chunks=(60, 640)).rechunk((600, 80), method="p2p").compute()
+    finally:
+        client.run_on_scheduler(limit, address=short, nbytes=before)
+    np.testing.assert_array_equal(found, array)
+    (worker_for,) = assignments(client)
+    assert Counter(worker_for.values())[short] == 1
+
+
 def test_chunks_come_to_what_they_are_added_to(client: Client) -> None:
     array = np.arange(600 * 640.0).reshape(600, 640)
     workers = sorted(client.scheduler_info()["workers"])
@@ -285,15 +305,43 @@ def test_a_worker_that_dies_while_it_waits_is_not_waited_for(client: Client) -> 
     assert set(assignments(client)[-1].values()) <= set(client.scheduler_info()["workers"])
 
 
+def hold_all_but_first(part: pd.DataFrame, name: str) -> pd.DataFrame:
+    return hold(part, name) if len(part) and part["id"].iloc[0] else part
+
+
+def held_but_for_one(name: str, *, hot: bool) -> Any:
+    inputs = source(hot=hot)
+    held = inputs.map_partitions(hold_all_but_first, name, meta=inputs)
+    return held.shuffle("key", npartitions=OUTPUTS, shuffle_method="p2p")
+
+
 def test_who_waits_while_it_is_uninstalled_gets_a_run_of_stock(client: Client) -> None:
-    inputs = source(hot=True)
-    held = inputs.map_partitions(hold_all_but_first, "released", meta=inputs)
-    future = client.compute(held.shuffle("key", npartitions=OUTPUTS, shuffle_method="p2p"))
+    future = client.compute(held_but_for_one("uninstalled", hot=True))
     assert Event("asked").wait(60)
     dask_gpurt.uninstall(client)
-    Event("released").set()
+    Event("uninstalled").set()
     pd.testing.assert_frame_equal(future.result(60).sort_values("id", ignore_index=True), expected(hot=True))
 
 
-def hold_all_but_first(part: pd.DataFrame, name: str) -> pd.DataFrame:
-    return hold(part, name) if len(part) and part["id"].iloc[0] else part
+def test_a_worker_that_joins_late_takes_part_in_the_next_run(client: Client) -> None:
+    future = client.compute(held_but_for_one("joined", hot=False))
+    assert Event("begun").wait(60)
+    ready = threading.Event()
+
+    def heard(event: tuple[float, dict[str, Any]]) -> None:
+        if event[1]["action"] == "worker-ready":
+            ready.set()
+
+    client.subscribe_topic("gpurt", heard)
+    assert client.cluster is not None
+    client.cluster.scale(3)
+    assert ready.wait(60)
+    Event("joined").set()
+    pd.testing.assert_frame_equal(future.result(60).sort_values("id", ignore_index=True), expected(hot=False))
+    # The inputs are others, so that nothing is left to be done by the shuffle before.
+    found = source(hot=True).shuffle("key", npartitions=OUTPUTS, shuffle_method="p2p").compute()
+    pd.testing.assert_frame_equal(found.sort_values("id", ignore_index=True), expected(hot=True))
+    one, other = assignments(client)
+    assert len(set(one.values())) == 2
+    assert len(set(other.values())) == 3
+    client.unsubscribe_topic("gpurt")
