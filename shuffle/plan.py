@@ -2,7 +2,7 @@
 
 Covers: the order of output partitions in which those of one peer lie side by side, and the stable sort of an input
 partition's rows into that order.
-Does not cover: the choice of a worker for an output partition, which is the scheduler's (``ShuffleSpec.pick_worker``).
+Does not cover: the choice of a worker for an output partition; :mod:`dask_gpurt.shuffle.assignment`.
 See also: :mod:`dask_gpurt.shuffle.dataframe`, which takes the rows.
 
 Theory of operation: an output partition has a *position*: its rank when all output partitions are ordered by worker,
