@@ -23,13 +23,13 @@ from dask_gpurt.shuffle.sizes import Sample, sample_of
 if TYPE_CHECKING:
     from distributed import Worker
 
-__all__ = ["COLUMNS", "SAMPLED_NBYTES_MIN", "Sampler"]
+__all__ = ["COLUMNS", "SAMPLED_ROWS_MIN", "Sampler"]
 
 #: The columns by which dask.dataframe tells a shuffle where rows go: a join, and all others.
 COLUMNS = ("__hash_partition", "_partitions")
 
-#: Inputs of fewer bytes are not worth a look: whoever gets them all has no more than a message's worth.
-SAMPLED_NBYTES_MIN = 2**16
+#: Inputs of fewer rows say little, and the third of a millisecond that a look takes would be felt in small shuffles.
+SAMPLED_ROWS_MIN = 1024
 
 
 class Sampler:
@@ -86,13 +86,12 @@ class Sampler:
     def _sample(self, data: Any) -> Sample | None:
         import pandas as pd
 
-        if type(data) is not pd.DataFrame or not data.columns.is_unique:
+        if type(data) is not pd.DataFrame or len(data) < SAMPLED_ROWS_MIN or not data.columns.is_unique:
             return None
         column = next((column for column in COLUMNS if column in data.columns), None)
         if column is None:
             return None
-        nbytes = int(data.memory_usage().sum())
-        return sample_of(column, np.asarray(data[column]), nbytes) if nbytes >= SAMPLED_NBYTES_MIN else None
+        return sample_of(column, np.asarray(data[column]), int(data.memory_usage().sum()))
 
     async def _ask(self, shuffle_id: str, key: Any, sample: Sample) -> Any:
         reply = await self.worker.scheduler.gpurt_shuffle_open(

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dask_gpurt.shuffle.sampler import SAMPLED_NBYTES_MIN, Sampler
+from dask_gpurt.shuffle.sampler import SAMPLED_ROWS_MIN, Sampler
 from dask_gpurt.shuffle.sizes import Sample
 
 
@@ -46,7 +46,7 @@ def sampler(reply: Any) -> tuple[Sampler, FakePlugin, FakeScheduler]:
     return Sampler(worker), plugin, scheduler
 
 
-def frame(rows: int = SAMPLED_NBYTES_MIN // 16, column: str = "_partitions") -> pd.DataFrame:
+def frame(rows: int = SAMPLED_ROWS_MIN, column: str = "_partitions") -> pd.DataFrame:
     return pd.DataFrame({"value": np.zeros(rows), column: np.arange(rows) % 4})
 
 
@@ -59,7 +59,7 @@ def test_the_first_input_goes_with_the_question_and_no_other(column: str) -> Non
     assert (asked["shuffle_id"], asked["key"], asked["worker"]) == ("a", "key", "me")
     sample = Sample.from_message(asked["sample"])
     assert sample.column == column
-    assert sample.nbytes >= SAMPLED_NBYTES_MIN
+    assert sample.nbytes >= SAMPLED_ROWS_MIN * 16
     assert len(set(sample.rows.tolist())) == 1
     assert len(sample.rows) == 4
 
@@ -70,7 +70,7 @@ def test_the_first_input_goes_with_the_question_and_no_other(column: str) -> Non
         frame(100),
         frame(column="other"),
         frame().assign(_partitions=0.5),
-        np.zeros(SAMPLED_NBYTES_MIN),
+        np.zeros(10_000),
         pd.DataFrame(np.zeros((10_000, 2), int), columns=["_partitions", "_partitions"]),
     ],
     ids=["small", "other column", "no ids", "array", "twice"],
