@@ -131,7 +131,7 @@ def test_null_turns_it_off() -> None:
                 processes=False,
                 protocol="tcp",
                 host="127.0.0.1",
-                dashboard_address=None,
+                dashboard_address="127.0.0.1:0",
                 asynchronous=True,
             ) as cluster,
             Client(cluster, asynchronous=True) as client,
