@@ -63,7 +63,8 @@ class WorkerRuntime:
             with parts.starting("shuffle"):
                 store: BufferStore = self.memory.store if self.memory is not None else DictBufferStore()
                 pool = self.memory.pool if self.memory is not None else None
-                shuffle = ShuffleWorker(worker, settings.shuffle, store, pool)
+                device_store = self.memory.device_store if self.memory is not None else None
+                shuffle = ShuffleWorker(worker, settings.shuffle, store, pool, device_store)
                 shuffle.start()
                 self.shuffle = shuffle
                 remark = shuffle.carrier.path()

@@ -1,7 +1,8 @@
 """Array chunks as shards: split by output chunk, pack, unpack.
 
-Covers: NumPy arrays of plain dtypes. All functions are pure and run in threads.
-Does not cover: object arrays and arrays of other libraries; :func:`dtype_token` says no to them, and they go stock.
+Covers: arrays of plain dtypes, NumPy's and those of libraries for devices (:mod:`dask_gpurt.shuffle.device`). All functions
+are pure and run in threads.
+Does not cover: object arrays and arrays of other libraries; :func:`dtype_token` says no to the first, and both go stock.
 See also: :mod:`dask_gpurt.shuffle.frames`, the same for data frames; the theory of rechunking in
 :mod:`distributed.shuffle._rechunk`, whose ``split_axes`` says how an input chunk is cut.
 
@@ -9,6 +10,9 @@ Theory of operation: a body is raw elements. A large shard has a body of its own
 peer are copied one behind the other into one. A segment is (output chunk, place among the shards of that chunk, shape), a
 number for each dimension each. Packed for the store, a body holds shards of one output chunk; its segments are (place,
 shape). The output is allocated once, and every shard is copied to where its place says.
+
+What a device's library made is cut, packed and put together by the device, and the header names the library. A body of it
+that lies on the host, for it came that way, is copied to the device where the output is made.
 """
 
 from __future__ import annotations
@@ -17,12 +21,13 @@ import ast
 import itertools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from dask_gpurt.memory.store import Buffer
+from dask_gpurt.memory.store import Buffer, buffer_nbytes
+from dask_gpurt.shuffle.device import ArrayLibrary, DeviceBody, finish, library_named, library_of
 from dask_gpurt.shuffle.shelf import Parcel
 from dask_gpurt.shuffle.wire import Header, Kind, WireError, decode, encode
 
@@ -79,15 +84,29 @@ def _allocate(nbytes: int) -> memoryview:
     return np.empty(nbytes, np.uint8).data
 
 
+def _tag(library: ArrayLibrary | None, token: bytes) -> bytes:
+    """Add the name of a library to the description of a dtype, which begins with a quote or a bracket."""
+    return token if library is None else library.name.encode() + b" " + token
+
+
+@lru_cache(maxsize=1000)
+def _element(extra: bytes) -> tuple[str, np.dtype[Any]]:
+    """Invert :func:`_tag`: the name of a library, or nothing, and a dtype."""
+    if extra[:1] in (b"'", b"["):
+        return "", dtype_of(extra)
+    name, _, token = extra.partition(b" ")
+    return name.decode(errors="replace"), dtype_of(token)
+
+
 def split(
-    chunk: npt.NDArray[Any],
+    chunk: Any,
     index: Index,
     axes: SplitAxes,
     worker_for: Mapping[Index, str],
     *,
     allocate: Allocate = _allocate,
-) -> list[tuple[str, Header, memoryview]]:
-    """Cut a chunk: for each peer headers and bodies. ``allocate`` lends the memory of bodies.
+) -> list[tuple[str, Header, Any]]:
+    """Cut a chunk: for each peer headers and bodies. ``allocate`` lends the memory of those on the host.
 
     Raises
     ------
@@ -97,7 +116,9 @@ def split(
     token = dtype_token(chunk.dtype)
     if token is None:
         raise TypeError(f"elements of {chunk.dtype} are not plain bytes")
-    bodies: dict[tuple[str, Index | None], list[tuple[Index, Index, npt.NDArray[Any]]]] = {}
+    library = library_of(chunk)
+    extra = _tag(library, token)
+    bodies: dict[tuple[str, Index | None], list[tuple[Index, Index, Any]]] = {}
     for pieces in itertools.product(*(axis[i] for axis, i in zip(axes, index, strict=True))):
         target, place, where = zip(*pieces, strict=True)
         shard = chunk[where]
@@ -107,14 +128,14 @@ def split(
     parts = []
     for (address, _), shards in bodies.items():
         segments = np.array([target + place + shard.shape for target, place, shard in shards], dtype=np.int64)
-        data = allocate(sum(shard.nbytes for _, _, shard in shards))
-        body = np.frombuffer(data, dtype=chunk.dtype) if data.nbytes else np.empty(0, dtype=chunk.dtype)
+        data = _new(library, sum(shard.nbytes for _, _, shard in shards), allocate)
+        body = _elements(data, chunk.dtype)
         offset = 0
         for _, _, shard in shards:
             body[offset : offset + shard.size].reshape(shard.shape)[...] = shard
             offset += shard.size
-        parts.append((address, Header(Kind.BRICK, index, segments, data.nbytes, token), data))
-    return parts
+        parts.append((address, Header(Kind.BRICK, index, segments, data.nbytes, extra), data))
+    return parts if library is None else finish(library, parts, allocate)
 
 
 def check_parcel(header: Header, wanted: Callable[[Hashable], bool]) -> None:
@@ -124,6 +145,8 @@ def check_parcel(header: Header, wanted: Callable[[Hashable], bool]) -> None:
     ------
     WireError
         If it is no array, for chunks that nobody unpacks here, or not of the size that its shapes say.
+    LibraryMissingError
+        If the output cannot be made here.
     """
     ndim = len(header.input_id)
     if header.kind is not Kind.BRICK or not ndim or header.segments.shape[1] != 3 * ndim:
@@ -133,11 +156,14 @@ def check_parcel(header: Header, wanted: Callable[[Hashable], bool]) -> None:
         if not wanted(tuple(segment[:ndim])):
             raise WireError(f"output chunk {tuple(segment[:ndim])} is not held here")
         size += math.prod(segment[2 * ndim :])
-    if size * dtype_of(header.extra).itemsize != header.body_nbytes:
+    name, dtype = _element(header.extra)
+    if name:
+        library_named(name)
+    if size * dtype.itemsize != header.body_nbytes:
         raise WireError(f"shards of {size} elements were expected, got {header.body_nbytes} bytes")
 
 
-def ready(parcel: Parcel) -> tuple[Index, list[Buffer]] | None:
+def ready(parcel: Parcel) -> tuple[Index, list[Any]] | None:
     """Give the packed form of a parcel that needs no packing; None for the others."""
     header = parcel.header
     if len(header.segments) != 1 or parcel.nbytes < LARGE_NBYTES:
@@ -148,42 +174,61 @@ def ready(parcel: Parcel) -> tuple[Index, list[Buffer]] | None:
     return target, [encode(packed), parcel.body]
 
 
-def pack(parcels: Sequence[Parcel]) -> dict[Hashable, list[Buffer]]:
-    """Regroup parcels by output chunk. Parcels of different dtypes stay apart."""
-    groups: dict[tuple[Index, bytes], list[tuple[list[int], memoryview, bool]]] = {}
+def pack(parcels: Sequence[Parcel]) -> dict[Hashable, list[Any]]:
+    """Regroup parcels by output chunk, those on the host or those on a device. Parcels of different dtypes stay apart."""
+    groups: dict[tuple[Index, bytes, ArrayLibrary | None], list[tuple[list[int], Any, bool]]] = {}
     for parcel in parcels:
         header = parcel.header
         ndim = len(header.input_id)
-        itemsize = dtype_of(header.extra).itemsize
+        itemsize = _element(header.extra)[1].itemsize
         body = _bytes_of(parcel.body)
+        library = parcel.body.library if isinstance(parcel.body, DeviceBody) else None
         offset = 0
         for segment in header.segments.tolist():
             nbytes = math.prod(segment[2 * ndim :]) * itemsize
-            shards = groups.setdefault((tuple(segment[:ndim]), header.extra), [])
+            shards = groups.setdefault((tuple(segment[:ndim]), header.extra, library), [])
             shards.append((segment[ndim:], body[offset : offset + nbytes], len(header.segments) == 1))
             offset += nbytes
-    packed: dict[Hashable, list[Buffer]] = {}
-    for (target, token), shards in groups.items():
+    packed: dict[Hashable, list[Any]] = {}
+    for (target, extra, library), shards in groups.items():
+        views = [view for _, view, _ in shards]
         # Joined, they own their memory; a body that is this one shard already does.
         whole = len(shards) == 1 and shards[0][2]
-        joined: Buffer = shards[0][1] if whole else b"".join(view for _, view, _ in shards)
+        joined: Buffer | DeviceBody
+        if library is None:
+            joined = views[0] if whole else b"".join(views)
+        else:
+            joined = DeviceBody(library, views[0] if whole else library.concatenate(views))
         segments = np.array([segment for segment, _, _ in shards], dtype=np.int64)
-        header = Header(Kind.BRICK, target, segments, memoryview(joined).nbytes, token)
+        header = Header(Kind.BRICK, target, segments, buffer_nbytes(joined), extra)
         packed.setdefault(target, []).extend((encode(header), joined))
+    for library in {library for _, _, library in groups if library is not None}:
+        library.synchronize()
     return packed
 
 
-def unpack(buffers: Sequence[Buffer], *, allocate: Allocate = _allocate) -> npt.NDArray[Any]:
-    """Put the packed shards of one output chunk together. ``allocate`` lends its memory."""
+def unpack(buffers: Sequence[Any], *, allocate: Allocate = _allocate) -> Any:
+    """Put the packed shards of one output chunk together. ``allocate`` lends its memory, if that is on the host."""
     if not buffers or len(buffers) % 2:
         raise WireError(f"headers and bodies alternate, got {len(buffers)} buffers")
-    shards: dict[Index, npt.NDArray[Any]] = {}
-    for head, body in zip(buffers[::2], buffers[1::2], strict=True):
-        header = decode(head, body)
+    pieces = [(decode(head, body), body) for head, body in zip(buffers[::2], buffers[1::2], strict=True)]
+    name = next(filter(None, (_element(header.extra)[0] for header, _ in pieces)), "")
+    library = library_named(name) if name else None
+    output = _unpack(pieces, library, allocate)
+    if library is not None:
+        # The bodies are free when this returns.
+        library.synchronize()
+    return output
+
+
+def _unpack(pieces: Sequence[tuple[Header, Any]], library: ArrayLibrary | None, allocate: Allocate) -> Any:
+    shards: dict[Index, Any] = {}
+    for header, body in pieces:
         ndim = len(header.input_id)
         if header.kind is not Kind.BRICK or header.segments.shape[1] != 2 * ndim:
             raise WireError(f"shards of an array were expected, got {header.kind!r}")
-        elements = np.frombuffer(_bytes_of(body), dtype=dtype_of(header.extra))
+        there = body if library is None or isinstance(body, DeviceBody) else DeviceBody.of_host(library, body)
+        elements = _elements(there, _element(header.extra)[1])
         offset = 0
         for segment in header.segments.tolist():
             shape = tuple(segment[ndim:])
@@ -210,7 +255,7 @@ def unpack(buffers: Sequence[Buffer], *, allocate: Allocate = _allocate) -> npt.
     extent = [sum(axis.values()) for axis in lengths]
     dtype = shards[min(shards)].dtype
     nbytes = math.prod(extent) * dtype.itemsize
-    output = (np.frombuffer(allocate(nbytes), dtype) if nbytes else np.empty(0, dtype)).reshape(extent)
+    output = _elements(_new(library, nbytes, allocate), dtype).reshape(extent)
     for place, shard in shards.items():
         where = tuple(
             slice(offsets[axis][number], offsets[axis][number] + length)
@@ -220,7 +265,22 @@ def unpack(buffers: Sequence[Buffer], *, allocate: Allocate = _allocate) -> npt.
     return output
 
 
-def _bytes_of(buffer: Buffer) -> memoryview:
-    view = memoryview(buffer)
+def _new(library: ArrayLibrary | None, nbytes: int, allocate: Allocate) -> Any:
+    return allocate(nbytes) if library is None else DeviceBody(library, library.empty(nbytes))
+
+
+def _elements(body: Any, dtype: np.dtype[Any]) -> Any:
+    """View a body as the elements that it holds."""
+    if isinstance(body, DeviceBody):
+        return body.array.view(dtype)
+    view = memoryview(body)
+    return np.frombuffer(view, dtype) if view.nbytes else np.empty(0, dtype)
+
+
+def _bytes_of(body: Any) -> Any:
+    """View a body as bytes that can be sliced."""
+    if isinstance(body, DeviceBody):
+        return body.array
+    view = memoryview(body)
     # A view with a zero in its shape cannot be cast.
     return view.cast("B") if view.nbytes else memoryview(b"")

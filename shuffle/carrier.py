@@ -18,6 +18,10 @@ Theory of operation
     UCX is started when the first run begins, aside; until it is there, and with peers that have none, Dask's comms do.
     A delivery that UCX fails goes by Dask's comms, and so do all later ones to that peer. Where Dask's comms are
     encrypted, UCX, which is not, is never used.
+
+    *Buffers on a device* go by UCX from there into memory of the receiver's device, whose tier pays for them; where that
+    cannot be allocated, into memory of the host, which UCX can do as well. Dask's comms carry a copy on the host, and the
+    receiver keeps it there until the output is made. A message with such buffers waits for UCX to start.
 """
 
 from __future__ import annotations
@@ -26,15 +30,17 @@ import asyncio
 import importlib.util
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distributed.core import ErrorMessage, OKMessage, Status, error_message
 from distributed.protocol.serialize import to_serialize
 
 from dask_gpurt import seams
-from dask_gpurt.memory.store import Buffer, Reservation
+from dask_gpurt.memory.store import Buffer, DeviceBuffer, Reservation, buffer_nbytes
 from dask_gpurt.seams import P2PConsistencyError, ShuffleClosedError
+from dask_gpurt.shuffle.device import DeviceBody, allocate, library_named
+from dask_gpurt.shuffle.shelves import TieredReservation
 from dask_gpurt.shuffle.transport.ucx import MIN_FRAME_NBYTES, TransportError, TransportUnavailable, UCXTransport
 
 if TYPE_CHECKING:
@@ -59,9 +65,9 @@ UCX = "by UCX"
 Reply = OKMessage | ErrorMessage
 
 
-def nbytes_of(buffers: Sequence[Buffer]) -> int:
+def nbytes_of(buffers: Sequence[Buffer | DeviceBuffer]) -> int:
     """Bytes of all ``buffers``."""
-    return sum(memoryview(buffer).nbytes for buffer in buffers)
+    return sum(map(buffer_nbytes, buffers))
 
 
 class Carrier:
@@ -95,8 +101,11 @@ class Carrier:
         #: (sender, tag) of what is being received, and of what its sender has given up.
         self._receiving: dict[tuple[bytes, int], asyncio.Task[Any]] = {}
         self._abandoned: deque[tuple[bytes, int]] = deque(maxlen=ABANDONED_MAX)
-        #: Bytes sent by UCX, and seconds that were spent waiting for credits.
+        #: Libraries whose device is current in the transport's thread.
+        self._current: set[str] = set()
+        #: Bytes sent by UCX, those of them from the memory of a device, and seconds that were spent waiting for credits.
         self.ucx_nbytes = 0
+        self.device_nbytes = 0
         self.credit_wait_s = 0.0
 
     def __repr__(self) -> str:
@@ -159,6 +168,17 @@ class Carrier:
         if peer is not None and self._transport is not None:
             self._transport.drop_peer(peer)
 
+    def _reaches(self, libraries: Iterable[str]) -> bool:
+        """Whether UCX can use the memory of these libraries; from now on it finds their devices."""
+        assert self._transport is not None
+        for name in set(libraries) - self._current:
+            library = library_named(name)
+            if not library.transports.issubset(self._transport.describe()["found"]):
+                return False
+            self._transport.in_thread(library.make_current)
+            self._current.add(name)
+        return True
+
     async def _peer(self, address: str) -> bytes | None:
         if self._transport is None:
             return None
@@ -169,7 +189,7 @@ class Carrier:
 
     # Sending
 
-    async def deliver(self, run: Run, address: str, buffers: Sequence[Buffer], credit: str) -> Reply:
+    async def deliver(self, run: Run, address: str, buffers: Sequence[Any], credit: str) -> Reply:
         """Deliver a message to the peer's part of a run; returns its answer.
 
         ``credit`` names what the peer reserves for it, the same in every attempt.
@@ -179,6 +199,11 @@ class Carrier:
         OSError
             If the connection breaks. The message may have arrived.
         """
+        libraries = {buffer.library.name for buffer in buffers if isinstance(buffer, DeviceBody)}
+        if libraries and self._opening is not None:
+            await asyncio.shield(self._opening)
+            if self._transport is not None and not self._reaches(libraries):
+                buffers, libraries = await self._on_host(buffers), set()
         peer = await self._peer(address)
         if peer is not None:
             try:
@@ -188,11 +213,19 @@ class Carrier:
                 logger.warning("UCX to %s is given up, Dask's comms carry on: %s", address, error)
                 if self._peers.get(address) == peer:
                     self._peers[address] = None
-        return await self._deliver_by_comm(run, address, buffers, credit)
+        return await self._deliver_by_comm(run, address, await self._on_host(buffers) if libraries else buffers, credit)
 
-    async def _deliver_by_ucx(self, run: Run, address: str, peer: bytes, buffers: Sequence[Buffer]) -> Reply:
+    async def _on_host(self, buffers: Sequence[Any]) -> list[Buffer]:
+        """Copy what lies on a device, in a thread."""
+        lend = self._part.pool.lease
+        return await asyncio.get_running_loop().run_in_executor(
+            None, lambda: [buffer.on_host(lend) if isinstance(buffer, DeviceBody) else buffer for buffer in buffers]
+        )
+
+    async def _deliver_by_ucx(self, run: Run, address: str, peer: bytes, buffers: Sequence[Any]) -> Reply:
         assert self._transport is not None
-        views = [memoryview(buffer) for buffer in buffers]
+        views = [buffer if isinstance(buffer, DeviceBody) else memoryview(buffer) for buffer in buffers]
+        libraries = [view.library.name if isinstance(view, DeviceBody) else "" for view in views]
         large = [view for view in views if view.nbytes >= MIN_FRAME_NBYTES]
         tag = self._transport.new_tag()
         sending = asyncio.create_task(self._transport.send(peer, tag, large), name="gpurt-shuffle-send")
@@ -202,6 +235,7 @@ class Carrier:
                 run_id=run.run_id,
                 buffers=to_serialize([b"" if view.nbytes >= MIN_FRAME_NBYTES else view for view in views]),
                 sizes=[view.nbytes if view.nbytes >= MIN_FRAME_NBYTES else 0 for view in views],
+                libraries=libraries if any(libraries) else None,
                 tag=tag,
                 peer=self._transport.address,
             )
@@ -218,6 +252,7 @@ class Carrier:
             if reply["status"] == "OK":
                 await sending
                 self.ucx_nbytes += nbytes_of(large)
+                self.device_nbytes += sum(view.nbytes for view in large if isinstance(view, DeviceBody))
         finally:
             for task in (call, sending):
                 if not task.done():
@@ -262,13 +297,14 @@ class Carrier:
         tag: int = 0,
         peer: bytes = b"",
         credit: str | None = None,
+        libraries: Sequence[str] | None = None,
     ) -> Any:
         """Take in a message. Handler for peers."""
         try:
             run = await seams.shuffle_run(self._worker, shuffle_id, run_id)
             if sizes is None:
                 return await run.attend(self._take_by_comm(run, buffers, credit))
-            return await run.attend(self._take_by_ucx(run, list(buffers), sizes, tag, peer))
+            return await run.attend(self._take_by_ucx(run, list(buffers), sizes, libraries, tag, peer))
         except TransportError as error:
             return {"status": "transport-error", "reason": str(error)}
         except (P2PConsistencyError, ShuffleClosedError) as error:
@@ -278,36 +314,69 @@ class Carrier:
         # Redeemed in the task that answers for it: one that is cancelled before it begins has nothing to give back.
         return await run.receive(buffers, run.redeem(credit))
 
-    async def _take_by_ucx(self, run: Run, buffers: list[Buffer], sizes: Sequence[int], tag: int, peer: bytes) -> Reply:
+    async def _take_by_ucx(  # noqa: PLR0917
+        self,
+        run: Run,
+        buffers: list[Any],
+        sizes: Sequence[int],
+        libraries: Sequence[str] | None,
+        tag: int,
+        peer: bytes,
+    ) -> Reply:
         if self._transport is None:
             raise TransportError("this worker has no UCX any more")
-        if len(sizes) != len(buffers):
+        if len(sizes) != len(buffers) or (libraries is not None and len(libraries) != len(sizes)):
             raise TransportError(f"{len(sizes)} sizes were announced for {len(buffers)} buffers")
-        reservation: Reservation = await run.reserve(nbytes_of(buffers) + sum(sizes))
+        large = [number for number, nbytes in enumerate(sizes) if nbytes]
+        reservation, frames = await self._memory_for(
+            run, nbytes_of(buffers), [(libraries[number] if libraries else "", sizes[number]) for number in large]
+        )
         identity = (peer, tag)
         try:
-            large = [number for number, nbytes in enumerate(sizes) if nbytes]
             receiving = self._receiving[identity] = asyncio.create_task(
-                self._transport.receive(peer, tag, [sizes[number] for number in large], self._part.pool.lease)
+                self._transport.receive(peer, tag, [sizes[number] for number in large], frames)
             )
             if identity in self._abandoned:
                 receiving.cancel()
             try:
-                frames = await receiving
+                received = await receiving
             except asyncio.CancelledError:
                 receiving.cancel()
                 if identity in self._abandoned:
                     raise TransportError("the sender has given up") from None
                 raise
-            for number, frame in zip(large, frames, strict=True):
+            for number, frame in zip(large, received, strict=True):
                 buffers[number] = frame
-            del frames
+            del received
         except BaseException:
             reservation.release()
             raise
         finally:
             self._receiving.pop(identity, None)
         return await run.receive(buffers, reservation)
+
+    async def _memory_for(
+        self, run: Run, others_nbytes: int, frames: Sequence[tuple[str, int]]
+    ) -> tuple[Reservation | TieredReservation, Callable[[int], Any]]:
+        """Reserve for a message whose large buffers are ``frames``, and say what gives their memory, in their order."""
+        wanted = [(name, nbytes) for name, nbytes in frames if name]
+        lend = self._part.pool.lease
+        if wanted and self._reaches(name for name, _ in wanted):
+            device_nbytes = sum(nbytes for _, nbytes in wanted)
+            host_nbytes = others_nbytes + sum(nbytes for _, nbytes in frames) - device_nbytes
+            reservation = await run.reserve_tiers(host_nbytes, device_nbytes)
+            try:
+                bodies = iter(await asyncio.get_running_loop().run_in_executor(None, allocate, wanted))
+            except MemoryError:
+                reservation.release()
+                logger.info("The device has no room for %d bytes, the host takes them", device_nbytes)
+            except BaseException:
+                reservation.release()
+                raise
+            else:
+                names = iter([name for name, _ in frames])
+                return reservation, lambda nbytes: next(bodies) if next(names) else lend(nbytes)
+        return await run.reserve(others_nbytes + sum(nbytes for _, nbytes in frames)), lend
 
     async def abandon(self, tag: int, peer: bytes) -> None:
         """Stop waiting for a delivery that its sender has given up. Handler for peers."""

@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dask_gpurt.memory.store import Buffer
 from dask_gpurt.seams import ArrayRechunkSpec, DataUnavailable, split_axes
 from dask_gpurt.shuffle import bricks
+from dask_gpurt.shuffle.device import library_of
 from dask_gpurt.shuffle.run import Declined, Run, Shards
 from dask_gpurt.shuffle.shelf import Parcel
 from dask_gpurt.shuffle.wire import Header
 from dask_gpurt.shuffle.worker import part_of
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
     from distributed.shuffle import ShuffleWorkerPlugin
 
 __all__ = ["BrickRun", "BrickSpec", "supports"]
@@ -36,7 +35,7 @@ def supports(spec: object) -> bool:
 
 
 class BrickRun(Run):
-    """A run that rechunks NumPy arrays.
+    """A run that rechunks arrays, NumPy's or those of a library for devices.
 
     Parameters
     ----------
@@ -49,7 +48,8 @@ class BrickRun(Run):
         super().__init__(**common)
 
     def _split(self, data: Any, partition_id: Index) -> Shards:
-        if type(data) is not np.ndarray or bricks.dtype_token(data.dtype) is None:
+        known = type(data) is np.ndarray or library_of(data) is not None
+        if not known or bricks.dtype_token(data.dtype) is None:
             raise Declined(f"chunk {partition_id} is a {type(data).__name__} of {getattr(data, 'dtype', 'no dtype')}")
         shards = bricks.split(data, partition_id, self._axes, self.worker_for, allocate=self._allocate)
         return self._sort_out(shards)
@@ -60,16 +60,16 @@ class BrickRun(Run):
         alone = len(header.segments) == 1
         return header.input_id, tuple(header.segments[0, :ndim].tolist()) if alone else None
 
-    def _ready(self, parcel: Parcel) -> tuple[Hashable, list[Buffer]] | None:
+    def _ready(self, parcel: Parcel) -> tuple[Hashable, list[Any]] | None:
         return bricks.ready(parcel)
 
-    def _pack(self, parcels: Sequence[Parcel]) -> dict[Hashable, list[Buffer]]:
+    def _pack(self, parcels: Sequence[Parcel]) -> dict[Hashable, list[Any]]:
         return bricks.pack(parcels)
 
     def _check(self, header: Header) -> None:
         bricks.check_parcel(header, self._own.__contains__)
 
-    def _join(self, partition_id: Index, buffers: list[Buffer]) -> npt.NDArray[Any]:
+    def _join(self, partition_id: Index, buffers: list[Any]) -> Any:
         if not buffers:
             raise DataUnavailable(partition_id)
         return bricks.unpack(buffers, allocate=self._allocate)

@@ -45,11 +45,12 @@ from distributed.utils_comm import retry
 
 from dask_gpurt import seams
 from dask_gpurt.errors import CorruptDataError, SpillError
-from dask_gpurt.memory.store import Buffer, Reservation
+from dask_gpurt.memory.store import Reservation
 from dask_gpurt.seams import P2PConsistencyError, P2POutOfDiskError, ShuffleClosedError, ShuffleRun
 from dask_gpurt.shuffle.carrier import nbytes_of
 from dask_gpurt.shuffle.outbox import Outbox
-from dask_gpurt.shuffle.shelf import Parcel, Shelf
+from dask_gpurt.shuffle.shelf import Parcel
+from dask_gpurt.shuffle.shelves import Shelves, TieredReservation
 from dask_gpurt.shuffle.wire import Header, WireError, decode, encode
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ MAX_RESTARTS = 3
 MESSAGE_NBYTES = 8 * 2**20
 
 #: Address of a peer to the messages for it, each of headers and bodies in turn; and what stays here.
-Shards = tuple[dict[str, list[list[Buffer]]], list[Parcel]]
+Shards = tuple[dict[str, list[list[Any]]], list[Parcel]]
 
 
 class Declined(Exception):  # noqa: N818  a decision, not an error
@@ -132,8 +133,9 @@ class Run(ShuffleRun[Any, Any]):
         self._worker = worker
         own = [partition for partition, address in worker_for.items() if address == self.local_address]
         self._outbox = Outbox(self._deliver, part.window)
-        self._shelf = Shelf(
-            store=part.store,
+        self._shelf = Shelves(
+            part.store,
+            part.device_store,
             ready=self._ready,
             pack=self._pack,
             offload=self._offload_pack,
@@ -144,7 +146,7 @@ class Run(ShuffleRun[Any, Any]):
         #: Identity of a parcel to what is done when it is in.
         self._arrivals: dict[Hashable, asyncio.Future[None]] = {}
         #: Output partition to the task that asked for it, and its buffers.
-        self._handed: dict[Any, tuple[Key, list[Buffer]]] = {}
+        self._handed: dict[Any, tuple[Key, list[Any]]] = {}
         #: Output partitions whose shards are no more.
         self._gone: set[Any] = set()
         self._restarts = 0
@@ -170,7 +172,7 @@ class Run(ShuffleRun[Any, Any]):
         """Split an input partition. Raises :class:`Declined`."""
 
     @abc.abstractmethod
-    def _ready(self, parcel: Parcel) -> tuple[Hashable, list[Buffer]] | None:
+    def _ready(self, parcel: Parcel) -> tuple[Hashable, list[Any]] | None:
         """Give the packed form of a parcel that needs no packing."""
 
     @abc.abstractmethod
@@ -178,7 +180,7 @@ class Run(ShuffleRun[Any, Any]):
         """Say by what a parcel is known that is sent again. Raises :class:`WireError`."""
 
     @abc.abstractmethod
-    def _pack(self, parcels: Sequence[Parcel]) -> dict[Hashable, list[Buffer]]:
+    def _pack(self, parcels: Sequence[Parcel]) -> dict[Hashable, list[Any]]:
         """Regroup parcels by output partition."""
 
     @abc.abstractmethod
@@ -186,11 +188,11 @@ class Run(ShuffleRun[Any, Any]):
         """Check the header of a peer. Raises :class:`WireError`."""
 
     @abc.abstractmethod
-    def _join(self, partition_id: Any, buffers: list[Buffer]) -> Any:
+    def _join(self, partition_id: Any, buffers: list[Any]) -> Any:
         """Make an output partition of its shards."""
 
-    def _sort_out(self, shards: Sequence[tuple[str, Header, Buffer]]) -> Shards:
-        messages: dict[str, list[list[Buffer]]] = {}
+    def _sort_out(self, shards: Sequence[tuple[str, Header, Any]]) -> Shards:
+        messages: dict[str, list[list[Any]]] = {}
         own = []
         room: dict[str, int] = {}
         for address, header, body in shards:
@@ -240,7 +242,7 @@ class Run(ShuffleRun[Any, Any]):
         self._inputs += 1
         return self.run_id
 
-    async def _dispatch(self, messages: dict[str, list[list[Buffer]]], own: list[Parcel]) -> None:
+    async def _dispatch(self, messages: dict[str, list[list[Any]]], own: list[Parcel]) -> None:
         self.raise_if_closed()
         # Peers first, in turn: they can begin while own shards are taken in.
         while messages:
@@ -254,7 +256,7 @@ class Run(ShuffleRun[Any, Any]):
             await self._take_in(own)
             self.part.local_nbytes += nbytes
 
-    async def _post(self, address: str, buffers: list[Buffer], nbytes: int) -> None:
+    async def _post(self, address: str, buffers: list[Any], nbytes: int) -> None:
         try:
             await self._outbox.post(address, buffers, nbytes)
         except RuntimeError:
@@ -262,7 +264,7 @@ class Run(ShuffleRun[Any, Any]):
             self.raise_if_closed()
             raise
 
-    async def _deliver(self, address: str, buffers: list[Buffer]) -> None:
+    async def _deliver(self, address: str, buffers: list[Any]) -> None:
         # One for all attempts: what was reserved for one of them is there for the next.
         credit = f"{self.local_address}-{next(self._numbers)}"
         nbytes = nbytes_of(buffers)
@@ -337,6 +339,20 @@ class Run(ShuffleRun[Any, Any]):
             self.raise_if_closed()
         return reservation
 
+    async def reserve_tiers(self, host_nbytes: int, device_nbytes: int) -> TieredReservation:
+        """Wait until so much may be held here, on the host and on the device."""
+        host = await self.reserve(host_nbytes)
+        try:
+            device = await self.part.device_store.reserve(device_nbytes)
+        except BaseException:
+            host.release()
+            raise
+        reservation = TieredReservation(host, device)
+        if self.closed:
+            reservation.release()
+            self.raise_if_closed()
+        return reservation
+
     async def grant(self, credit: str, nbytes: int) -> None:
         """Reserve ``nbytes`` for the message that will come with ``credit``; a second call waits for the first."""
         if (granted := self._credits.get(credit)) is not None:
@@ -358,8 +374,8 @@ class Run(ShuffleRun[Any, Any]):
             return None
         return self._credits.pop(credit).result()
 
-    async def receive(  # type: ignore[override]
-        self, data: Sequence[Buffer], reservation: Reservation | None = None
+    async def receive(
+        self, data: Sequence[Any], reservation: Reservation | TieredReservation | None = None
     ) -> OKMessage | ErrorMessage:
         """Take in what a peer has sent: headers and bodies alternate. The reservation pays for it."""
         try:
@@ -384,7 +400,9 @@ class Run(ShuffleRun[Any, Any]):
                 reservation.release()
         return {"status": "OK"}
 
-    async def _take_in(self, parcels: Sequence[Parcel], reservation: Reservation | None = None) -> None:
+    async def _take_in(
+        self, parcels: Sequence[Parcel], reservation: Reservation | TieredReservation | None = None
+    ) -> None:
         fresh = []
         arrival = asyncio.get_running_loop().create_future()
         before = []
@@ -435,7 +453,7 @@ class Run(ShuffleRun[Any, Any]):
         self._outputs += 1
         return output
 
-    async def _collect(self, partition_id: Any, key: Key) -> list[Buffer]:
+    async def _collect(self, partition_id: Any, key: Key) -> list[Any]:
         await self._ensure_output_worker(partition_id, key)
         if not self.transferred:
             raise RuntimeError("`get_output_partition` called before barrier task")
@@ -443,7 +461,7 @@ class Run(ShuffleRun[Any, Any]):
         async with self._turns[partition_id]:
             return await self._hand_out(partition_id, key)
 
-    async def _hand_out(self, partition_id: Any, key: Key) -> list[Buffer]:
+    async def _hand_out(self, partition_id: Any, key: Key) -> list[Any]:
         self.raise_if_closed()
         for partition, (task, _) in list(self._handed.items()):
             if partition != partition_id and seams.worker_task_state(self._worker, task) in _DONE:
@@ -515,7 +533,7 @@ class Run(ShuffleRun[Any, Any]):
 
     async def move(self) -> None:
         """Take the data over to the store that the part has now."""
-        await self._shelf.move(self.part.store)
+        await self._shelf.move(self.part.store, self.part.device_store)
 
     def heartbeat(self) -> dict[str, Any]:
         """Report in the form that the dashboard knows."""

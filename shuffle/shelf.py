@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dask_gpurt.errors import SpillError
-from dask_gpurt.memory.store import Buffer, BufferStore, Reservation
+from dask_gpurt.memory.store import BufferStore, Reservation, buffer_nbytes
 from dask_gpurt.seams import P2POutOfDiskError
 from dask_gpurt.shuffle.wire import Header
 
@@ -40,7 +40,7 @@ class Parcel:
     header
         Its shards.
     body
-        A buffer, or for a worker's own shards what the packing can use without decoding.
+        A buffer, of the host or of a device.
     nbytes
         Size of the body in memory.
     """
@@ -51,9 +51,9 @@ class Parcel:
 
 
 #: Gives the output partition of a parcel that needs no packing, and the buffers that go into the store; or None.
-Ready = Callable[[Parcel], tuple[Hashable, list[Buffer]] | None]
+Ready = Callable[[Parcel], tuple[Hashable, list[Any]] | None]
 #: Packs parcels by output partition: for each, the buffers that go into the store. Runs in a thread.
-Pack = Callable[[Sequence[Parcel]], dict[Hashable, list[Buffer]]]
+Pack = Callable[[Sequence[Parcel]], dict[Hashable, list[Any]]]
 
 
 class Shelf:
@@ -116,7 +116,7 @@ class Shelf:
         ``paid`` is what was reserved for them; what is left of it stays the caller's, or is given back.
         """
         async with self._shared():
-            finished: list[tuple[Hashable, list[Buffer]]] = []
+            finished: list[tuple[Hashable, list[Any]]] = []
             for parcel in parcels:
                 if (done := self._ready(parcel)) is not None:
                     finished.append(done)
@@ -140,8 +140,8 @@ class Shelf:
         with _out_of_disk():
             return await self._store.reserve(nbytes)
 
-    async def _put(self, packed: Sequence[tuple[Hashable, list[Buffer]]], paid: Reservation | None = None) -> None:
-        nbytes = sum(memoryview(buffer).nbytes for _, buffers in packed for buffer in buffers)
+    async def _put(self, packed: Sequence[tuple[Hashable, list[Any]]], paid: Reservation | None = None) -> None:
+        nbytes = sum(buffer_nbytes(buffer) for _, buffers in packed for buffer in buffers)
         if not nbytes:
             return
         reservation = await self._reserve(nbytes, paid)
@@ -160,13 +160,13 @@ class Shelf:
         async with self._at_rest():
             await self._pack_staged()
 
-    async def take(self, partition: Any) -> list[Buffer]:
+    async def take(self, partition: Any) -> list[Any]:
         """Remove the shards of an output partition; header and body alternate. Call :meth:`flush` before."""
         async with self._shared():
             self._held.discard(partition)
             with _out_of_disk():
                 buffers = await self._store.take(self._name_of(partition))
-        self.taken_nbytes += sum(memoryview(buffer).nbytes for buffer in buffers)
+        self.taken_nbytes += sum(buffer_nbytes(buffer) for buffer in buffers)
         return buffers
 
     async def move(self, store: BufferStore) -> None:
@@ -176,7 +176,7 @@ class Shelf:
             for partition in sorted(self._held, key=lambda partition: self._ranks[partition]):
                 name = self._name_of(partition)
                 buffers = await self._store.take(name)
-                nbytes = sum(memoryview(buffer).nbytes for buffer in buffers)
+                nbytes = sum(buffer_nbytes(buffer) for buffer in buffers)
                 store.put(name, buffers, await store.reserve(nbytes), rank=self._ranks[partition])
             self._store = store
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dask_gpurt.errors import GpurtError
-from dask_gpurt.memory.store import Buffer
+from dask_gpurt.memory.store import Buffer, DeviceBuffer, buffer_nbytes
 
 __all__ = [
     "MAX_COLUMNS",
@@ -119,7 +119,7 @@ def encode(header: Header) -> bytes:
     return b"".join((prefix, numbers, header.segments.astype("<i8", copy=False).tobytes(), header.extra))
 
 
-def decode(buffer: Buffer, body: Buffer) -> Header:
+def decode(buffer: Buffer, body: Buffer | DeviceBuffer) -> Header:
     """Decode the header in ``buffer``, and check it against the size of ``body``.
 
     Raises
@@ -146,7 +146,7 @@ def decode(buffer: Buffer, body: Buffer) -> Header:
     segments_end = ids_end + 8 * columns * rows
     if len(view) != segments_end + extra_nbytes:
         raise WireError(f"the header says it has {segments_end + extra_nbytes} bytes, and has {len(view)}")
-    found_nbytes = memoryview(body).nbytes
+    found_nbytes = buffer_nbytes(body)
     if found_nbytes != body_nbytes:
         raise WireError(f"the header says the body has {body_nbytes} bytes, and it has {found_nbytes}")
     input_id = struct.unpack_from(f"<{ndim}q", view, _PREFIX.size)

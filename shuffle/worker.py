@@ -61,13 +61,21 @@ class ShuffleWorker:
         Where runs keep shards until they are unpacked.
     pool
         Lends the memory of shards and outputs; None: one of its own.
+    device_store
+        Where runs keep shards that lie on a device; None: one without a limit.
     """
 
     def __init__(
-        self, worker: Worker, settings: ShuffleSettings, store: BufferStore, pool: BlockPool | None = None
+        self,
+        worker: Worker,
+        settings: ShuffleSettings,
+        store: BufferStore,
+        pool: BlockPool | None = None,
+        device_store: BufferStore | None = None,
     ) -> None:
         self.worker = worker
         self.store = store
+        self.device_store = DictBufferStore() if device_store is None else device_store
         self.pool = BlockPool(IDLE_NBYTES) if pool is None else pool
         self.window = ByteWindow(settings.send_limit)
         self.carrier = Carrier(worker, self, ucx=settings.transport != "dask")
@@ -117,6 +125,7 @@ class ShuffleWorker:
             if callback is not None:
                 callback.stop()
         self.store = DictBufferStore()
+        self.device_store = DictBufferStore()
         for run in list(self._runs.values()):
             await run.move()
         self._stopped = True
@@ -180,6 +189,7 @@ class ShuffleWorker:
             "messages": self.messages,
             "bytes_sent": self.sent_nbytes,
             "bytes_sent_ucx": self.carrier.ucx_nbytes,
+            "bytes_sent_device": self.carrier.device_nbytes,
             "bytes_received": self.received_nbytes,
             "bytes_local": self.local_nbytes,
             "split_s": self.split_s,

@@ -52,7 +52,7 @@ from dask_gpurt.memory.horizon import IDLE, RECENT, Kind, Snapshot, Use, next_us
 from dask_gpurt.memory.ledger import Ledger, Tier
 from dask_gpurt.memory.mapping import Ruined, RuinedForClient, TieredMapping, serving
 from dask_gpurt.memory.mover import DiskStore, Mover
-from dask_gpurt.memory.shards import ChunkName, ShardStore
+from dask_gpurt.memory.shards import DeviceChunkName, DeviceShardStore, ShardStore
 from dask_gpurt.memory.spiller import Spiller
 from dask_gpurt.memory.store import BufferStore, DictBufferStore
 
@@ -184,11 +184,11 @@ class WorkerHorizon:
         return [self._use(name, snapshot, recent) for name in names]
 
     def _use(self, name: Hashable, snapshot: Snapshot | None, recent: set[Hashable]) -> Use:
-        if isinstance(name, ChunkName):
-            return name.use
+        key = name.key if isinstance(name, DeviceFrames) else name
+        if isinstance(key, DeviceChunkName):
+            return key.use
         if snapshot is None:
             return IDLE
-        key = name.key if isinstance(name, DeviceFrames) else name
         use = next_use(seams.dependents_of(self._worker, key), snapshot)
         return RECENT if use.kind is Kind.IDLE and key in recent else use
 
@@ -216,8 +216,9 @@ class MemoryManager:
         disk_nbytes = min((n for n in (settings.disk_limit, limits.disk_nbytes) if n is not None), default=None)
         #: The books. What has no limit is not spilled.
         self.ledger = Ledger({Tier.HOST: host_nbytes, Tier.DEVICE: device_nbytes, Tier.DISK: disk_nbytes})
-        #: Where shuffles keep their shards.
+        #: Where shuffles keep their shards, those on the host and those on a device.
         self.store: BufferStore = DictBufferStore()
+        self.device_store: BufferStore = DictBufferStore()
         self._active = host_nbytes is not None or limits.spill_nbytes is not None or device_nbytes is not None
         self._host: Mover | None = None
         self._device: Mover | None = None
@@ -293,6 +294,8 @@ class MemoryManager:
             self._worker.periodic_callbacks[_ADAPT] = adapt
             adapt.start()
         self.store = ShardStore(host)
+        if self._device is not None:
+            self.device_store = DeviceShardStore(self._device)
         seams.set_worker_store(self._worker, mapping)
         seams.set_worker_hooks(self._worker, seams.WorkerHooks(execute=self._execute, get_data=self._get_data))
 
@@ -322,6 +325,7 @@ class MemoryManager:
             await self._return_all(mapping, stock)
         self._mapping = None
         self.store = DictBufferStore()
+        self.device_store = DictBufferStore()
         seams.set_worker_store(self._worker, stock.store)
         seams.restore_worker_hooks(self._worker, hooks)
         await self._close_movers()
@@ -555,7 +559,7 @@ class MemoryManager:
 
     def _on_lost(self, name: Hashable, error: Exception) -> None:
         """Tell the scheduler that a value is gone."""
-        if isinstance(name, ChunkName | DeviceFrames):
+        if isinstance(name, DeviceChunkName | DeviceFrames):
             return  # whoever takes it is told
         logger.error("Lost %r: %s", name, error)
         self._losses[name] += 1

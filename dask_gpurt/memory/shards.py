@@ -8,6 +8,9 @@ small shards make few files. A shard that was cut from a larger piece of memory 
 and shares that memory with the others: it counts once, and is free when the last of them has gone. The rank of a name is
 its distance to the next use.
 
+Shards in the memory of a device are values of the DEVICE mover, one a buffer: they count in its account, and go down to
+HOST, and on to DISK, as any device object does. Their headers, which are small and lie on the host, stay where they are.
+
 Covers: names, chunks, ranks.
 Does not cover: moving; see :mod:`dask_gpurt.memory.mover`.
 """
@@ -17,18 +20,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from dask_gpurt.memory.horizon import Kind, Use
-from dask_gpurt.memory.ledger import Reservation as HostReservation
+from dask_gpurt.memory.ledger import Reservation as LedgerReservation
 from dask_gpurt.memory.mover import Mover, RawName
-from dask_gpurt.memory.store import Buffer, Reservation
+from dask_gpurt.memory.store import Buffer, DeviceBuffer, Reservation, buffer_nbytes
 
-__all__ = ["ChunkName", "ShardStore"]
+__all__ = ["ChunkName", "DeviceChunkName", "DeviceShardStore", "ShardStore"]
 
 #: A chunk that is at least as large is not added to. Enough that a file of it is written at the speed of the disk.
 CHUNK_NBYTES = 4 * 2**20
 
 
-class ChunkName(RawName):
-    """Name of a chunk to the mover; equal only to itself."""
+class DeviceChunkName:
+    """Name of a buffer on a device to its mover; equal only to itself."""
 
     __slots__ = ("name", "rank")
 
@@ -43,6 +46,12 @@ class ChunkName(RawName):
     def use(self) -> Use:
         """The next use."""
         return Use(Kind.NEXT, 1.0 + max(0, self.rank))
+
+
+class ChunkName(DeviceChunkName, RawName):
+    """Name of a chunk of host buffers to the mover; equal only to itself."""
+
+    __slots__ = ()
 
 
 class ShardStore:
@@ -69,7 +78,7 @@ class ShardStore:
 
     def put(self, name: str, buffers: Sequence[Buffer], reservation: Reservation, *, rank: int = 0) -> None:
         """Hold ``buffers`` under ``name``, after what is there."""
-        assert isinstance(reservation, HostReservation), reservation
+        assert isinstance(reservation, LedgerReservation), reservation
         nbytes = _nbytes(buffers)
         chunks = self._chunks.setdefault(name, [])
         if chunks and self._last_nbytes[name] < CHUNK_NBYTES:
@@ -84,7 +93,7 @@ class ShardStore:
 
     def put_all(self, items: Iterable[tuple[str, Sequence[Buffer], int]], reservation: Reservation) -> None:
         """Hold several; see :class:`~dask_gpurt.memory.store.BufferStore`."""
-        assert isinstance(reservation, HostReservation), reservation
+        assert isinstance(reservation, LedgerReservation), reservation
         seen: set[int] = set()
         for name, buffers, rank in items:
             nbytes = _nbytes(buffers)
@@ -123,6 +132,79 @@ class ShardStore:
         self._last_nbytes.pop(name, None)
         for chunk in self._chunks.pop(name, ()):
             if chunk in self._mover:
+                self._mover.delete(chunk)
+
+
+class DeviceShardStore:
+    """Buffers on a device by name, with those of the host that are among them.
+
+    Parameters
+    ----------
+    mover
+        The DEVICE mover.
+    """
+
+    def __init__(self, mover: Mover) -> None:
+        self._mover = mover
+        #: Name -> what is held, in order: a buffer of the host, or the name of one on the device.
+        self._held: dict[str, list[Buffer | DeviceChunkName]] = {}
+
+    def __repr__(self) -> str:
+        return f"<DeviceShardStore {len(self._held)} names, {self._mover.ledger!r}>"
+
+    async def reserve(self, nbytes: int) -> Reservation:
+        """Wait until ``nbytes`` may be held; see :class:`~dask_gpurt.memory.store.BufferStore`."""
+        return await self._mover.reserve(nbytes)
+
+    def put(
+        self, name: str, buffers: Sequence[Buffer | DeviceBuffer], reservation: Reservation, *, rank: int = 0
+    ) -> None:
+        """Hold ``buffers`` under ``name``, after what is there."""
+        assert isinstance(reservation, LedgerReservation), reservation
+        held = self._held.setdefault(name, [])
+        for buffer in buffers:
+            if not isinstance(buffer, DeviceBuffer):
+                held.append(buffer)
+                continue
+            chunk = DeviceChunkName(name, rank)
+            self._mover.put(chunk, buffer, reservation.split(buffer.nbytes))
+            held.append(chunk)
+        reservation.release()
+
+    def put_all(
+        self, items: Iterable[tuple[str, Sequence[Buffer | DeviceBuffer], int]], reservation: Reservation
+    ) -> None:
+        """Hold several; see :class:`~dask_gpurt.memory.store.BufferStore`."""
+        for name, buffers, rank in items:
+            self.put(name, buffers, reservation.split(sum(map(buffer_nbytes, buffers))), rank=rank)
+        reservation.release()
+
+    async def take(self, name: str) -> list[object]:
+        """Remove ``name`` and return its buffers in order; see :class:`~dask_gpurt.memory.store.BufferStore`."""
+        held = self._held.pop(name, [])
+        taken: list[object] = []
+        try:
+            while held:
+                chunk = held[0]
+                if isinstance(chunk, DeviceChunkName):
+                    pinned = await self._mover.ensure([chunk])
+                    taken.append(self._mover.get(chunk))
+                    self._mover.unpin(pinned)
+                    self._mover.delete(chunk)
+                else:
+                    taken.append(chunk)
+                del held[0]
+        finally:
+            self._delete(held)
+        return taken
+
+    def discard(self, name: str) -> None:
+        """Forget ``name``, wherever it lies."""
+        self._delete(self._held.pop(name, []))
+
+    def _delete(self, held: Iterable[Buffer | DeviceChunkName]) -> None:
+        for chunk in held:
+            if isinstance(chunk, DeviceChunkName) and chunk in self._mover:
                 self._mover.delete(chunk)
 
 

@@ -10,11 +10,34 @@ All methods are called on the event loop of the worker. None of them blocks it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-__all__ = ["Buffer", "BufferStore", "DictBufferStore", "Reservation"]
+__all__ = ["Buffer", "BufferStore", "DeviceBuffer", "DictBufferStore", "Reservation", "buffer_nbytes"]
 
 Buffer = bytes | bytearray | memoryview
+
+
+class DeviceBuffer:
+    """Base of contiguous buffers in the memory of a device, which are no :data:`Buffer`: nothing on the host can read them.
+
+    They have to be values that distributed can serialize, which copies them to the host.
+    """
+
+    __slots__ = ("nbytes",)
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+
+def buffer_nbytes(buffer: Buffer | DeviceBuffer) -> int:
+    """Bytes of a buffer, wherever it lies.
+
+    Examples
+    --------
+    >>> buffer_nbytes(b"abc"), buffer_nbytes(DeviceBuffer(5))
+    (3, 5)
+    """
+    return buffer.nbytes if isinstance(buffer, DeviceBuffer) else memoryview(buffer).nbytes
 
 
 class Reservation(Protocol):
@@ -30,7 +53,10 @@ class Reservation(Protocol):
 
 
 class BufferStore(Protocol):
-    """A store of byte buffers by name that goes down the tiers under pressure."""
+    """A store of byte buffers by name that goes down the tiers under pressure.
+
+    One for buffers in the memory of a device takes those of the host among them too, which are to be small.
+    """
 
     async def reserve(self, nbytes: int) -> Reservation:
         """Wait until ``nbytes`` may be held, spilling if need be.
@@ -39,17 +65,17 @@ class BufferStore(Protocol):
         limit is too small becomes slow, and does not hang.
         """
 
-    def put(self, name: str, buffers: Sequence[Buffer], reservation: Reservation, *, rank: int = 0) -> None:
+    def put(self, name: str, buffers: Sequence[Any], reservation: Reservation, *, rank: int = 0) -> None:
         """Hold ``buffers`` under ``name``, appended to what is there. The reservation is consumed.
 
         ``rank`` orders the names by next use: of two names, the one with the higher rank is needed later, and is
         spilled first.
         """
 
-    def put_all(self, items: Iterable[tuple[str, Sequence[Buffer], int]], reservation: Reservation) -> None:
+    def put_all(self, items: Iterable[tuple[str, Sequence[Any], int]], reservation: Reservation) -> None:
         """Put several (name, buffers, rank) that may lie in one piece of memory, which is counted once."""
 
-    async def take(self, name: str) -> list[Buffer]:
+    async def take(self, name: str) -> list[Any]:
         """Remove ``name`` and return all its buffers in the order in which they were put; empty if there are none.
 
         Raises
@@ -91,23 +117,23 @@ class DictBufferStore:
     """
 
     def __init__(self) -> None:
-        self._held: dict[str, list[Buffer]] = {}
+        self._held: dict[str, list[Any]] = {}
 
     async def reserve(self, nbytes: int) -> Reservation:
         """Grant at once."""
         return _Token(nbytes)
 
-    def put(self, name: str, buffers: Sequence[Buffer], reservation: Reservation, *, rank: int = 0) -> None:  # noqa: ARG002
+    def put(self, name: str, buffers: Sequence[Any], reservation: Reservation, *, rank: int = 0) -> None:  # noqa: ARG002
         """Hold the buffers in memory."""
         self._held.setdefault(name, []).extend(buffers)
         reservation.release()
 
-    def put_all(self, items: Iterable[tuple[str, Sequence[Buffer], int]], reservation: Reservation) -> None:
+    def put_all(self, items: Iterable[tuple[str, Sequence[Any], int]], reservation: Reservation) -> None:
         """Hold the buffers in memory."""
         for name, buffers, rank in items:
             self.put(name, buffers, reservation, rank=rank)
 
-    async def take(self, name: str) -> list[Buffer]:
+    async def take(self, name: str) -> list[Any]:
         """Hand the buffers out."""
         return self._held.pop(name, [])
 

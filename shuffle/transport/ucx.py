@@ -206,6 +206,11 @@ class UCXTransport:
             self.received_nbytes += sum(sizes)
         return buffers
 
+    def in_thread(self, function: Callable[[], None]) -> None:
+        """Call ``function`` in the thread that works for this transport, before it does what is asked of it after this."""
+        if not self._closing:
+            self._submit(function)
+
     def drop_peer(self, peer: bytes) -> None:
         """End all that is under way with a peer that is known to be dead; whoever waits for it gets TransportError.
 

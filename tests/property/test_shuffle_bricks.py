@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
+import device_standin
 import numpy as np
 import pytest
 from distributed.shuffle._rechunk import split_axes
@@ -13,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dask_gpurt.memory import codec
-from dask_gpurt.shuffle import bricks
+from dask_gpurt.shuffle import bricks, device
+from dask_gpurt.shuffle.device import DeviceBody, LibraryMissingError
 from dask_gpurt.shuffle.shelf import Parcel
 from dask_gpurt.shuffle.wire import Header, Kind, WireError, decode, encode
 
@@ -53,22 +56,33 @@ def chunks_of(array: np.ndarray[Any, Any], chunks: Any) -> dict[tuple[int, ...],
     }
 
 
-def rechunk(array: np.ndarray[Any, Any], old: Any, new: Any, together: int) -> dict[Any, np.ndarray[Any, Any]]:
+def _lend(nbytes: int) -> memoryview:
+    return np.empty(nbytes, np.uint8).data
+
+
+def rechunk(
+    array: np.ndarray[Any, Any], old: Any, new: Any, together: int, put: Callable[[Any], Any] = lambda chunk: chunk
+) -> dict[Any, Any]:
+    """Rechunk what ``put`` makes of the chunks. Every other body on a device travels by the host."""
     axes = split_axes(old, new)
     outputs = list(itertools.product(*(range(len(axis)) for axis in new)))
     worker_for = {index: "ab"[number % 2] for number, index in enumerate(outputs)}
     arrived: dict[str, list[Parcel]] = defaultdict(list)
     for index, chunk in chunks_of(array, old).items():
-        for address, header, body in bricks.split(chunk, index, axes, worker_for):
-            raw = bytes(body)
+        for address, header, body in bricks.split(put(chunk), index, axes, worker_for):
+            by_host = not isinstance(body, DeviceBody) or sum(map(len, arrived.values())) % 2
+            raw = bytes(body.on_host(_lend) if isinstance(body, DeviceBody) else body) if by_host else body
             found = decode(encode(header), raw)
             bricks.check_parcel(found, {target for target in outputs if worker_for[target] == address}.__contains__)
-            arrived[address].append(Parcel(found, raw, len(raw)))
+            arrived[address].append(Parcel(found, raw, found.body_nbytes))
     stored: dict[Any, list[Any]] = defaultdict(list)
     for parcels in arrived.values():
         for first in range(0, len(parcels), together):
-            for target, buffers in bricks.pack(parcels[first : first + together]).items():
-                stored[target] += buffers
+            some = parcels[first : first + together]
+            for on_device in (False, True):
+                kind = [parcel for parcel in some if isinstance(parcel.body, DeviceBody) is on_device]
+                for target, buffers in bricks.pack(kind).items():
+                    stored[target] += buffers
     return {target: bricks.unpack(buffers) for target, buffers in stored.items()}
 
 
@@ -91,6 +105,38 @@ def test_any_array_is_rechunked(case: tuple[Any, Any, Any], kind: int, together:
         assert chunk.tobytes() == expected[index].tobytes()
         assert chunk.flags.writeable
         assert codec.footprint(chunk)[1] == chunk.nbytes, "it keeps no other memory alive"
+
+
+@settings(deadline=None)
+@given(rechunks(), st.integers(1, 4), st.sampled_from(["f8", "u1", "c16", "?"]))
+def test_any_array_on_a_device_is_rechunked_there(case: tuple[Any, Any, Any], together: int, kind: str) -> None:
+    shape, old, new = case
+    array = np.random.default_rng(1).integers(0, 2, shape).astype(kind)
+    with pytest.MonkeyPatch.context() as patch:
+        # These are small, and would all go by the host.
+        patch.setattr(device, "SMALL_NBYTES", 0)
+        found = rechunk(array, old, new, together, put=device_standin.asarray)
+    expected = chunks_of(array, new)
+    assert found.keys() == expected.keys()
+    for index, chunk in found.items():
+        assert chunk.dtype == array.dtype
+        np.testing.assert_array_equal(device_standin.asnumpy(chunk), expected[index])
+
+
+def test_small_bodies_are_taken_to_the_host_and_large_ones_stay() -> None:
+    axes = split_axes(((50, 400), (200,)), ((450,), (100, 100)))
+    worker_for: dict[tuple[int, ...], str] = {(0, 0): "a", (0, 1): "b"}
+    chunks = {(0, 0): np.ones((50, 200)), (1, 0): np.ones((400, 200))}
+    for index, chunk in chunks.items():
+        for _, header, body in bricks.split(device_standin.asarray(chunk), index, axes, worker_for):
+            assert header.body_nbytes == chunk.nbytes / 2
+            assert isinstance(body, DeviceBody) is (chunk.nbytes / 2 >= device.SMALL_NBYTES) is bool(index[0])
+
+
+def test_an_output_that_cannot_be_made_here_is_refused() -> None:
+    header = Header(Kind.BRICK, (0,), np.array([[0, 0, 2]]), 16, b"elsewhere '<f8'")
+    with pytest.raises(LibraryMissingError, match="'elsewhere' are not known"):
+        bricks.check_parcel(header, lambda _: True)
 
 
 def test_what_is_not_plain_is_not_described() -> None:

@@ -266,7 +266,7 @@ class Endpoint:
             assert ledger.reserved(tier) >= 0
         values: Any = self.mover._values.values()
         assert ledger.held(Tier.HOST) == sum(memoryview(buffer).nbytes for value in values for buffer in value)
-        staged = sum(reservation.nbytes for _, reservation in run._shelf._staged)
+        staged = sum(reservation.nbytes for _, reservation in run._shelf._host._staged)
         granted = sum(credit.result().nbytes for credit in run._credits.values() if credit.done())
         waiting = [task for task in run._attended if not task.done()]
         assert ledger.reserved(Tier.HOST) == staged + granted, (staged, granted, waiting, ledger)
@@ -457,9 +457,10 @@ class ShuffleModel(RuleBasedStateMachine):
         endpoint.tasks.setdefault(output, SimpleNamespace(state="executing", dependencies=()))
 
         async def collect() -> list[list[Buffer] | BaseException]:
-            return await asyncio.gather(
+            found: list[list[Buffer] | BaseException] = await asyncio.gather(
                 *(endpoint.run._collect(output, output) for _ in range(times)), return_exceptions=True
             )
+            return found
 
         endpoint.store.gate.set()
         barriers = endpoint.barriers

@@ -1,0 +1,167 @@
+"""Arrays on a device through a rechunk on two processes, with a stand-in for the device: by UCX, and by Dask's comms."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import cloudpickle
+import dask
+import dask.array as da
+import device_standin
+import numpy as np
+import pytest
+from dask.delayed import delayed
+from distributed import Client, LocalCluster, wait
+
+import dask_gpurt
+from dask_gpurt.shuffle import carrier
+from dask_gpurt.shuffle.transport.ucx import TransportError, UCXTransport
+
+# The servers cannot import this module; the stand-in they can, by the path that they have from here.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+#: Bands of 1.7 MiB, whose shards have 288 KiB each: large ones.
+BANDS, THIN = 6, 192
+SIDE = BANDS * THIN
+
+
+def source() -> np.ndarray[Any, Any]:
+    return np.arange(SIDE * SIDE, dtype=np.float64).reshape(SIDE, SIDE)
+
+
+def band(number: int) -> device_standin.Array:
+    return device_standin.asarray(source()[number * THIN : (number + 1) * THIN])
+
+
+def figures(dask_worker: Any) -> dict[str, Any]:
+    library = device_standin.library()
+    part = dask_worker.extensions["gpurt"]
+    return {
+        "ups": library.ups,
+        "downs": library.downs,
+        "synchronized": library.synchronized,
+        "current": len(library.current),
+        "reserved": sum(part.memory.ledger.reserved(tier) for tier in ("device", "host")),
+        **part.shuffle.metrics(),
+        **part.memory.metrics(),
+    }
+
+
+@contextmanager
+def workers(**config: object) -> Iterator[Client]:
+    with (
+        LocalCluster(
+            n_workers=2, threads_per_worker=1, memory_limit="1 GiB", host="127.0.0.1", dashboard_address="127.0.0.1:0"
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        answer = dask_gpurt.install(client, placement=False, config=config)
+        assert answer.installed("shuffle"), str(answer)
+        client.run(lambda: device_standin.library().name)
+        yield client
+
+
+def rechunk(client: Client, chunks: Any = (SIDE, THIN)) -> Any:
+    blocks = [
+        da.from_delayed(delayed(band)(number), (THIN, SIDE), np.float64, name=f"band-{number}-{chunks}")
+        for number in range(BANDS)
+    ]
+    # Otherwise Dask joins bands before they are rechunked, which the stand-in cannot.
+    with dask.config.set({"array.chunk-size": "1 MiB"}):
+        return client.persist(da.concatenate(blocks).rechunk(chunks, method="p2p"))
+
+
+def check(client: Client, found: Any) -> None:
+    """Compare each chunk with NumPy's, where it lies: it has to be a device's."""
+    wait(found, timeout=60)
+    expected = da.from_array(source(), chunks=found.chunks)
+    for mine, theirs in zip(found.to_delayed().ravel(), expected.to_delayed().ravel(), strict=True):
+        np.testing.assert_array_equal(
+            client.compute(delayed(device_standin.asnumpy)(mine)).result(60), theirs.compute()
+        )
+
+
+def total(client: Client, what: str) -> float:
+    return sum(float(each[what]) for each in client.run(figures).values())
+
+
+def test_device_in_device_out_by_ucx() -> None:
+    pytest.importorskip("ucxx", reason="ucxx is not installed")
+    with workers() as client:
+        check(client, rechunk(client))
+        assert total(client, "runs") == 2, "it was not declined"
+        assert total(client, "bytes_sent_device") == SIDE * SIDE * 8 / 2
+        assert total(client, "downs") == total(client, "ups") == 0
+        assert total(client, "reserved") == 0
+        assert all(each["synchronized"] and each["current"] for each in client.run(figures).values())
+
+
+def test_by_dasks_comms_what_is_sent_goes_through_the_host() -> None:
+    with workers(**{"shuffle.transport": "dask"}) as client:
+        check(client, rechunk(client))
+        assert total(client, "runs") == 2
+        assert total(client, "bytes_sent_device") == 0
+        shards_sent = BANDS * BANDS / 2
+        assert total(client, "downs") == total(client, "ups") == shards_sent
+        assert total(client, "reserved") == 0
+
+
+def test_small_shards_and_a_device_that_is_full() -> None:
+    pytest.importorskip("ucxx", reason="ucxx is not installed")
+    limit_nbytes = 3 * 2**20
+    with workers(**{"memory.device-limit": limit_nbytes}) as client:
+        # Shards of 36 KiB: a band's for one peer, together, are large enough to stay on the device.
+        small = rechunk(client, (SIDE, THIN // 8))
+        check(client, small)
+        for each in client.run(figures).values():
+            assert each["bytes_sent_device"] > 0
+            assert each["device_written_nbytes"] > 0
+            assert each["device_held_nbytes"] <= limit_nbytes
+        # And shards that go alone.
+        check(client, rechunk(client))
+        assert total(client, "runs") == 4
+        del small
+        assert total(client, "reserved") == 0
+
+
+@pytest.mark.parametrize("fault", ["the device is full", "UCX fails", "UCX does not know the device"])
+def test_what_the_device_or_ucx_cannot_do_goes_by_the_host(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    pytest.importorskip("ucxx", reason="ucxx is not installed")
+
+    async def fail(*_: Any, **__: Any) -> None:
+        raise TransportError(fault)
+
+    def full(*_: Any) -> None:
+        raise MemoryError(fault)
+
+    with (
+        LocalCluster(
+            n_workers=2,
+            threads_per_worker=1,
+            processes=False,
+            protocol="tcp",
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        dask_gpurt.install(client, placement=False)
+        library = device_standin.library()
+        if fault == "the device is full":
+            monkeypatch.setattr(carrier, "allocate", full)
+        elif fault == "UCX fails":
+            monkeypatch.setattr(UCXTransport, "send", fail)
+        else:
+            monkeypatch.setattr(library, "transports", frozenset({"cuda_copy"}))
+        downs, ups = library.downs, library.ups
+        check(client, rechunk(client))
+        shards_sent = BANDS * BANDS / 2
+        # By UCX, memory of a device can be received into memory of the host.
+        assert library.downs - downs == (0 if fault == "the device is full" else shards_sent)
+        assert library.ups - ups == shards_sent
+        for worker in cluster.workers.values():
+            ledger = worker.extensions["gpurt"].memory.ledger
+            assert ledger.reserved("host") == ledger.reserved("device") == 0

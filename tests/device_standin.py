@@ -1,0 +1,155 @@
+"""A stand-in for a library of arrays on a device, for machines without one.
+
+Its arrays lie in memory of the host, behind pointers that UCX takes for a device's, and nothing reads them by accident:
+they are no NumPy arrays, have no buffer, and refuse to become either. Copies to and from the host are counted, and memory
+can be made scarce. A worker imports this module by the path that it has from its parent.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from distributed.protocol.serialize import dask_deserialize, dask_serialize
+
+from dask_gpurt.shuffle import device
+
+__all__ = ["Array", "Library", "asarray", "asnumpy", "library"]
+
+
+class Array:
+    """An array that NumPy must not touch."""
+
+    __slots__ = ("_memory",)
+    __array_ufunc__ = None
+
+    def __init__(self, memory: np.ndarray[Any, Any]) -> None:
+        self._memory = memory
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("implicit copy from the device")
+
+    def __iter__(self) -> Any:
+        raise TypeError("implicit copy from the device")
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {**self._memory.__array_interface__, "version": 3, "mask": None}
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        dtype: np.dtype[Any] = self._memory.dtype
+        return dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape: tuple[int, ...] = self._memory.shape
+        return shape
+
+    @property
+    def ndim(self) -> int:
+        return self._memory.ndim
+
+    @property
+    def size(self) -> int:
+        return self._memory.size
+
+    @property
+    def nbytes(self) -> int:
+        return self._memory.nbytes
+
+    def view(self, dtype: Any) -> Array:
+        return Array(self._memory.view(dtype))
+
+    def reshape(self, *shape: Any) -> Array:
+        return Array(self._memory.reshape(*shape))
+
+    def __getitem__(self, where: Any) -> Array:
+        return Array(self._memory[where])
+
+    def __setitem__(self, where: Any, value: Array) -> None:
+        assert type(value) is Array, "implicit copy to the device"
+        self._memory[where] = value._memory
+
+
+class Library:
+    """The library, and what was asked of it."""
+
+    name = "device_standin"
+    transports: frozenset[str] = frozenset()
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        #: Bytes, and copies, to and from the host.
+        self.up_nbytes = self.down_nbytes = 0
+        self.ups = self.downs = 0
+        self.synchronized = 0
+        self.current: set[str] = set()
+        #: Allocations that fail from now on.
+        self.failing = 0
+
+    def owns(self, value: object) -> bool:
+        return type(value) is Array
+
+    def empty(self, nbytes: int) -> Array:
+        with self._lock:
+            if self.failing:
+                self.failing -= 1
+                raise MemoryError("the device is full")
+        return Array(np.empty(nbytes, np.uint8))
+
+    def concatenate(self, arrays: Sequence[Array]) -> Array:
+        return Array(np.concatenate([array._memory for array in arrays]))
+
+    def from_host(self, data: memoryview) -> Array:
+        with self._lock:
+            self.ups += 1
+            self.up_nbytes += data.nbytes
+        return Array(np.frombuffer(bytes(data), np.uint8).copy())
+
+    def to_host(self, array: Array, out: memoryview) -> None:
+        with self._lock:
+            self.downs += 1
+            self.down_nbytes += array.nbytes
+        if out.nbytes:
+            np.frombuffer(out, np.uint8)[...] = array._memory
+
+    def synchronize(self) -> None:
+        with self._lock:
+            self.synchronized += 1
+
+    def make_current(self) -> None:
+        self.current.add(threading.current_thread().name)
+
+
+def library() -> Library:
+    """Return the library that is registered in this process."""
+    found = device.library_named(Library.name)
+    assert isinstance(found, Library)
+    return found
+
+
+def asarray(array: np.ndarray[Any, Any]) -> Array:
+    """Copy to the device, uncounted."""
+    return Array(np.array(array))
+
+
+def asnumpy(array: Array) -> np.ndarray[Any, Any]:
+    """Copy from the device, uncounted."""
+    assert type(array) is Array, type(array)
+    return array._memory.copy()
+
+
+@dask_serialize.register(Array)  # type: ignore[untyped-decorator]
+def _serialize(array: Array) -> tuple[dict[str, Any], list[memoryview]]:
+    return {"dtype": array.dtype.str, "shape": array.shape}, [np.ascontiguousarray(array._memory).data]
+
+
+@dask_deserialize.register(Array)  # type: ignore[untyped-decorator]
+def _deserialize(header: dict[str, Any], frames: list[Any]) -> Array:
+    return Array(np.frombuffer(bytes(frames[0]), header["dtype"]).copy().reshape(header["shape"]))
+
+
+device.register(Library())
