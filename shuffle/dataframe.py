@@ -1,7 +1,8 @@
 """Data frame shuffles over our data plane.
 
 Covers: the run, and the spec by which the scheduler asks for it.
-Does not cover: the splitting and joining, which is :mod:`dask_gpurt.shuffle.frames`.
+Does not cover: the splitting and joining, which is :mod:`dask_gpurt.shuffle.frames`, and :mod:`dask_gpurt.shuffle.tables`
+for frames on a device.
 See also: :mod:`dask_gpurt.shuffle.run`, the part that arrays share.
 """
 
@@ -11,9 +12,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from dask_gpurt.memory.store import Buffer
 from dask_gpurt.seams import DataFrameShuffleSpec
-from dask_gpurt.shuffle import frames
+from dask_gpurt.shuffle import frames, tables
 from dask_gpurt.shuffle.kernels import scatter_kernels
 from dask_gpurt.shuffle.plan import PartitionPlan
 from dask_gpurt.shuffle.run import Declined, Run, Shards
@@ -28,18 +28,23 @@ if TYPE_CHECKING:
 #: Partitions of fewer rows are not worth a compiler.
 KERNEL_ROWS = 50_000
 
-__all__ = ["KERNEL_ROWS", "FrameRun", "FrameSpec", "supports"]
+__all__ = ["KERNEL_ROWS", "FrameRun", "FrameSpec", "TableRun", "supports"]
 
 
 def supports(spec: object) -> bool:
     """Whether our data plane can do this shuffle, as far as its spec says.
 
-    Frames of other libraries and of subclasses of pandas' have conversions of their own, and duplicate column names
-    have none.
+    Frames of libraries that are not known here, and of subclasses of pandas', have conversions of their own, and duplicate
+    column names have none.
     """
     import pandas as pd
 
-    return type(spec) is DataFrameShuffleSpec and type(spec.meta) is pd.DataFrame and spec.meta.columns.is_unique
+    if type(spec) is not DataFrameShuffleSpec or not spec.meta.columns.is_unique:
+        return False
+    if type(spec.meta) is pd.DataFrame:
+        return True
+    library = tables.frames_of(spec.meta)
+    return library is not None and library.supports(spec.meta)
 
 
 class FrameRun(Run):
@@ -98,17 +103,51 @@ class FrameRun(Run):
             raise WireError(f"input partition {number} was split in two ways")
         return number if many else (number, int(header.segments[0, 0]))
 
-    def _ready(self, parcel: Parcel) -> tuple[Hashable, list[Buffer]] | None:
+    def _ready(self, parcel: Parcel) -> tuple[Hashable, list[Any]] | None:
         return frames.ready(parcel)
 
-    def _pack(self, parcels: Sequence[Parcel]) -> dict[Hashable, list[Buffer]]:
+    def _pack(self, parcels: Sequence[Parcel]) -> dict[Hashable, list[Any]]:
         return frames.pack(parcels)
 
     def _check(self, header: Header) -> None:
         frames.check_parcel(header, self._own.__contains__)
 
-    def _join(self, partition_id: int, buffers: list[Buffer]) -> pd.DataFrame:  # noqa: ARG002
+    def _join(self, partition_id: int, buffers: list[Any]) -> pd.DataFrame:  # noqa: ARG002
         return frames.join(buffers, self._output_meta, allocate=self._allocate) if buffers else self._output_meta.copy()
+
+
+class TableRun(FrameRun):
+    """A run that shuffles frames on a device."""
+
+    def _split(self, data: Any, partition_id: int) -> Shards:
+        library = tables.frames_of(data)
+        if library is None:
+            raise Declined(f"input partition {partition_id} is a {type(data).__name__}")
+        try:
+            shards = tables.split(
+                library,
+                data,
+                partition_id,
+                self.column,
+                worker_for=self.worker_for,
+                meta=self._output_meta,
+                allocate=self._allocate,
+            )
+        except tables.UnsupportedFrameError as reason:
+            raise Declined(f"input partition {partition_id}: {reason}") from reason
+        return self._sort_out(shards)
+
+    def _ready(self, parcel: Parcel) -> tuple[Hashable, list[Any]] | None:
+        return tables.ready(parcel)
+
+    def _pack(self, parcels: Sequence[Parcel]) -> dict[Hashable, list[Any]]:
+        return tables.pack(parcels)
+
+    def _check(self, header: Header) -> None:
+        tables.check_parcel(header, self._own.__contains__)
+
+    def _join(self, partition_id: int, buffers: list[Any]) -> Any:  # noqa: ARG002
+        return tables.join(buffers, self._output_meta) if buffers else self._output_meta.copy()
 
 
 @dataclass(frozen=True)
@@ -124,7 +163,10 @@ class FrameSpec(DataFrameShuffleSpec):
         self, run_id: int, span_id: str | None, worker_for: dict[int, str], plugin: ShuffleWorkerPlugin
     ) -> FrameRun:
         """Make the run; called by distributed on each worker that takes part."""
-        return FrameRun(
+        import pandas as pd
+
+        kind = FrameRun if type(self.meta) is pd.DataFrame else TableRun
+        return kind(
             column=self.column,
             meta=self.meta,
             drop_column=self.drop_column,

@@ -59,6 +59,8 @@ class Kind(enum.IntEnum):
     FRAME = 1
     #: Raw array elements.
     BRICK = 2
+    #: A table on a device, as its library packs it.
+    TABLE = 3
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,22 +1,25 @@
-"""A stand-in for a library of arrays on a device, for machines without one.
+"""A stand-in for libraries of arrays and of frames on a device, for machines without one.
 
-Its arrays lie in memory of the host, behind pointers that UCX takes for a device's, and nothing reads them by accident:
+The arrays lie in memory of the host, behind pointers that UCX takes for a device's, and nothing reads them by accident:
 they are no NumPy arrays, have no buffer, and refuse to become either. Copies to and from the host are counted, and memory
-can be made scarce. A worker imports this module by the path that it has from its parent.
+can be made scarce. The frames are pandas frames of another type, which are packed into such arrays. A worker imports
+this module by the path that it has from its parent.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 from distributed.protocol.serialize import dask_deserialize, dask_serialize
 
-from dask_gpurt.shuffle import device
+from dask_gpurt.shuffle import device, tables
 
-__all__ = ["Array", "Library", "asarray", "asnumpy", "library"]
+__all__ = ["Array", "Frame", "Frames", "Library", "asarray", "asnumpy", "library"]
 
 
 class Array:
@@ -153,3 +156,53 @@ def _deserialize(header: dict[str, Any], frames: list[Any]) -> Array:
 
 
 device.register(Library())
+
+
+class Frame(pd.DataFrame):  # type: ignore[misc]
+    """A frame that is no pandas frame to those who look at its type."""
+
+    @property
+    def _constructor(self) -> type[Frame]:
+        return Frame
+
+
+class Frames:
+    """The library of such frames."""
+
+    name = "device_standin"
+
+    def __init__(self) -> None:
+        self.arrays: device.ArrayLibrary = library()
+
+    def owns(self, value: object) -> bool:
+        return type(value) is Frame
+
+    def supports(self, meta: Any) -> bool:
+        return all(dtype.kind in "iuf" for dtype in meta.dtypes)
+
+    def split(self, frame: Any, column: Hashable, partitions: Sequence[int], meta: Any) -> list[tables.Piece]:
+        if (frame[column] < 0).any():
+            raise tables.UnsupportedFrameError("a negative partition")
+        pieces = []
+        for partition in partitions:
+            part = pd.DataFrame(frame[frame[column] == partition])[list(meta.columns)]
+            if len(part):
+                packed = pa.table({str(name): part[name] for name in part.columns} | {"__index__": part.index})
+                sink = pa.BufferOutputStream()
+                with pa.ipc.new_stream(sink, packed.schema) as writer:
+                    writer.write_table(packed)
+                array = asarray(np.frombuffer(sink.getvalue(), np.uint8))
+                pieces.append(tables.Piece(int(partition), len(part), f"{len(part)} rows".encode(), array))
+        return pieces
+
+    def join(self, pieces: Sequence[tuple[bytes, Any]], meta: Any) -> Any:
+        parts = []
+        for description, array in pieces:
+            part = pa.ipc.open_stream(pa.py_buffer(asnumpy(array))).read_all().to_pandas().set_index("__index__")
+            assert description == f"{len(part)} rows".encode()
+            parts.append(part)
+        frame = pd.concat(parts).rename_axis(meta.index.name)
+        return Frame(frame)
+
+
+tables.register_frames(Frames())

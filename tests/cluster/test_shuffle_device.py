@@ -10,8 +10,10 @@ from typing import Any
 import cloudpickle
 import dask
 import dask.array as da
+import dask.dataframe as dd
 import device_standin
 import numpy as np
+import pandas as pd
 import pytest
 from dask.delayed import delayed
 from distributed import Client, LocalCluster, wait
@@ -84,6 +86,23 @@ def check(client: Client, found: Any) -> None:
         )
 
 
+ROWS, PARTS = 80_000, 4
+
+
+def table(number: int, columns: tuple[str, ...] = ("key", "x")) -> device_standin.Frame:
+    rng = np.random.default_rng([number, len(columns[1])])
+    key = rng.integers(0, 50_000, ROWS)
+    return device_standin.Frame({columns[0]: key, columns[1]: rng.random(ROWS)}, index=np.arange(ROWS) + number * ROWS)
+
+
+def tables(**options: Any) -> Any:
+    return dd.from_map(table, range(PARTS), meta=table(0, **options).iloc[:0], **options)
+
+
+def expected_tables(**options: Any) -> pd.DataFrame:
+    return pd.concat([pd.DataFrame(table(number, **options)) for number in range(PARTS)])
+
+
 def total(client: Client, what: str) -> float:
     return sum(float(each[what]) for each in client.run(figures).values())
 
@@ -106,6 +125,44 @@ def test_by_dasks_comms_what_is_sent_goes_through_the_host() -> None:
         assert total(client, "bytes_sent_device") == 0
         shards_sent = BANDS * BANDS / 2
         assert total(client, "downs") == total(client, "ups") == shards_sent
+        assert total(client, "reserved") == 0
+
+
+def test_frames_are_shuffled_and_merged_on_the_device() -> None:
+    pytest.importorskip("ucxx", reason="ucxx is not installed")
+    with workers() as client:
+        shuffled = client.persist(tables().shuffle("key", npartitions=3, shuffle_method="p2p"))
+        wait(shuffled, timeout=60)
+        found = client.gather(client.compute(shuffled.to_delayed()))
+        assert all(type(part) is device_standin.Frame for part in found)
+        keys = [set(part["key"]) for part in found]
+        assert not keys[0] & keys[1] | keys[1] & keys[2] | keys[0] & keys[2]
+        for part in found:
+            # In the order of the inputs, the same every time.
+            assert part.index.is_monotonic_increasing
+        whole = pd.DataFrame(pd.concat(found)).sort_index()
+        pd.testing.assert_frame_equal(whole, expected_tables())
+        assert total(client, "runs") == 2, "it was not declined"
+        assert total(client, "bytes_sent_device") > 0
+        assert total(client, "downs") == total(client, "ups") == 0
+        assert total(client, "reserved") == 0
+        other = {"columns": ("key", "other")}
+        merged = tables().merge(tables(**other), on="key", shuffle_method="p2p", npartitions=3).compute()
+        expected = expected_tables().merge(expected_tables(**other), on="key")
+        order = ["key", "x", "other"]
+        pd.testing.assert_frame_equal(
+            pd.DataFrame(merged).sort_values(order, ignore_index=True), expected.sort_values(order, ignore_index=True)
+        )
+
+
+def test_small_bodies_of_frames_go_by_the_host_and_empty_partitions_are_there() -> None:
+    with workers(**{"shuffle.transport": "dask"}) as client:
+        shuffled = tables().shuffle("key", npartitions=60, shuffle_method="p2p")
+        empty = tables().query("key < 3").shuffle("key", npartitions=9, shuffle_method="p2p")
+        assert len(client.compute(empty.map_partitions(len)).result(60)) == 9
+        pd.testing.assert_frame_equal(pd.DataFrame(shuffled.compute()).sort_index(), expected_tables())
+        assert total(client, "bytes_sent_device") == 0
+        assert total(client, "ups") == total(client, "downs") > 200
         assert total(client, "reserved") == 0
 
 
