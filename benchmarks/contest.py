@@ -54,6 +54,7 @@ __all__ = [
     "P2P",
     "P2P_MEMORY",
     "TASKS",
+    "Bound",
     "Case",
     "Contender",
     "ShardsInMemory",
@@ -154,6 +155,22 @@ class Workload(Protocol):
 
 
 @dataclass(frozen=True)
+class Bound:
+    """What nothing that moves data can do without.
+
+    Parameters
+    ----------
+    name
+        As in the output.
+    start
+        Returns what measures a rate, in bytes per second.
+    """
+
+    name: str
+    start: Callable[[], Callable[[], float]]
+
+
+@dataclass(frozen=True)
 class Case:
     """A workload, and who competes in it.
 
@@ -173,6 +190,8 @@ class Case:
         Peers whose peak memory ours is compared with; the sum over the workers, each at its own highest.
     against_limit
         Whether the highest peak of any worker of ours is compared with the limit.
+    bound
+        Rate of which the bound is made; None: that of ``memcpy``.
     """
 
     name: str
@@ -183,6 +202,7 @@ class Case:
     memory_limit_nbytes: int = AMPLE_NBYTES
     peaks_against: tuple[Contender, ...] = ()
     against_limit: bool = False
+    bound: Bound | None = None
 
 
 @dataclass(frozen=True)
@@ -217,7 +237,7 @@ def contest(case: Case) -> Iterator[Line]:
         truth = case.workload.truth(stock, inputs[STOCK.name])
         nbytes = case.workload.nbytes(stock, inputs[STOCK.name])
         excerpts: list[pd.DataFrame] = []
-        copying = memcpy_rate()
+        copying = (case.bound or MEMCPY).start()
         for number, contender in rounds(contenders, case.rounds):
             if len(bounds_s) == number:
                 bounds_s.append(nbytes / copying())
@@ -246,7 +266,7 @@ def _lines(case: Case, runs: dict[Contender, list[Run]], bounds_s: Sequence[floa
     walls = [run.wall_s for run in ours]
     for peer in case.peers:
         yield line_of_pairs(case.name, "wall_s", walls, [run.wall_s for run in runs[peer]], peer.name)
-    yield line_of_pairs(case.name, "wall_s", walls, bounds_s, "memcpy")
+    yield line_of_pairs(case.name, "wall_s", walls, bounds_s, (case.bound or MEMCPY).name)
     if not all(run.peaks_nbytes for each in runs.values() for run in each):
         return
     for peer in case.peaks_against:
@@ -360,3 +380,6 @@ def memcpy_rate(nbytes: int = COPIED_NBYTES, copies: int = 3) -> Callable[[], fl
         return statistics.median(rates)
 
     return measure
+
+
+MEMCPY = Bound("memcpy", memcpy_rate)

@@ -1,4 +1,4 @@
-"""A rechunk of an array that lies in memory, of 1 GB, from bands of rows to bands of columns.
+"""A rechunk of an array that lies in memory, from bands of rows to bands of columns: of 1 GB, and of 8 GB on a GPU.
 
 The elements are integer hashes of row and column, so that each output block is compared with what it has to be, to the
 bit. See :mod:`benchmarks.contest` for what is compared with what.
@@ -6,15 +6,16 @@ bit. See :mod:`benchmarks.contest` for what is compared with what.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from distributed import Client, wait
 
 from benchmarks.contest import P2P, TASKS, Case, runner
 from benchmarks.frame import Subject, WrongAnswerError
+from benchmarks.gpu import DEVICE_COPY, MEMORY_LIMIT_NBYTES, where_there_is_a_gpu
 from benchmarks.tables import in_parts, ordered_futures
 from dask_gpurt.demo.arrays import elements
 
@@ -23,10 +24,19 @@ SEED = 1
 
 @dataclass(frozen=True)
 class RowsToColumns:
-    """A rechunk of a square array from ``bands`` bands of ``thin`` rows to as many of ``thin`` columns."""
+    """A rechunk of a square array from ``bands`` bands of ``thin`` rows to as many of ``thin`` columns.
+
+    Parameters
+    ----------
+    bands, thin
+        Bands, and the rows or columns of each.
+    module
+        Library of the blocks, ``"numpy"`` or ``"cupy"``.
+    """
 
     bands: int
     thin: int
+    module: str = "numpy"
 
     @property
     def side(self) -> int:
@@ -38,12 +48,13 @@ class RowsToColumns:
 
     def make(self, part: int) -> Any:
         """Make an input block."""
-        return elements(self._band(part), slice(0, self.side), SEED)
+        return elements(self._band(part), slice(0, self.side), SEED, self.module)
 
     def right(self, block: Any, part: int) -> bool:
         """Whether a block is the one of this number of the output."""
-        true = elements(slice(0, self.side), self._band(part), SEED)
-        return isinstance(block, np.ndarray) and block.dtype == true.dtype and np.array_equal(block, true)
+        true = elements(slice(0, self.side), self._band(part), SEED, self.module)
+        equal = importlib.import_module(self.module).array_equal
+        return type(block) is type(true) and block.dtype == true.dtype and bool(equal(block, true))
 
     def load(self, client: Client) -> Any:
         """Make the array on the workers."""
@@ -94,6 +105,27 @@ def rows_to_columns(*, quick: bool) -> Case:
     )
 
 
+def gpu_rechunk(*, quick: bool) -> Case:
+    """Rechunk 8 GB of CuPy blocks of 512 MB between two workers on one GPU; quick: an eighth of it.
+
+    Stock's p2p refuses CuPy, so its tasks are what its users have.
+    """
+    return Case(
+        name="gpu-rechunk",
+        workload=RowsToColumns(bands=16, thin=704 if quick else 1984, module="cupy"),
+        small=RowsToColumns(bands=16, thin=352, module="cupy"),
+        peers=(TASKS,),
+        rounds=3 if quick else 5,
+        memory_limit_nbytes=MEMORY_LIMIT_NBYTES,
+        bound=DEVICE_COPY,
+    )
+
+
 SUBJECT = Subject.of_cases(
-    "rechunk", "an array rechunk beside stock p2p and tasks", {"rows-to-columns": runner(rows_to_columns)}
+    "rechunk",
+    "array rechunks beside stock p2p and tasks",
+    {
+        "rows-to-columns": runner(rows_to_columns),
+        "gpu-rechunk": where_there_is_a_gpu("gpu-rechunk", runner(gpu_rechunk)),
+    },
 )

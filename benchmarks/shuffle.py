@@ -1,4 +1,4 @@
-"""Shuffles of dataframes: large partitions, strings, many small partitions, more than memory, a hot key.
+"""Shuffles of dataframes: large partitions, strings, many small partitions, more than memory, a hot key, a GPU.
 
 See :mod:`benchmarks.contest` for what is compared with what, and :mod:`benchmarks.tables` for the data, and for when an
 answer is right.
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.contest import P2P, P2P_MEMORY, TASKS, Case, runner
 from benchmarks.frame import Subject
+from benchmarks.gpu import DEVICE_COPY, MEMORY_LIMIT_NBYTES, CudfShuffle, packing, where_there_is_a_gpu
 from benchmarks.tables import Shuffle, SummedShuffle
 from dask_gpurt.demo.data import default_cache, ensure_tables
 
@@ -85,6 +86,19 @@ def hot_key(*, quick: bool) -> Case:
     )
 
 
+def gpu_shuffle(*, quick: bool) -> Case:
+    """Shuffle 8 GB of numbers in cuDF frames of 512 MB between two workers on one GPU; quick: an eighth of it."""
+    return Case(
+        name="gpu-shuffle",
+        workload=CudfShuffle.of_numeric(parts=16, rows=ROWS if quick else 8 * ROWS),
+        small=CudfShuffle.of_numeric(parts=16, rows=ROWS // 4),
+        peers=(P2P, TASKS),
+        rounds=1 if quick else 3,
+        memory_limit_nbytes=MEMORY_LIMIT_NBYTES,
+        bound=DEVICE_COPY,
+    )
+
+
 #: Makes a case, given whether it is to be quick.
 CASES: Mapping[str, Callable[..., Case]] = {
     "numeric-16": numeric_16,
@@ -95,5 +109,11 @@ CASES: Mapping[str, Callable[..., Case]] = {
 }
 
 SUBJECT = Subject.of_cases(
-    "shuffle", "dataframe shuffles beside stock p2p and tasks", {name: runner(make) for name, make in CASES.items()}
+    "shuffle",
+    "dataframe shuffles beside stock p2p and tasks",
+    {name: runner(make) for name, make in CASES.items()}
+    | {
+        "gpu-shuffle": where_there_is_a_gpu("gpu-shuffle", runner(gpu_shuffle), "cudf", "dask_cudf"),
+        "gpu-pack": where_there_is_a_gpu("gpu-pack", packing),
+    },
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks import contest, merge, rechunk, shuffle, tables
+from benchmarks import contest, gpu, merge, rechunk, shuffle, tables
 from benchmarks.__main__ import main, subjects
 from benchmarks.contest import OURS, P2P, P2P_MEMORY, TASKS, Case, Run
 from benchmarks.frame import BrokenRunError, Subject, WrongAnswerError, line_of_pairs, rounds
@@ -263,8 +264,36 @@ def test_the_cases_are_those_of_the_table(quick: bool, monkeypatch: pytest.Monke
     assert P2P_MEMORY.shards_in_memory
     assert {name: list(subject.cases) for name, subject in subjects().items() if name in ("merge", "rechunk")} == {
         "merge": ["merge"],
-        "rechunk": ["rows-to-columns"],
+        "rechunk": ["rows-to-columns", "gpu-rechunk"],
     }
+    assert [name for name in subjects()["shuffle"].cases if name not in cases] == ["gpu-shuffle", "gpu-pack"]
+    on_gpu = [rechunk.gpu_rechunk(quick=quick), shuffle.gpu_shuffle(quick=quick)]
+    assert [(case.name, [peer.name for peer in case.peers]) for case in on_gpu] == [
+        ("gpu-rechunk", ["tasks"]),
+        ("gpu-shuffle", ["p2p", "tasks"]),
+    ]
+    assert quick or rechunk.gpu_rechunk(quick=False).workload.side ** 2 * 8 > 8e9  # type: ignore[attr-defined]
+
+
+def test_a_case_without_its_gpu_is_skipped_and_says_why(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def make(quick: bool) -> Any:
+        return [line_of_pairs("c", "wall_s", [1.0], [2.0], "stock")]
+
+    monkeypatch.setattr(gpu, "device_total_nbytes", lambda: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cudf" else name)
+    assert list(gpu.where_there_is_a_gpu("c", make, "cudf")(True)) == []
+    assert list(gpu.where_there_is_a_gpu("c", make)(True)) == []
+    assert capsys.readouterr().out.splitlines() == [
+        "c is skipped: cudf is not installed",
+        "c is skipped: there is no CUDA device",
+    ]
+    monkeypatch.setattr(gpu, "device_total_nbytes", lambda: 1)
+    assert list(gpu.where_there_is_a_gpu("c", make)(True)) == make(True)
+
+
+def test_frames_of_a_gpu_are_judged_as_a_whole_and_by_partition() -> None:
+    frames = whole()
+    assert gpu._sum([tables.fingerprint(frame) for frame in frames]) == tables.fingerprint(pd.concat(frames))
 
 
 def parted() -> dict[str, Subject]:
