@@ -181,8 +181,8 @@ class Frames:
         return all(dtype.kind in "iuf" for dtype in meta.dtypes)
 
     def split(self, frame: Any, column: Hashable, partitions: Sequence[int], meta: Any) -> list[tables.Piece]:
-        if (frame[column] < 0).any():
-            raise tables.UnsupportedFrameError("a negative partition")
+        if frame.isna().to_numpy().any():
+            raise tables.UnsupportedFrameError("a missing value")
         pieces = []
         for partition in partitions:
             part = pd.DataFrame(frame[frame[column] == partition])[list(meta.columns)]

@@ -166,6 +166,16 @@ def test_small_bodies_of_frames_go_by_the_host_and_empty_partitions_are_there() 
         assert total(client, "reserved") == 0
 
 
+def test_frames_that_cannot_be_packed_go_to_stock() -> None:
+    with workers() as client:
+        frame = tables().assign(x=lambda frame: frame["x"].where(frame["x"] < 0.5))
+        shuffled = frame.shuffle("key", npartitions=3, shuffle_method="p2p")
+        expected = expected_tables()
+        expected["x"] = expected["x"].where(expected["x"] < 0.5)
+        pd.testing.assert_frame_equal(pd.DataFrame(shuffled.compute()).sort_index(), expected)
+        assert total(client, "bytes_sent") == 0
+
+
 def test_small_shards_and_a_device_that_is_full() -> None:
     pytest.importorskip("ucxx", reason="ucxx is not installed")
     limit_nbytes = 3 * 2**20

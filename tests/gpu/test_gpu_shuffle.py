@@ -9,17 +9,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import cloudpickle
+import dask
 import dask.array as da
 import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pytest
 from distributed import Client, LocalCluster, wait
+from distributed.client import futures_of
 
 import dask_gpurt
+from dask_gpurt.memory import codec
 from dask_gpurt.seams import split_axes
 from dask_gpurt.shuffle import bricks
 from dask_gpurt.shuffle.device import DeviceBody, allocate, library_named, library_of
+from dask_gpurt.shuffle.shelf import Parcel
 
 # The servers cannot import this module.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -57,9 +61,11 @@ def rechunk(client: Client, cupy: Any, dtype: str = "f8", chunks: Any = COLUMNS)
     host = np.random.default_rng(5).integers(0, 2**31, SHAPE).astype(dtype)
     source = client.persist(da.from_array(host, chunks=ROWS).map_blocks(cupy.asarray))
     wait(source)
-    found = client.persist(source.rechunk(chunks, method="p2p"))
+    # Otherwise Dask joins bands before they are rechunked.
+    with dask.config.set({"array.chunk-size": "16 MiB"}):
+        found = client.persist(source.rechunk(chunks, method="p2p"))
     wait(found, timeout=60)
-    kinds = client.gather(client.map(lambda block: type(block).__module__, found.to_delayed().ravel().tolist()))
+    kinds = client.gather(client.map(lambda block: type(block).__module__, futures_of(found)))
     assert {kind.partition(".")[0] for kind in kinds} == {"cupy"}
     np.testing.assert_array_equal(found.map_blocks(cupy.asnumpy).compute(), host)
 
@@ -73,8 +79,6 @@ def test_a_chunk_is_cut_and_joined_on_the_device(dtype: str) -> None:
     axes = split_axes(((600,), (700,)), ((600,), (300, 390, 10)))
     shards = bricks.split(chunk.T.copy().T, (0, 0), axes, {(0, part): "peer" for part in range(3)})
     assert any(isinstance(body, DeviceBody) for _, _, body in shards)
-    from dask_gpurt.shuffle.shelf import Parcel
-
     parcels = [Parcel(header, body, header.body_nbytes) for _, header, body in shards]
     packed: dict[Any, list[Any]] = {}
     for on_device in (True, False):
@@ -90,8 +94,6 @@ def test_a_chunk_is_cut_and_joined_on_the_device(dtype: str) -> None:
 
 def test_a_body_goes_to_the_host_and_back() -> None:
     cupy = pytest.importorskip("cupy")
-    from dask_gpurt.memory import codec
-
     (body,) = allocate([("cupy", 100_000)])
     body.array[...] = cupy.arange(100_000) % 251
     header, frames = codec.encode(body)
