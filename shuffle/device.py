@@ -264,8 +264,12 @@ def _serialize(body: DeviceBody) -> tuple[dict[str, str], list[memoryview]]:
 
 
 @dask_deserialize.register(DeviceBody)  # type: ignore[untyped-decorator]
-def _deserialize(header: dict[str, str], frames: list[Any]) -> DeviceBody:
+def _deserialize(header: dict[str, str], frames: list[Any]) -> DeviceBody | memoryview:
     library = library_named(header["library"])
-    body = DeviceBody.of_host(library, frames[0])
+    try:
+        body = DeviceBody.of_host(library, frames[0])
+    except MemoryError:
+        # The bytes are not lost. Where the output is made they are copied up, or the task fails with this error.
+        return memoryview(frames[0])
     library.synchronize()
     return body

@@ -110,7 +110,9 @@ class Library:
         with self._lock:
             self.ups += 1
             self.up_nbytes += data.nbytes
-        return Array(np.frombuffer(bytes(data), np.uint8).copy())
+        array = self.empty(data.nbytes)
+        array._memory[...] = np.frombuffer(bytes(data), np.uint8)
+        return array
 
     def to_host(self, array: Array, out: memoryview) -> None:
         with self._lock:

@@ -116,6 +116,27 @@ def test_under_pressure_they_go_down_and_come_back_as_they_were(tmp_path: Path) 
     run(main())
 
 
+def test_a_body_that_cannot_come_up_is_taken_from_the_host(tmp_path: Path) -> None:
+    async def main() -> None:
+        library = device_standin.library()
+        async with tiers(tmp_path, BODY_NBYTES) as (_, device, _, store):
+            for number in range(2):
+                store.put(f"{number}", [b"head", body(number)], await store.reserve(BODY_NBYTES), rank=number)
+            await device.settle()
+            (absent,) = device.absent
+            assert isinstance(absent, DeviceChunkName)
+            library.failing = 1
+            _, found = await store.take(absent.name)
+            assert library.failing == 0
+            assert isinstance(found, memoryview)
+            assert bytes(found) == bytes([absent.rank]) * BODY_NBYTES
+            # And the other one was not touched.
+            (kept,) = {"0", "1"} - {absent.name}
+            assert value((await store.take(kept))[1]) == int(kept)
+
+    run(main())
+
+
 def test_what_is_discarded_is_gone_from_all_tiers(tmp_path: Path) -> None:
     async def main() -> None:
         async with tiers(tmp_path, 1) as (ledger, device, _, store):

@@ -14,11 +14,13 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
+import device_standin
 import numpy as np
 import pytest
 
 pytest.importorskip("ucxx", reason="ucxx is not installed", exc_type=ImportError)
 
+from dask_gpurt.shuffle.device import SMALL_NBYTES, DeviceBody, allocate
 from dask_gpurt.shuffle.transport.ucx import (
     MIN_FRAME_NBYTES,
     TransportError,
@@ -89,6 +91,37 @@ def test_a_worker_may_send_to_itself() -> None:
     async def main() -> None:
         async with two() as (a, _):
             await carry(a, a, frames(SIZE, 2**20))
+
+    run(main)
+
+
+def test_buffers_on_a_device_are_sent_and_received_where_they_lie() -> None:
+    async def main() -> None:
+        assert SMALL_NBYTES >= MIN_FRAME_NBYTES, "no smaller body is sent from a device"
+        library = device_standin.library()
+        names: list[str] = []
+        async with two() as (a, b):
+            a.in_thread(lambda: names.append(threading.current_thread().name))
+            (sent,) = frames(2**20)
+            sizes = [sent.nbytes, sent.nbytes]
+            bodies = allocate([("device_standin", nbytes) for nbytes in sizes])
+            # From the device to the device, and to the host where the receiver wants it so.
+            buffers: list[Any] = [bodies[0], host_buffer(sent.nbytes)]
+            waiting = iter(buffers)
+            body = DeviceBody(library, device_standin.asarray(sent))
+            copies = library.ups, library.downs
+            tag = a.new_tag()
+            _, got = await asyncio.gather(
+                a.send(b.address, tag, [body, body]), b.receive(a.address, tag, sizes, lambda _: next(waiting))
+            )
+            assert got == buffers
+            assert (library.ups, library.downs) == copies
+            np.testing.assert_array_equal(device_standin.asnumpy(bodies[0].array), sent)
+            np.testing.assert_array_equal(np.frombuffer(got[1], np.uint8), sent)
+            # What is to be done in the thread is done before what is asked of it later.
+            assert names == ["gpurt-ucx"]
+        a.in_thread(lambda: names.append("closed"))
+        assert names == ["gpurt-ucx"]
 
     run(main)
 
