@@ -139,7 +139,7 @@ class CudfLibrary:
         table = self._flat(frame[list(meta.columns)])
         count = len(partitions)
         positions = self._cudf.Series(self._positions(frame[column], partitions))
-        # The two libraries need not use the same stream.
+        # cuDF need not use the stream of CuPy.
         self.arrays.synchronize()
         ordered, starts = self._plc.partitioning.partition(table, positions.to_pylibcudf()[0], count + 1)
         present = [place for place in range(count) if starts[place] < starts[place + 1]]
@@ -153,7 +153,6 @@ class CudfLibrary:
 
     def join(self, pieces: Sequence[tuple[bytes, Any]], meta: Any) -> Any:
         """Unpack and concatenate."""
-        self.arrays.synchronize()
         tables = [
             self._plc.contiguous_split.unpack_from_memoryviews(memoryview(description), self._plc.gpumemoryview(array))
             for description, array in pieces
@@ -329,6 +328,8 @@ def join(buffers: Sequence[Any], meta: Any) -> Any:
         raise WireError(f"shards of one library were expected, got {sorted(names)}")
     library = frames_named(names.pop())
     bodies = [body if isinstance(body, DeviceBody) else DeviceBody.of_host(library.arrays, body) for _, body in pieces]
+    # The library need not use the stream on which they were copied.
+    library.arrays.synchronize()
     output = library.join(
         [(_parse(header.extra)[1], body.array) for (header, _), body in zip(pieces, bodies, strict=True)], meta
     )

@@ -1,15 +1,16 @@
 """A stand-in for libraries of arrays and of frames on a device, for machines without one.
 
 The arrays lie in memory of the host, behind pointers that UCX takes for a device's, and nothing reads them by accident:
-they are no NumPy arrays, have no buffer, and refuse to become either. Copies to and from the host are counted, and memory
-can be made scarce. The frames are pandas frames of another type, which are packed into such arrays. A worker imports
+they are no NumPy arrays, have no buffer, and refuse to become either. What the device is asked for it does late, when it is
+waited for: whoever reads a pointer before that finds noise. Copies to and from the host are counted, and memory can be made
+scarce. The frames are pandas frames of another type, which are packed into such arrays. A worker imports
 this module by the path that it has from its parent.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ class Array:
 
     def __setitem__(self, where: Any, value: Array) -> None:
         assert type(value) is Array, "implicit copy to the device"
-        self._memory[where] = value._memory
+        library().later(lambda: np.copyto(self._memory[where], value._memory))
 
 
 class Library:
@@ -92,6 +93,8 @@ class Library:
         self.current: set[str] = set()
         #: Allocations that fail from now on.
         self.failing = 0
+        #: What was asked for and is not done.
+        self._pending: list[Callable[[], object]] = []
 
     def owns(self, value: object) -> bool:
         return type(value) is Array
@@ -101,29 +104,49 @@ class Library:
             if self.failing:
                 self.failing -= 1
                 raise MemoryError("the device is full")
-        return Array(np.empty(nbytes, np.uint8))
+        return Array(np.full(nbytes, 0xA5, np.uint8))
+
+    def later(self, work: Callable[[], object]) -> None:
+        with self._lock:
+            self._pending.append(work)
 
     def concatenate(self, arrays: Sequence[Array]) -> Array:
-        return Array(np.concatenate([array._memory for array in arrays]))
+        out = self.empty(sum(array.nbytes for array in arrays))
+        self.later(lambda: np.concatenate([array._memory for array in arrays], out=out._memory))
+        return out
 
     def from_host(self, data: memoryview) -> Array:
         with self._lock:
             self.ups += 1
             self.up_nbytes += data.nbytes
         array = self.empty(data.nbytes)
-        array._memory[...] = np.frombuffer(bytes(data), np.uint8)
+        self.later(lambda: np.copyto(array._memory, np.frombuffer(bytes(data), np.uint8)))
         return array
 
     def to_host(self, array: Array, out: memoryview) -> None:
         with self._lock:
             self.downs += 1
             self.down_nbytes += array.nbytes
+        self._work_off()
         if out.nbytes:
             np.frombuffer(out, np.uint8)[...] = array._memory
 
     def synchronize(self) -> None:
         with self._lock:
             self.synchronized += 1
+        self._work_off()
+
+    @property
+    def idle(self) -> bool:
+        """Whether all that was asked for is done."""
+        return not self._pending
+
+    def _work_off(self) -> None:
+        # In order, and nobody who waits goes on before it is done.
+        with self._lock:
+            for work in self._pending:
+                work()
+            self._pending.clear()
 
     def make_current(self) -> None:
         self.current.add(threading.current_thread().name)
@@ -144,6 +167,7 @@ def asarray(array: np.ndarray[Any, Any]) -> Array:
 def asnumpy(array: Array) -> np.ndarray[Any, Any]:
     """Copy from the device, uncounted."""
     assert type(array) is Array, type(array)
+    # Outputs are done when a task has them: other libraries may read them.
     return array._memory.copy()
 
 

@@ -83,6 +83,7 @@ def rechunk(
                 kind = [parcel for parcel in some if isinstance(parcel.body, DeviceBody) is on_device]
                 for target, buffers in bricks.pack(kind).items():
                     stored[target] += buffers
+                assert device_standin.library().idle, "others may read what was packed, or use what it was made of"
     return {target: bricks.unpack(buffers) for target, buffers in stored.items()}
 
 
