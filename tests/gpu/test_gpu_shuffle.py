@@ -109,7 +109,8 @@ def test_a_rechunk_stays_on_the_device() -> None:
         rechunk(client, cupy)
         assert total(client, "runs") == 2, "it was not declined"
         if importlib.util.find_spec("ucxx") is not None:
-            assert total(client, "bytes_sent_device") == NBYTES / 2
+            # All but headers is sent from the device.
+            assert total(client, "bytes_sent_device") > 0.99 * total(client, "bytes_sent") > 0
         # And shards that go together.
         rechunk(client, cupy, "f4", (4096, 32))
         assert total(client, "runs") == 4
