@@ -1,13 +1,19 @@
 """Compiled loops that the shuffle of data frames is fastest with.
 
-Covers: scattering the rows of columns to where their output partitions are gathered.
-Does not cover: what is done where Numba is not there, or not ready; see :mod:`dask_gpurt.shuffle.frames`.
+Covers: scattering the rows of columns, and the strings of columns of strings, to where their output partitions are
+gathered.
+Does not cover: what is done where Numba is not there, or not ready; see :mod:`dask_gpurt.shuffle.scatter`.
 
 Theory of operation: NumPy scatters a column by an array of places, into one array, from which it is copied to where it
 belongs: two passes and eight bytes a row more than needed. A compiled loop writes each row right where it belongs. With
 two workers on two cores, which share caches and memory, a shuffle of 1 GB takes two thirds of the time. Numba compiles
 such a loop when it is first asked to, in a thread of its own, and keeps the result on disk; until then
 :func:`scatter_kernels` says that there is none.
+
+Strings are copied in blocks of 32 bytes, whatever their lengths: what a block writes beyond its string is overwritten by
+the next one. A loop over just the bytes of each takes five times as long, because the processor cannot foresee where it
+ends. Only at the end of a position's strings is it a byte after the other. A block is two words of
+any address, for which both the source and the output come as arrays whose elements overlap: see :class:`Memory`.
 """
 
 from __future__ import annotations
@@ -22,12 +28,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MAX_POSITIONS", "ScatterKernels", "compile_kernels", "scatter_kernels"]
+__all__ = ["MAX_POSITIONS", "SCATTERED", "Memory", "ScatterKernels", "compile_kernels", "scatter_kernels"]
 
 logger = logging.getLogger(__name__)
 
 #: The kernels take positions as ``uint16``, of which the last stands for none.
 MAX_POSITIONS = 2**16 - 1
+#: By width in bytes: as what values of that width are scattered.
+SCATTERED: dict[int, np.dtype[Any]] = {
+    nbytes: np.dtype(name) for nbytes, name in ((1, "u1"), (2, "u2"), (4, "u4"), (8, "u8"), (16, "c16"))
+}
+#: Half a block of a string. The widest number that Numba and NumPy both have; its values are only copied.
+_BLOCK = np.dtype("c16")
 
 
 @dataclass(frozen=True)
@@ -42,10 +54,49 @@ class ScatterKernels:
     scatter
         ``scatter(source, positions, count, ranks, bases, out)`` writes ``source[r]`` to
         ``out[bases[positions[r]] + ranks[r]]``. Nothing checks that this lies in ``out``.
+    measure
+        ``measure(offsets, positions, count)`` returns how many bytes the strings of each position have; string ``r``
+        reaches from ``offsets[r]`` to ``offsets[r + 1]``.
+    copy
+        ``copy(offsets, *data, positions, count, starts, ends, *out)`` writes the strings of each position, in their
+        order, from ``starts`` of it on, up to ``ends``, and leaves in ``starts`` where it ended. ``data`` and ``out``
+        come as :meth:`Memory.views`. Nothing is checked.
     """
 
     rank: Callable[..., npt.NDArray[np.int64]]
     scatter: Callable[..., None]
+    measure: Callable[..., npt.NDArray[np.int64]]
+    copy: Callable[..., None]
+
+
+class Memory:
+    """A range of addresses as NumPy understands it.
+
+    Parameters
+    ----------
+    address
+        Where it begins.
+    dtype
+        Of its elements.
+    size
+        Count of elements.
+    stride
+        Bytes from one element to the next; None: they do not overlap.
+    """
+
+    def __init__(self, address: int, dtype: np.dtype[Any], size: int, stride: int | None = None) -> None:
+        self.__array_interface__ = {
+            "data": (address, False),
+            "typestr": dtype.str,
+            "shape": (size,),
+            "strides": None if stride is None else (stride,),
+            "version": 3,
+        }
+
+    @classmethod
+    def views(cls, address: int, nbytes: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """View its bytes, and half a block from each byte on; the latter reach beyond the end."""
+        return np.asarray(cls(address, np.dtype("u1"), nbytes)), np.asarray(cls(address, _BLOCK, nbytes, 1))
 
 
 class _Compilation:
@@ -95,6 +146,9 @@ def compile_kernels() -> ScatterKernels:
     positions = types.Array(types.uint16, 1, "C", readonly=True)
     ranks = types.Array(types.uint32, 1, "C")
     bases = types.Array(types.int64, 1, "C", readonly=True)
+    # Unsigned, as an index has to be that is not to be compared with zero each time.
+    bounds = types.Array(types.uint64, 1, "C", readonly=True)
+    octets = types.Array(types.uint8, 1, "C"), types.Array(types.complex128, 1, "A", aligned=False)
 
     def compiled(*signatures: Any) -> Any:
         try:
@@ -114,10 +168,13 @@ def compile_kernels() -> ScatterKernels:
                 bases,
                 types.Array(word, 1, "C"),
             )
-            for word in (types.uint8, types.uint16, types.uint32, types.uint64)
+            for word in (types.uint8, types.uint16, types.uint32, types.uint64, types.complex128)
         )
     )(_scatter)
-    return ScatterKernels(rank, scatter)
+    measure = compiled(types.Array(types.int64, 1, "C")(bounds, positions, types.int64))(_measure)
+    starts = types.Array(types.uint64, 1, "C")
+    copy = compiled(types.void(bounds, *octets, positions, types.int64, starts, bounds, *octets))(_copy)
+    return ScatterKernels(rank, scatter, measure, copy)
 
 
 def _rank(positions: Any, count: Any, ranks: Any) -> Any:
@@ -135,3 +192,46 @@ def _scatter(source: Any, positions: Any, count: Any, ranks: Any, bases: Any, ou
         position = positions[row]
         if position < count:
             out[bases[position] + ranks[row]] = source[row]
+
+
+def _measure(offsets: Any, positions: Any, count: Any) -> Any:
+    sizes = np.zeros(count, np.int64)
+    for row in range(len(positions)):
+        position = positions[row]
+        if position < count:
+            sizes[position] += offsets[row + 1] - offsets[row]
+    return sizes
+
+
+def _copy(  # noqa: PLR0917
+    offsets: Any,
+    data: Any,
+    data_blocks: Any,
+    positions: Any,
+    count: Any,
+    starts: Any,
+    ends: Any,
+    out: Any,
+    out_blocks: Any,
+) -> None:
+    half, whole = np.uint64(16), np.uint64(32)
+    for row in range(len(positions)):
+        position = positions[row]
+        if position >= count:
+            continue
+        begin, end = offsets[row], offsets[row + 1]
+        start = starts[position]
+        stop = start + (end - begin)
+        starts[position] = stop
+        # What is yet to come of this position comes from behind this string: as much as it has room, there is to read.
+        if stop + whole <= ends[position]:
+            while start < stop:
+                out_blocks[start] = data_blocks[begin]
+                out_blocks[start + half] = data_blocks[begin + half]
+                start += whole
+                begin += whole
+        else:
+            while start < stop:
+                out[start] = data[begin]
+                start += np.uint64(1)
+                begin += np.uint64(1)
