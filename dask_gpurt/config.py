@@ -116,6 +116,15 @@ def _transport(value: object) -> str:
     return str(value)
 
 
+def _compression(value: object) -> str:
+    # A bare `off` in a YAML file is read as false.
+    if value is False or value == "off":
+        return "off"
+    if value != "auto":
+        raise _RefusedError
+    return "auto"
+
+
 def _key(default: object, parse: Callable[[object], object], allowed: str) -> Any:
     return dataclasses.field(default=default, metadata={"parse": parse, "allowed": allowed})
 
@@ -164,6 +173,8 @@ class ShuffleSettings(_Section):
     send_limit: int = _key(256 * 2**20, _size, 'a size such as "256 MiB"')
     #: ``"auto"``: UCX where ucxx is installed and Dask's comms are not encrypted; ``"dask"``: Dask's comms.
     transport: str = _key("auto", _transport, '"auto" or "dask"')
+    #: ``"auto"``: messages are compressed where that pays on their link; ``"off"``: never.
+    compression: str = _key("auto", _compression, '"auto" or "off"')
     #: Seconds without progress after which a run that waits for something is reported; None: never.
     watchdog: float | None = _key(60.0, _duration, 'a time such as "60s", or null')
 

@@ -22,6 +22,13 @@ Theory of operation
     *Buffers on a device* go by UCX from there into memory of the receiver's device, whose tier pays for them; where that
     cannot be allocated, into memory of the host, which UCX can do as well. Dask's comms carry a copy on the host, and the
     receiver keeps it there until the output is made. A message with such buffers waits for UCX to start.
+
+    *Measuring.* Every delivery says what its way is worth: by UCX the receiver tells how long the bytes took once it had
+    the credit; by Dask's comms it is the time of the call, without what the receiver spent on the message after it had
+    it. By these prices the path is chosen (:mod:`dask_gpurt.shuffle.paths`), and whether to compress
+    (:mod:`dask_gpurt.shuffle.compression`). For a compressed buffer the receiver reserves the raw size beside the other,
+    gives up the other when it has decompressed it, and believes no size that it is told
+    (:mod:`dask_gpurt.shuffle.codecs`).
 """
 
 from __future__ import annotations
@@ -29,19 +36,26 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import dask.config
 from distributed.core import ErrorMessage, OKMessage, Status, error_message
 from distributed.protocol.serialize import to_serialize
 
 from dask_gpurt import seams
 from dask_gpurt.memory.store import Buffer, DeviceBuffer, Reservation, buffer_nbytes
 from dask_gpurt.seams import P2PConsistencyError, ShuffleClosedError
+from dask_gpurt.shuffle import codecs, paths
+from dask_gpurt.shuffle.codecs import Compressed, Packed, plain
 from dask_gpurt.shuffle.device import DeviceBody, allocate, library_named
 from dask_gpurt.shuffle.shelves import TieredReservation
 from dask_gpurt.shuffle.transport.ucx import MIN_FRAME_NBYTES, TransportError, TransportUnavailable, UCXTransport
+from dask_gpurt.shuffle.ways import Way, Ways
+from dask_gpurt.shuffle.wire import WireError
+from dask_gpurt.topology import Gauge, Place, Topology
 
 if TYPE_CHECKING:
     from distributed import Worker
@@ -59,6 +73,8 @@ EAGER_NBYTES = 2**20
 
 #: Deliveries that senders have given up which are remembered; they matter for as long as one message takes.
 ABANDONED_MAX = 1000
+#: Senders for which it is noted what else arrives from them meanwhile.
+GAUGES_MAX = 4096
 #: What :meth:`Carrier.path` says where UCX is used.
 UCX = "by UCX"
 
@@ -81,9 +97,11 @@ class Carrier:
         Its part of the shuffle.
     ucx
         Whether UCX may be used.
+    compress
+        Whether messages may be compressed.
     """
 
-    def __init__(self, worker: Worker, part: ShuffleWorker, *, ucx: bool) -> None:
+    def __init__(self, worker: Worker, part: ShuffleWorker, *, ucx: bool, compress: bool = True) -> None:
         self._worker = worker
         self._part = part
         #: Why UCX is not used; None: it is, or will be.
@@ -103,10 +121,20 @@ class Carrier:
         self._abandoned: deque[tuple[bytes, int]] = deque(maxlen=ABANDONED_MAX)
         #: Libraries whose device is current in the transport's thread.
         self._current: set[str] = set()
-        #: Bytes sent by UCX, those of them from the memory of a device, and seconds that were spent waiting for credits.
+        #: Bytes sent by UCX, those of them from the memory of a device, bytes sent by Dask's comms, and seconds that were
+        #: spent waiting for credits.
         self.ucx_nbytes = 0
         self.device_nbytes = 0
+        self.comm_nbytes = 0
         self.credit_wait_s = 0.0
+        #: What moving bytes from this worker to its peers costs.
+        self.topology = Topology()
+        # Where Dask's comms compress, ours would be for nothing.
+        comm = not dask.config.get("distributed.comm.compression")
+        on = [path for path, allowed in ((paths.UCX, compress), (paths.COMM, compress and comm)) if allowed]
+        self.ways = Ways(self.topology, Place(worker.address), on)
+        #: For what arrives by UCX, by sender.
+        self._gauges: dict[bytes, Gauge] = {}
 
     def __repr__(self) -> str:
         return f"<Carrier of {self._worker.address}: {self._transport or self.without_ucx or 'UCX not started'}>"
@@ -165,6 +193,7 @@ class Carrier:
     def peer_gone(self, address: str) -> None:
         """End what is under way with a worker that has left. Handler for the scheduler."""
         peer = self._peers.pop(address, None)
+        self.ways.forget(address)
         if peer is not None and self._transport is not None:
             self._transport.drop_peer(peer)
 
@@ -205,15 +234,25 @@ class Carrier:
             if self._transport is not None and not self._reaches(libraries):
                 buffers, libraries = await self._on_host(buffers), set()
         peer = await self._peer(address)
-        if peer is not None:
+        if libraries and peer is None:
+            buffers, libraries = await self._on_host(buffers), set()
+        path = paths.UCX if libraries else paths.COMM
+        if peer is not None and not libraries:
+            path = self.ways.choose(address, nbytes_of(buffers))
+        way = self.ways.way(address, path)
+        message = plain(buffers) if libraries else await self.ways.pack(way, str(run.id), buffers, run.executor)
+        if peer is not None and path == paths.UCX:
             try:
-                return await self._deliver_by_ucx(run, address, peer, buffers)
+                return await self._deliver_by_ucx(run, address, peer, message, way)
             except TransportError as error:
                 run.raise_if_closed()
                 logger.warning("UCX to %s is given up, Dask's comms carry on: %s", address, error)
                 if self._peers.get(address) == peer:
                     self._peers[address] = None
-        return await self._deliver_by_comm(run, address, await self._on_host(buffers) if libraries else buffers, credit)
+                way = self.ways.way(address, paths.COMM)
+                if libraries:
+                    message = plain(await self._on_host(buffers))
+        return await self._deliver_by_comm(run, address, message, credit, way)
 
     async def _on_host(self, buffers: Sequence[Any]) -> list[Buffer]:
         """Copy what lies on a device, in a thread."""
@@ -222,9 +261,9 @@ class Carrier:
             None, lambda: [buffer.on_host(lend) if isinstance(buffer, DeviceBody) else buffer for buffer in buffers]
         )
 
-    async def _deliver_by_ucx(self, run: Run, address: str, peer: bytes, buffers: Sequence[Any]) -> Reply:
+    async def _deliver_by_ucx(self, run: Run, address: str, peer: bytes, message: Compressed, way: Way) -> Reply:
         assert self._transport is not None
-        views = [buffer if isinstance(buffer, DeviceBody) else memoryview(buffer) for buffer in buffers]
+        views = [buffer if isinstance(buffer, DeviceBody) else memoryview(buffer) for buffer in message.buffers]
         libraries = [view.library.name if isinstance(view, DeviceBody) else "" for view in views]
         large = [view for view in views if view.nbytes >= MIN_FRAME_NBYTES]
         tag = self._transport.new_tag()
@@ -238,6 +277,7 @@ class Carrier:
                 libraries=libraries if any(libraries) else None,
                 tag=tag,
                 peer=self._transport.address,
+                packed=_told(message),
             )
         )
         try:
@@ -251,8 +291,13 @@ class Carrier:
                 raise TransportError(str(sending.exception()) if failed else reply["reason"])
             if reply["status"] == "OK":
                 await sending
-                self.ucx_nbytes += nbytes_of(large)
+                nbytes = nbytes_of(large)
+                self.ucx_nbytes += nbytes
                 self.device_nbytes += sum(view.nbytes for view in large if isinstance(view, DeviceBody))
+                self.credit_wait_s += reply["waited_s"]
+                # The memory of a device is another place, at another price.
+                if large and not any(libraries):
+                    way.carried(nbytes, (reply["carried_nbytes"], reply["carried_s"]))
         finally:
             for task in (call, sending):
                 if not task.done():
@@ -261,21 +306,30 @@ class Carrier:
             await asyncio.gather(call, sending, return_exceptions=True)
         return reply  # type: ignore[no-any-return]
 
-    async def _deliver_by_comm(self, run: Run, address: str, buffers: Sequence[Buffer], credit: str) -> Reply:
+    async def _deliver_by_comm(self, run: Run, address: str, message: Compressed, credit: str, way: Way) -> Reply:
         rpc = self._worker.rpc(address)
-        nbytes = nbytes_of(buffers)
-        if nbytes > EAGER_NBYTES:
+        nbytes = nbytes_of(message.buffers)
+        if nbytes + message.raw_nbytes > EAGER_NBYTES:
             started = asyncio.get_running_loop().time()
             reply: Reply = await rpc.gpurt_shuffle_credit(
-                shuffle_id=run.id, run_id=run.run_id, credit=credit, nbytes=nbytes
+                shuffle_id=run.id, run_id=run.run_id, credit=credit, nbytes=nbytes + message.raw_nbytes
             )
             self.credit_wait_s += asyncio.get_running_loop().time() - started
             if reply["status"] != "OK":
                 return reply
-        answer: Reply = await rpc.gpurt_shuffle_take(
-            shuffle_id=run.id, run_id=run.run_id, buffers=to_serialize(list(buffers)), credit=credit
+        begun = way.gauge.begin(time.perf_counter())
+        answer = await rpc.gpurt_shuffle_take(
+            shuffle_id=run.id,
+            run_id=run.run_id,
+            buffers=to_serialize(message.buffers),
+            credit=credit,
+            packed=_told(message),
         )
-        return answer
+        if answer["status"] == "OK":
+            carried_nbytes, elapsed_s = way.gauge.end(begun, nbytes, time.perf_counter())
+            self.comm_nbytes += nbytes
+            way.carried(nbytes, (carried_nbytes, elapsed_s - answer["handled_s"]))
+        return answer  # type: ignore[no-any-return]
 
     # Receiving
 
@@ -298,41 +352,65 @@ class Carrier:
         peer: bytes = b"",
         credit: str | None = None,
         libraries: Sequence[str] | None = None,
+        packed: Sequence[Sequence[Any]] = (),
     ) -> Any:
         """Take in a message. Handler for peers."""
         try:
             run = await seams.shuffle_run(self._worker, shuffle_id, run_id)
+            told = codecs.pack_list(packed, len(buffers))
             if sizes is None:
-                return await run.attend(self._take_by_comm(run, buffers, credit))
-            return await run.attend(self._take_by_ucx(run, list(buffers), sizes, libraries, tag, peer))
+                return await run.attend(self._take_by_comm(run, list(buffers), told, credit))
+            if told and libraries is not None:
+                raise WireError("a message from the memory of a device has no compressed buffers")
+            return await run.attend(self._take_by_ucx(run, list(buffers), told, sizes, libraries, tag, peer))
         except TransportError as error:
             return {"status": "transport-error", "reason": str(error)}
         except (P2PConsistencyError, ShuffleClosedError) as error:
             return error_message(error)
 
-    async def _take_by_comm(self, run: Run, buffers: Sequence[Buffer], credit: str | None) -> Reply:
+    async def _take_by_comm(
+        self, run: Run, buffers: list[Buffer], packed: Sequence[Packed], credit: str | None
+    ) -> dict[str, Any]:
+        began_s = time.perf_counter()
         # Redeemed in the task that answers for it: one that is cancelled before it begins has nothing to give back.
-        return await run.receive(buffers, run.redeem(credit))
+        reservation = run.redeem(credit)
+        if packed and reservation is None:
+            # Small, or the same again.
+            reservation = await run.reserve(nbytes_of(buffers) + _raw_nbytes(packed))
+        if reservation is not None:
+            await self._unpack(run, buffers, packed, reservation)
+        reply: Any = await run.receive(buffers, reservation)
+        return {**reply, "handled_s": time.perf_counter() - began_s}
 
-    async def _take_by_ucx(  # noqa: PLR0917
+    async def _take_by_ucx(  # noqa: PLR0917  a message of a peer
         self,
         run: Run,
         buffers: list[Any],
+        packed: Sequence[Packed],
         sizes: Sequence[int],
         libraries: Sequence[str] | None,
         tag: int,
         peer: bytes,
-    ) -> Reply:
+    ) -> dict[str, Any]:
         if self._transport is None:
             raise TransportError("this worker has no UCX any more")
         if len(sizes) != len(buffers) or (libraries is not None and len(libraries) != len(sizes)):
             raise TransportError(f"{len(sizes)} sizes were announced for {len(buffers)} buffers")
         large = [number for number, nbytes in enumerate(sizes) if nbytes]
+        asked_s = time.perf_counter()
         reservation, frames = await self._memory_for(
-            run, nbytes_of(buffers), [(libraries[number] if libraries else "", sizes[number]) for number in large]
+            run,
+            nbytes_of(buffers) + _raw_nbytes(packed),
+            [(libraries[number] if libraries else "", sizes[number]) for number in large],
         )
+        waited_s = time.perf_counter() - asked_s
         identity = (peer, tag)
         try:
+            if len(self._gauges) > GAUGES_MAX:
+                # Most of them are of peers that have left.
+                self._gauges.clear()
+            gauge = self._gauges.setdefault(peer, Gauge())
+            begun = gauge.begin(time.perf_counter())
             receiving = self._receiving[identity] = asyncio.create_task(
                 self._transport.receive(peer, tag, [sizes[number] for number in large], frames)
             )
@@ -345,6 +423,7 @@ class Carrier:
                 if identity in self._abandoned:
                     raise TransportError("the sender has given up") from None
                 raise
+            carried_nbytes, carried_s = gauge.end(begun, sum(sizes), time.perf_counter())
             for number, frame in zip(large, received, strict=True):
                 buffers[number] = frame
             del received
@@ -353,7 +432,30 @@ class Carrier:
             raise
         finally:
             self._receiving.pop(identity, None)
-        return await run.receive(buffers, reservation)
+        await self._unpack(run, buffers, packed, reservation)
+        reply: Any = await run.receive(buffers, reservation)
+        return {**reply, "waited_s": waited_s, "carried_nbytes": carried_nbytes, "carried_s": carried_s}
+
+    async def _unpack(
+        self, run: Run, buffers: list[Buffer], packed: Sequence[Packed], reservation: Reservation | TieredReservation
+    ) -> None:
+        """Decompress in place what was compressed, within what is reserved; where that fails, it is given back."""
+        if not packed:
+            return
+        assert not isinstance(reservation, TieredReservation), "nothing on a device is compressed"
+        wire_nbytes = nbytes_of([buffers[each.number] for each in packed])
+        if reservation.nbytes < nbytes_of(buffers) + _raw_nbytes(packed):
+            reservation.release()
+            raise WireError(f"{_raw_nbytes(packed)} bytes after decompression are more than was asked for")
+        try:
+            loop = asyncio.get_running_loop()
+            buffers[:] = await loop.run_in_executor(
+                run.executor, codecs.decompress, buffers, packed, self._part.pool.lease
+            )
+        except BaseException:
+            reservation.release()
+            raise
+        reservation.split(wire_nbytes).release()
 
     async def _memory_for(
         self, run: Run, others_nbytes: int, frames: Sequence[tuple[str, int]]
@@ -385,3 +487,11 @@ class Carrier:
         receiving = self._receiving.get(identity)
         if receiving is not None:
             receiving.cancel()
+
+
+def _told(message: Compressed) -> list[tuple[int, str, int, int]]:
+    return [(each.number, each.codec, each.nbytes, each.digest) for each in message.packed]
+
+
+def _raw_nbytes(packed: Sequence[Packed]) -> int:
+    return sum(each.nbytes for each in packed)

@@ -78,7 +78,7 @@ class ShuffleWorker:
         self.device_store = DictBufferStore() if device_store is None else device_store
         self.pool = BlockPool(IDLE_NBYTES) if pool is None else pool
         self.window = ByteWindow(settings.send_limit)
-        self.carrier = Carrier(worker, self, ucx=settings.transport != "dask")
+        self.carrier = Carrier(worker, self, ucx=settings.transport != "dask", compress=settings.compression != "off")
         self.sampler = Sampler(worker)
         limit = seams.worker_memory_limit(worker)
         #: Whether there is room for compiled kernels.
@@ -184,17 +184,23 @@ class ShuffleWorker:
 
     def metrics(self) -> dict[str, float]:
         """Counters since the start, in bytes and seconds."""
+        carrier, ways = self.carrier, self.carrier.ways
         return {
             "runs": self.runs,
             "messages": self.messages,
             "bytes_sent": self.sent_nbytes,
-            "bytes_sent_ucx": self.carrier.ucx_nbytes,
-            "bytes_sent_device": self.carrier.device_nbytes,
+            "bytes_sent_ucx": carrier.ucx_nbytes,
+            "bytes_sent_device": carrier.device_nbytes,
+            "bytes_sent_comm": carrier.comm_nbytes,
+            "bytes_before_compression": ways.raw_nbytes,
+            "bytes_after_compression": ways.wire_nbytes,
             "bytes_received": self.received_nbytes,
             "bytes_local": self.local_nbytes,
             "split_s": self.split_s,
             "unpack_s": self.unpack_s,
-            "credit_wait_s": self.carrier.credit_wait_s,
+            "compress_s": ways.compress_s,
+            "compress_sample_s": ways.sample_s,
+            "credit_wait_s": carrier.credit_wait_s,
         }
 
 

@@ -39,15 +39,18 @@ from dask_gpurt.memory.spiller import Spiller
 from dask_gpurt.memory.store import Buffer, Reservation
 from dask_gpurt.seams import ShuffleClosedError
 from dask_gpurt.shuffle import carrier as carrier_module
+from dask_gpurt.shuffle import codecs
 from dask_gpurt.shuffle import outbox as outbox_module
 from dask_gpurt.shuffle import run as run_module
 from dask_gpurt.shuffle import shelf as shelf_module
+from dask_gpurt.shuffle.codecs import Compressed
 from dask_gpurt.shuffle.run import Run, Shards
 from dask_gpurt.shuffle.shelf import Parcel
+from dask_gpurt.shuffle.ways import Way, Ways
 from dask_gpurt.shuffle.wire import Header, Kind, WireError, decode, encode
 from dask_gpurt.shuffle.worker import ShuffleWorker
 
-ENDPOINTS = [f"tcp://{number}" for number in range(3)]
+ENDPOINTS = [f"tcp://127.0.0.{number}:1" for number in range(1, 4)]
 OUTPUTS = 5
 WORKER_FOR: dict[Any, str] = {output: ENDPOINTS[output % 2] for output in range(OUTPUTS)}  # The third only sends.
 #: From here on a shard has a parcel to itself, which needs no packing.
@@ -562,3 +565,19 @@ TestShuffleModel.settings = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
 )
+
+
+class CompressedModel(ShuffleModel):
+    """The same, where every message that can be is compressed."""
+
+    def __init__(self) -> None:
+        async def pack(ways: Ways, way: Way, kind: str, buffers: Sequence[Buffer], executor: Executor) -> Compressed:
+            return codecs.compress(buffers, "lz4")
+
+        super().__init__()
+        self.stack.enter_context(mock.patch.object(codecs, "MIN_NBYTES", 100))
+        self.stack.enter_context(mock.patch.object(Ways, "pack", pack))
+
+
+TestCompressedModel = CompressedModel.TestCase
+TestCompressedModel.settings = settings(TestShuffleModel.settings, max_examples=60)

@@ -1,0 +1,253 @@
+"""Slow links and fast ones: compression where it pays and only there, the path by its price, and damage on the way.
+
+A *throttle* in each worker process holds back what the shuffle sends to so many bytes a second, on one path or on both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import cloudpickle
+import dask
+import dask.dataframe as dd
+import numpy as np
+import pandas as pd
+import pytest
+from distributed import Client, Nanny, Scheduler, SpecCluster, wait
+
+import dask_gpurt
+
+pytest.importorskip("ucxx", reason="ucxx is not installed")
+
+# The servers cannot import this module.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+SLOW = 8e6
+BOTH_SLOW = {"ucx": SLOW, "comm": SLOW}
+PARTITIONS, ROWS = 6, 100_000
+
+
+def compressible(number: int) -> Any:
+    rng = np.random.default_rng(number)
+    columns = {f"c{i}": rng.integers(0, 100, ROWS) for i in range(4)}
+    return pd.DataFrame({"key": rng.integers(0, 10_000, ROWS), "id": np.arange(ROWS) + number * ROWS, **columns})
+
+
+def incompressible(number: int) -> Any:
+    numbers = np.random.default_rng(number).integers(-(2**63), 2**63 - 1, (7, ROWS))
+    columns = {f"c{i}": column for i, column in enumerate(numbers[3:])}
+    return pd.DataFrame({"key": numbers[0], "id": numbers[1], **columns}, index=numbers[2])
+
+
+def replace(owner: Any, name: str, function: Any) -> None:
+    """Replace a function of a worker process until :func:`put_back`."""
+    import builtins
+
+    # This module is another one in each call.
+    vars(builtins).setdefault("_test_originals", []).append((owner, name, getattr(owner, name)))
+    setattr(owner, name, function)
+
+
+def put_back() -> None:
+    import builtins
+
+    for owner, name, function in vars(builtins).pop("_test_originals", []):
+        setattr(owner, name, function)
+
+
+def throttle(rates: dict[str, float]) -> None:
+    """Let so many bytes a second out of this process, path by path."""
+    from distributed.comm.tcp import TCP
+
+    from dask_gpurt.shuffle.transport.ucx import UCXTransport
+
+    free_at = dict.fromkeys(rates, 0.0)
+    send: Any = UCXTransport.send
+    write: Any = TCP.write
+
+    async def hold_back(path: str, buffers: Any) -> None:
+        if path in rates:
+            now = time.monotonic()
+            nbytes = sum(memoryview(buffer).nbytes for buffer in buffers)
+            free_at[path] = max(now, free_at[path]) + nbytes / rates[path]
+            await asyncio.sleep(free_at[path] - now)
+
+    async def slow_send(transport: Any, peer: bytes, tag: int, buffers: Any) -> None:
+        await hold_back("ucx", buffers)
+        await send(transport, peer, tag, buffers)
+
+    async def slow_write(comm: Any, msg: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(msg, dict) and msg.get("op") == "gpurt_shuffle_take":
+            await hold_back("comm", msg["buffers"].data)
+        return await write(comm, msg, *args, **kwargs)
+
+    replace(UCXTransport, "send", slow_send)
+    replace(TCP, "write", slow_write)
+
+
+def damage() -> None:
+    """Flip a bit of what is compressed."""
+    from dask_gpurt.shuffle import codecs
+
+    compress = codecs.compress
+
+    def damaged(*args: Any) -> Any:
+        message = compress(*args)
+        for each in message.packed:
+            wire = bytearray(message.buffers[each.number])
+            wire[len(wire) // 2] ^= 1
+            message.buffers[each.number] = wire
+        return message
+
+    replace(codecs, "compress", damaged)
+
+
+def own_metrics(dask_worker: Any) -> Any:
+    return dask_worker.extensions["gpurt"].shuffle.metrics()
+
+
+def metrics(client: Client) -> dict[str, float]:
+    """Sum over the workers."""
+    each = client.run(own_metrics).values()
+    return {name: sum(worker[name] for worker in each) for name in next(iter(each))}
+
+
+def cluster(*hosts: str) -> SpecCluster:
+    """A worker on each of these hosts, as far as they know."""
+    options = {"nthreads": 1, "memory_limit": "2 GiB", "silence_logs": logging.WARNING}
+    return SpecCluster(
+        scheduler={"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}},
+        workers={number: {"cls": Nanny, "options": {"host": host, **options}} for number, host in enumerate(hosts)},
+        silence_logs=logging.WARNING,
+    )
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    with cluster("127.0.0.1", "127.0.0.2") as both, Client(both) as client:
+        client.wait_for_workers(2)
+        yield client
+
+
+@contextlib.contextmanager
+def installed(client: Client, rates: dict[str, float], **settings: str) -> Iterator[None]:
+    client.run(throttle, rates)
+    with dask.config.set({f"gpurt.shuffle.{key}": value for key, value in settings.items()}):
+        dask_gpurt.install(client, placement=False)
+    try:
+        # Both sides have UCX from the first message on.
+        client.run(open_ucx)
+        yield
+    finally:
+        dask_gpurt.uninstall(client)
+        client.run(put_back)
+
+
+async def open_ucx(dask_worker: Any) -> None:
+    carrier = dask_worker.extensions["gpurt"].shuffle.carrier
+    assert (await carrier.address() is None) == (carrier.without_ucx is not None)
+
+
+def frames(make: Callable[[int], Any]) -> Any:
+    source = dd.from_map(make, range(PARTITIONS), meta=make(0).iloc[:0]).persist()
+    wait(source)
+    return source
+
+
+def shuffle(source: Any, npartitions: int) -> tuple[Any, float]:
+    started = time.monotonic()
+    result = source.shuffle("key", npartitions=npartitions, shuffle_method="p2p").persist()
+    wait(result)
+    return result, time.monotonic() - started
+
+
+def check(result: Any, make: Callable[[int], Any]) -> None:
+    expected = pd.concat([make(number) for number in range(PARTITIONS)])
+    order = ["key", "id"]
+    found = result.compute().sort_values(order, ignore_index=True)
+    pd.testing.assert_frame_equal(found, expected.sort_values(order, ignore_index=True))
+
+
+def over_slow_links(client: Client, source: Any, **settings: str) -> tuple[Any, float, dict[str, float]]:
+    """Shuffle, where there is something to learn three times. Returns the result, the least seconds, and the metrics."""
+    with installed(client, BOTH_SLOW, **settings):
+        shuffles = [shuffle(source, number) for number in ((6, 7, 8) if settings["compression"] == "auto" else (8,))]
+        result, found = shuffles[-1][0], metrics(client)
+        return result, min(elapsed_s for _, elapsed_s in shuffles), found
+
+
+@pytest.mark.parametrize("transport", ["auto", "dask"])
+def test_a_slow_link_is_compressed(client: Client, transport: str) -> None:
+    source = frames(compressible)
+    _, plain_s, plain = over_slow_links(client, source, transport=transport, compression="off")
+    result, packed_s, packed = over_slow_links(client, source, transport=transport, compression="auto")
+    check(result, compressible)
+    assert plain["bytes_before_compression"] == 0
+    assert 0 < packed["bytes_after_compression"] < 0.6 * packed["bytes_before_compression"]
+    assert packed["bytes_sent_ucx"] + packed["bytes_sent_comm"] < 0.8 * packed["bytes_sent"]
+    assert plain_s / packed_s > 1.5
+    # A sample takes a millisecond where the machine does something else, too.
+    assert packed["compress_sample_s"] < 0.02
+
+
+def test_what_does_not_become_smaller_is_not_compressed(client: Client) -> None:
+    source = frames(incompressible)
+    _, plain_s, _ = over_slow_links(client, source, compression="off")
+    result, packed_s, packed = over_slow_links(client, source, compression="auto")
+    check(result, incompressible)
+    assert packed["compress_sample_s"] > 0
+    assert packed["bytes_before_compression"] == 0
+    assert packed_s < 1.25 * plain_s
+
+
+def test_peers_on_one_host_are_left_alone() -> None:
+    """Their link is memory, and what makes it slow would make a codec slow, too."""
+    with cluster("127.0.0.1", "127.0.0.1") as both, Client(both) as client:
+        client.wait_for_workers(2)
+        source = frames(compressible)
+        with installed(client, {"ucx": 10 * SLOW}):
+            for npartitions in (6, 7, 8):
+                result, _ = shuffle(source, npartitions)
+            check(result, compressible)
+            found = metrics(client)
+            assert found["bytes_sent_ucx"] > 0
+            assert found["bytes_before_compression"] == found["compress_sample_s"] == found["compress_s"] == 0
+
+
+def test_ucx_is_left_where_dasks_comms_are_quicker(client: Client) -> None:
+    source = frames(incompressible)
+    with installed(client, {"ucx": 15 * SLOW}):
+        for npartitions in range(6, 20):
+            before = metrics(client)
+            result, _ = shuffle(source, npartitions)
+            after = metrics(client)
+            if after["bytes_sent_ucx"] == before["bytes_sent_ucx"]:
+                break
+        assert after["bytes_sent_ucx"] == before["bytes_sent_ucx"] > 0
+        assert after["bytes_sent_comm"] > before["bytes_sent_comm"]
+        check(result, incompressible)
+
+
+def test_what_is_damaged_on_its_way_is_an_error(client: Client) -> None:
+    source = frames(compressible)
+    with installed(client, BOTH_SLOW):
+        shuffle(source, 6)
+        client.run(damage)
+        with pytest.raises(Exception, match="failed during") as caught:
+            source.shuffle("key", npartitions=7, shuffle_method="p2p").compute()
+        assert "damaged on its way" in str(caught.value.__cause__)
+        # What else was on its way ends with the run.
+        while any(client.run(reserved).values()):
+            pass
+    with installed(client, BOTH_SLOW):
+        check(shuffle(source, 8)[0], compressible)
+
+
+def reserved(dask_worker: Any) -> int:
+    return int(dask_worker.extensions["gpurt"].memory.ledger.reserved("host"))
