@@ -33,8 +33,11 @@ import contextlib
 import errno
 import fcntl
 import itertools
+import logging
+import math
 import os
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -54,6 +57,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DiskCopy", "SpillFolder", "remove_leftovers"]
 
+logger = logging.getLogger(__name__)
+
 _PREFIX = "gpurt-spill-"
 _LOCK = ".lock"
 _IDLE = ".idle"
@@ -64,6 +69,8 @@ IDLE_FILE_NBYTES_MIN = 2**17
 _FIT = 2.0
 #: Bytes of idle files that one decay removes at most, for it keeps a thread busy.
 _DECAY_NBYTES_MAX = 256 * 2**20
+#: How long closing may take. A nanny gives its worker four seconds for all that there is to close.
+CLOSE_S = 0.5
 
 #: Smaller files are not worth the time that a disk takes for any; memory for them need not begin at a page, either.
 DIRECT_NBYTES_MIN = 2**18
@@ -286,19 +293,68 @@ class SpillFolder:
         for path in unneeded:
             _unlink(path)
 
-    def close(self) -> None:
-        """Remove everything; calling it again does nothing."""
+    def close(self, aside: str | None = None) -> None:
+        """Remove everything; calling it again does nothing.
+
+        Parameters
+        ----------
+        aside
+            Where to leave what is not removed within :data:`CLOSE_S`, a folder on the same file system; a process of its own
+            removes it there. None: remove all of it now. Who closes a worker waits for some seconds, and kills it then.
+        """
         with self._guard:
             if self._closed:
                 return
             self._closed = True
-        shutil.rmtree(self.path, ignore_errors=True)
         try:
-            os.unlink(self.path + _LOCK)
-        except FileNotFoundError:
-            pass
+            if not _remove_files(self.path, math.inf if aside is None else time.monotonic() + CLOSE_S):
+                _unlink(self.path + _LOCK)
+            elif aside is not None:
+                self._move(aside)
+                _remove_later(self.path)
         finally:
             os.close(self._lock_fd)
+
+    def _move(self, to: str) -> None:
+        path = os.path.join(to, os.path.basename(self.path))
+        try:
+            # The lock first, so that no folder is ever there without one.
+            os.rename(self.path + _LOCK, path + _LOCK)
+            os.rename(self.path, path)
+        except OSError as error:
+            logger.debug("%s stays where it is: %s", self.path, error)
+            return
+        self.path = path
+
+
+def _remove_files(folder: str, deadline: float) -> bool:
+    """Remove ``folder``; whether something is left, because it took until ``deadline``, or cannot be removed."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if time.monotonic() > deadline:
+                return True
+            _unlink(entry.path)
+    try:
+        os.rmdir(folder)
+    except OSError as error:
+        logger.debug("%s is not removed: %s", folder, error)
+        return True
+    return False
+
+
+def _remove_later(folder: str) -> None:
+    """Have a process of its own remove ``folder`` and its lock file. It outlives this one."""
+    code = (
+        "import os, shutil, sys; shutil.rmtree(sys.argv[1], ignore_errors=True); "
+        "os.path.exists(sys.argv[1]) or os.unlink(sys.argv[2])"
+    )
+    argv = [sys.executable, "-I", "-S", "-c", code, folder, folder + _LOCK]
+    quiet = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in range(3)]
+    try:
+        # Not waited for: this process ends.
+        os.posix_spawn(sys.executable, argv, os.environ, file_actions=quiet, setsid=True)
+    except OSError as error:
+        logger.warning("%s is left for the next worker that starts here to remove: %s", folder, error)
 
 
 class _Pace:

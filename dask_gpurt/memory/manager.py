@@ -47,7 +47,7 @@ from dask_gpurt.errors import CorruptDataError, InstallError, SpillError
 from dask_gpurt.memory import codec
 from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.device import DeviceFrames, HostFrames, device_total_nbytes, on_device
-from dask_gpurt.memory.disk import SpillFolder
+from dask_gpurt.memory.disk import SpillFolder, remove_leftovers
 from dask_gpurt.memory.horizon import IDLE, RECENT, Kind, Snapshot, Use, next_use
 from dask_gpurt.memory.ledger import Ledger, Tier
 from dask_gpurt.memory.mapping import Ruined, RuinedForClient, TieredMapping, serving
@@ -256,6 +256,8 @@ class MemoryManager:
         hooks = seams.worker_hooks(self._worker)
         loop = asyncio.get_running_loop()
         parent = self._settings.directory or os.path.join(self._worker.local_directory, "gpurt")
+        # What others had no time to remove is there.
+        await loop.run_in_executor(None, remove_leftovers, os.path.dirname(self._worker.local_directory))
         self._folder = await loop.run_in_executor(None, SpillFolder, parent, self.pool)
         horizon = WorkerHorizon(self._worker)
         host = self._host = Mover(Spiller(self.ledger, horizon), DiskStore(self._folder), loop, self._on_lost)
@@ -328,7 +330,8 @@ class MemoryManager:
         self.device_store = DictBufferStore()
         seams.set_worker_store(self._worker, stock.store)
         seams.restore_worker_hooks(self._worker, hooks)
-        await self._close_movers()
+        # Beside the worker's own directory, which Dask removes when the worker closes.
+        await self._close_movers(None if give_back else os.path.dirname(self._worker.local_directory))
 
     async def _return_all(self, mapping: TieredMapping, stock: _Stock) -> None:
         """Move every key to ``stock``: off the loop what is there now, in one go what came meanwhile."""
@@ -375,13 +378,13 @@ class MemoryManager:
         task = seams.worker_task(self._worker, key)
         return 0 if task is None else int(task.nbytes or 0)
 
-    async def _close_movers(self) -> None:
+    async def _close_movers(self, aside: str | None = None) -> None:
         for mover in self._movers():
             await mover.close()
         self._device = None
         self._host = None
         if self._folder is not None:
-            await asyncio.get_running_loop().run_in_executor(None, self._folder.close)
+            await asyncio.get_running_loop().run_in_executor(None, self._folder.close, aside)
             self._folder = None
         self.pool.trim()
 

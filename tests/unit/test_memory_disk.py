@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from dask_gpurt.errors import CorruptDataError, SpillError
+from dask_gpurt.memory import disk
 from dask_gpurt.memory.blocks import HUGE_PAGE_NBYTES, SLAB_NBYTES_MIN, BlockPool, size_class
 from dask_gpurt.memory.disk import IDLE_FILE_NBYTES_MIN, SpillFolder, remove_leftovers
 from dask_gpurt.memory.store import Buffer
@@ -282,3 +283,37 @@ def test_a_lower_limit_gives_back_what_is_more() -> None:
     pool.set_idle_limit(2**30)
     del [pool.lease(8 * 2**20)][:]
     assert pool.idle_nbytes == 11 * 2**20
+
+
+def test_closing_does_not_wait_for_a_disk_that_takes_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent, aside = tmp_path / "parent", tmp_path / "aside"
+    aside.mkdir()
+    monkeypatch.setattr(disk, "CLOSE_S", -1.0)
+    left_alone = SpillFolder(str(parent), BlockPool(0))
+    left_alone.write(FRAMES)
+    folder = SpillFolder(str(parent), BlockPool(0))
+    for _ in range(3):
+        folder.write(FRAMES)
+    spawned: list[int] = []
+    spawn = os.posix_spawn
+    monkeypatch.setattr(os, "posix_spawn", lambda *args, **options: spawned.append(spawn(*args, **options)))
+    folder.close(str(aside))
+    assert os.path.dirname(folder.path) == str(aside)
+    assert not [name for name in os.listdir(parent) if os.path.basename(folder.path) in name]
+    assert os.waitpid(spawned[0], 0)[1] == 0
+    assert os.listdir(aside) == []
+    # Without such a place all is removed at once.
+    left_alone.close()
+    assert os.listdir(parent) == []
+
+
+def test_what_nobody_had_the_time_to_remove_is_left_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(errno.EAGAIN, "no process")
+
+    monkeypatch.setattr(disk, "CLOSE_S", -1.0)
+    monkeypatch.setattr(os, "posix_spawn", refuse)
+    folder = SpillFolder(str(tmp_path / "parent"), BlockPool(0))
+    folder.write(FRAMES)
+    folder.close(str(tmp_path))
+    assert remove_leftovers(str(tmp_path)) == [folder.path]
