@@ -432,6 +432,24 @@ def test_a_barrier_ends_with_its_run(site: Site) -> None:
     site.clean()
 
 
+async def sprung(trap: Trap) -> list[int]:
+    """Wait until the trap has sprung; the victims."""
+    async with asyncio.timeout(DEADLINE_S):
+        while not (trap.folder / "victims").exists():  # noqa: ASYNC110 - who is stopped sets no event
+            await asyncio.sleep(0.01)
+    return trap.victims()
+
+
+async def finds_no_answer(dask_worker: Any) -> None:
+    """Wait until this worker has waited for a peer's answer for a second."""
+    part = dask_worker.extensions["gpurt"].shuffle
+    async with asyncio.timeout(DEADLINE_S):
+        while not any(  # noqa: ASYNC110 - that nothing happens sets no event
+            message["since_s"] > 1.0 for run in list(part._runs.values()) for message in run.state()["unanswered"]
+        ):
+            await asyncio.sleep(0.01)
+
+
 @pytest.mark.parametrize("site", [ON_DISK], ids=name_of, indirect=True)
 def test_a_receiver_stands_still_for_a_while(site: Site, tmp_path: pathlib.Path) -> None:
     pids = site.whole()
@@ -439,13 +457,13 @@ def test_a_receiver_stands_still_for_a_while(site: Site, tmp_path: pathlib.Path)
     site.client.run(lay, trap, "first-transfer")
 
     def go_on() -> None:
-        deadline_s = time.monotonic() + DEADLINE_S
-        while not (tmp_path / "victims").exists() and time.monotonic() < deadline_s:
-            time.sleep(0.01)
-        # For the others to find that it takes nothing.
-        time.sleep(2)
-        for pid in trap.victims():
-            os.kill(pid, signal.SIGCONT)
+        stopped = site.client.run_on_scheduler(sprung, trap)
+        living = [address for address, pid in pids.items() if pid not in stopped]
+        try:
+            site.client.run(finds_no_answer, workers=living)
+        finally:
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
 
     parts = site.outputs(SHUFFLES["merge"], meanwhile=go_on)
     SHUFFLES["merge"].check(parts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 from pathlib import Path
 from typing import Any
@@ -27,16 +29,26 @@ LENGTHS = st.lists(
 POOL = BlockPool(2**26)
 
 
-@pytest.fixture(params=["direct", "cached"])
-def flags(request: pytest.FixtureRequest, tmp_path: Path) -> int:
-    if request.param == "cached":
-        return 0
-    folder = disk.SpillFolder(str(tmp_path), POOL)
-    copy = folder.write([bytes(disk.DIRECT_NBYTES_MIN)])
-    folder.close()
-    if not copy.direct:
-        pytest.skip("this file system has a page cache before everything")
+@pytest.fixture
+def direct(tmp_path: Path) -> int:
+    """The flag of direct files. Asked of the system, not of what is tested."""
+    try:
+        fd = os.open(tmp_path / "asked", os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        pytest.skip(f"the file system of {tmp_path} refuses O_DIRECT")
+    try:
+        os.pwrite(fd, mmap.mmap(-1, PAGE_NBYTES), 0)
+    finally:
+        os.close(fd)
     return os.O_DIRECT
+
+
+@pytest.fixture(params=["direct", "cached"])
+def flags(request: pytest.FixtureRequest) -> int:
+    flag: int = request.getfixturevalue("direct") if request.param == "direct" else 0
+    return flag
 
 
 @given(lengths=LENGTHS)
@@ -94,14 +106,34 @@ def test_reads_that_are_cut_short_are_continued(tmp_path: Path, flags: int, monk
     assert found == frames
 
 
+@pytest.mark.usefixtures("direct")
 def test_a_slow_disk_is_written_to_through_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = disk.SpillFolder(str(tmp_path), POOL)
     frames = [bytes(disk.DIRECT_NBYTES_MIN)]
-    if not folder.write(frames).direct:
-        pytest.skip("this file system has a page cache before everything")
+    monkeypatch.setattr(disk, "DIRECT_RATE_MIN", 1.0)
+    assert folder.write(frames).direct
+    assert not folder.write([frames[0][1:]]).direct, "small files go through the cache"
     monkeypatch.setattr(disk, "DIRECT_RATE_MIN", 1e15)
     direct = [folder.write(frames).direct for _ in range(2 * disk.DIRECT_PROBE)]
     assert sum(direct) == 2, "it is asked now and then"
     monkeypatch.setattr(disk, "DIRECT_RATE_MIN", 1.0)
     assert folder.write(frames).direct
+    folder.close()
+
+
+def test_a_file_system_that_refuses_is_written_to_through_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = os.open
+
+    def refuse(path: Any, flags: int, *args: Any, **options: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return honest(path, flags, *args, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    folder = disk.SpillFolder(str(tmp_path), POOL)
+    copy = folder.write([b"x" * disk.DIRECT_NBYTES_MIN])
+    assert not copy.direct
+    assert [bytes(frame) for frame in copy.read()] == [b"x" * disk.DIRECT_NBYTES_MIN]
     folder.close()
