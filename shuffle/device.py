@@ -30,8 +30,8 @@ import numpy as np
 from dask.sizeof import sizeof
 from distributed.protocol.serialize import dask_deserialize, dask_serialize
 
-from dask_gpurt.errors import GpurtError
 from dask_gpurt.memory.store import Buffer, DeviceBuffer
+from dask_gpurt.shuffle.libraries import Registry
 from dask_gpurt.shuffle.wire import Header
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
     "ArrayLibrary",
     "CupyLibrary",
     "DeviceBody",
-    "LibraryMissingError",
     "allocate",
     "finish",
     "library_named",
@@ -53,10 +52,6 @@ SMALL_NBYTES = 2**16
 
 #: Lends so many bytes of host memory, for as long as somebody refers to the view.
 Allocate = Callable[[int], memoryview]
-
-
-class LibraryMissingError(GpurtError, RuntimeError):
-    """A worker has to make arrays of a library that it does not have."""
 
 
 class ArrayLibrary(Protocol):
@@ -138,30 +133,17 @@ class CupyLibrary:
         self.synchronize()
 
 
-_libraries: dict[str, ArrayLibrary] = {}
+_libraries: Registry[ArrayLibrary] = Registry("arrays", CupyLibrary.name, CupyLibrary)
 
 
 def register(library: ArrayLibrary) -> None:
     """Make a library known in this process, in place of one of that name."""
-    _libraries[library.name] = library
+    _libraries.add(library)
 
 
 def library_named(name: str) -> ArrayLibrary:
-    """Return a library.
-
-    Raises
-    ------
-    LibraryMissingError
-        If it is not known in this process, or cannot be imported.
-    """
-    if name not in _libraries:
-        if name != CupyLibrary.name:
-            raise LibraryMissingError(f"arrays of {name!r} are not known to this worker")
-        try:
-            register(CupyLibrary())
-        except ImportError as error:
-            raise LibraryMissingError(f"arrays of {name!r} are wanted, and this worker cannot import it") from error
-    return _libraries[name]
+    """Return a library; see :meth:`~dask_gpurt.shuffle.libraries.Registry.named`."""
+    return _libraries.named(name)
 
 
 def library_of(value: object) -> ArrayLibrary | None:
@@ -172,11 +154,7 @@ def library_of(value: object) -> ArrayLibrary | None:
     >>> library_of(np.ones(3)) is None
     True
     """
-    package = type(value).__module__.partition(".")[0]
-    if package not in _libraries and package != CupyLibrary.name:
-        return None
-    library = library_named(package)
-    return library if library.owns(value) else None
+    return _libraries.of(value)
 
 
 class DeviceBody(DeviceBuffer):

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from dask_gpurt.shuffle.device import Allocate, ArrayLibrary, DeviceBody, LibraryMissingError, finish, library_named
+from dask_gpurt.shuffle.device import Allocate, ArrayLibrary, DeviceBody, finish, library_named
+from dask_gpurt.shuffle.libraries import Registry
 from dask_gpurt.shuffle.shelf import Parcel
 from dask_gpurt.shuffle.wire import MAX_EXTRA_NBYTES, Header, Kind, WireError, decode, encode
 
@@ -191,30 +192,17 @@ def _is_flat(dtype: Any) -> bool:
     return isinstance(dtype, pd.StringDtype)
 
 
-_libraries: dict[str, FrameLibrary] = {}
+_libraries: Registry[FrameLibrary] = Registry("frames", CudfLibrary.name, CudfLibrary)
 
 
 def register_frames(library: FrameLibrary) -> None:
     """Make a library known in this process, in place of one of that name."""
-    _libraries[library.name] = library
+    _libraries.add(library)
 
 
 def frames_named(name: str) -> FrameLibrary:
-    """Return a library.
-
-    Raises
-    ------
-    LibraryMissingError
-        If it is not known in this process, or cannot be imported.
-    """
-    if name not in _libraries:
-        if name != CudfLibrary.name:
-            raise LibraryMissingError(f"frames of {name!r} are not known to this worker")
-        try:
-            register_frames(CudfLibrary())
-        except ImportError as error:
-            raise LibraryMissingError(f"frames of {name!r} are wanted, and this worker cannot import it") from error
-    return _libraries[name]
+    """Return a library; see :meth:`~dask_gpurt.shuffle.libraries.Registry.named`."""
+    return _libraries.named(name)
 
 
 def frames_of(value: object) -> FrameLibrary | None:
@@ -225,11 +213,7 @@ def frames_of(value: object) -> FrameLibrary | None:
     >>> frames_of({}) is None
     True
     """
-    package = type(value).__module__.partition(".")[0]
-    if package not in _libraries and package != CudfLibrary.name:
-        return None
-    library = frames_named(package)
-    return library if library.owns(value) else None
+    return _libraries.of(value)
 
 
 def split(

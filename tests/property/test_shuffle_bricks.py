@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from dask_gpurt.memory import codec
 from dask_gpurt.shuffle import bricks, device
-from dask_gpurt.shuffle.device import DeviceBody, LibraryMissingError
+from dask_gpurt.shuffle.device import DeviceBody
+from dask_gpurt.shuffle.libraries import LibraryMissingError
 from dask_gpurt.shuffle.shelf import Parcel
 from dask_gpurt.shuffle.wire import Header, Kind, WireError, decode, encode
 

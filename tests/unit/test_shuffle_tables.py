@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 
 from dask_gpurt.shuffle import device, tables
-from dask_gpurt.shuffle.device import DeviceBody, LibraryMissingError
+from dask_gpurt.shuffle.device import DeviceBody
+from dask_gpurt.shuffle.libraries import LibraryMissingError
 from dask_gpurt.shuffle.shelf import Parcel
 from dask_gpurt.shuffle.wire import Header, Kind, WireError, decode, encode
 
