@@ -155,6 +155,7 @@ SHUFFLE: tuple[Seam, ...] = (
     Seam("worker", "distributed.shuffle._exceptions:P2POutOfDiskError"),
     Seam("worker", "distributed.shuffle._exceptions:ShuffleClosedError"),
     Seam("worker", "distributed.shuffle._exceptions:DataUnavailable"),
+    Seam("worker", "dask.dataframe.shuffle:partitioning_index", ("df", "npartitions", "cast_dtype")),
     Seam("worker", ".extensions"),
     Seam("worker", ".periodic_callbacks"),
     Seam("worker", ".monitor.get_process_memory"),
@@ -568,6 +569,37 @@ def _override(owner: Any, name: str, function: Callable[..., Any]) -> Callable[[
             setattr(owner, name, before)
 
     setattr(owner, name, function)
+    return restore
+
+
+#: Modules that know Dask's ``partitioning_index`` by that name.
+_PARTITIONING = (
+    "dask.dataframe.shuffle",
+    "dask.dataframe.multi",
+    "dask.dataframe.dask_expr._shuffle",
+    "dask.dataframe.dask_expr._merge",
+)
+
+
+def replace_partitioning_index(over: Callable[[Any], Any]) -> Callable[[], None]:
+    """Replace Dask's function by ``over`` of it, in this process; returns how to undo it.
+
+    Where it is imported from and where it is used: a graph that is made here must not hold another function than the one
+    of that name, or it would be sent as code.
+    """
+    modules = [importlib.import_module(name) for name in _PARTITIONING]
+    stock = modules[0].partitioning_index
+    function = over(stock)
+    undo = [
+        _override(module, "partitioning_index", function)
+        for module in modules
+        if getattr(module, "partitioning_index", None) is stock
+    ]
+
+    def restore() -> None:
+        for restore_one in undo:
+            restore_one()
+
     return restore
 
 

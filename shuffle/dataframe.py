@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from dask_gpurt.seams import DataFrameShuffleSpec
-from dask_gpurt.shuffle import frames, tables
-from dask_gpurt.shuffle.kernels import scatter_kernels
+from dask_gpurt.shuffle import frames, hashing, tables
+from dask_gpurt.shuffle.kernels import Kernels, kernels_if_ready
 from dask_gpurt.shuffle.plan import PartitionPlan
 from dask_gpurt.shuffle.run import Declined, Run, Shards
 from dask_gpurt.shuffle.shelf import Parcel
@@ -91,9 +91,18 @@ class FrameRun(Run):
             self._plan,
             self._output_meta,
             allocate=self._allocate,
-            kernels=scatter_kernels() if self.part.compiles and len(data) >= KERNEL_ROWS else None,
+            kernels=self._kernels(len(data)),
         )
         return self._sort_out(shards)
+
+    def _kernels(self, rows: int) -> Kernels | None:
+        if not self.part.compiles or rows < KERNEL_ROWS:
+            return None
+        kernels = kernels_if_ready()
+        if kernels is not None:
+            # Dask, and its functions for frames, are loaded by now.
+            hashing.replacement.attach(self.part, kernels)
+        return kernels
 
     def _identity(self, header: Header) -> Hashable:
         (number,) = header.input_id

@@ -38,7 +38,7 @@ from dask_gpurt.shuffle.arrow import (
     to_table,
 )
 from dask_gpurt.shuffle.columns import Allocate, Arrangement, Source, check_form, fresh, put_together, take_apart
-from dask_gpurt.shuffle.kernels import MAX_POSITIONS, ScatterKernels
+from dask_gpurt.shuffle.kernels import MAX_POSITIONS, Kernels
 from dask_gpurt.shuffle.plan import PartitionPlan
 from dask_gpurt.shuffle.scatter import Cut, gather
 from dask_gpurt.shuffle.schema import INDEX, Content, Form, Schema
@@ -64,7 +64,7 @@ def split(
     meta: pd.DataFrame,
     *,
     allocate: Allocate = fresh,
-    kernels: ScatterKernels | None = None,
+    kernels: Kernels | None = None,
 ) -> list[tuple[str, Header, memoryview]]:
     """Split a frame by the partition ids in ``column``: bodies for the peers, with their addresses and headers.
 

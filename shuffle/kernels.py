@@ -1,14 +1,15 @@
 """Compiled loops that the shuffle of data frames is fastest with.
 
 Covers: scattering the rows of columns, and the strings of columns of strings, to where their output partitions are
-gathered.
-Does not cover: what is done where Numba is not there, or not ready; see :mod:`dask_gpurt.shuffle.scatter`.
+gathered; the hashes of keys.
+Does not cover: what is done where Numba is not there, or not ready; see :mod:`dask_gpurt.shuffle.scatter` and
+:mod:`dask_gpurt.shuffle.hashing`.
 
 Theory of operation: NumPy scatters a column by an array of places, into one array, from which it is copied to where it
 belongs: two passes and eight bytes a row more than needed. A compiled loop writes each row right where it belongs. With
 two workers on two cores, which share caches and memory, a shuffle of 1 GB takes two thirds of the time. Numba compiles
 such a loop when it is first asked to, in a thread of its own, and keeps the result on disk; until then
-:func:`scatter_kernels` says that there is none.
+:func:`kernels_if_ready` says that there is none.
 
 Strings are copied in blocks of 32 bytes, whatever their lengths: what a block writes beyond its string is overwritten by
 the next one. A loop over just the bytes of each takes five times as long, because the processor cannot foresee where it
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MAX_POSITIONS", "SCATTERED", "Memory", "ScatterKernels", "compile_kernels", "scatter_kernels"]
+__all__ = ["MAX_POSITIONS", "SCATTERED", "Kernels", "Memory", "compile_kernels", "kernels_if_ready"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +41,12 @@ SCATTERED: dict[int, np.dtype[Any]] = {
 }
 #: Half a block of a string. The widest number that Numba and NumPy both have; its values are only copied.
 _BLOCK = np.dtype("c16")
+#: Rows that are hashed at a time.
+_BLOCK_ROWS = 4096
 
 
 @dataclass(frozen=True)
-class ScatterKernels:
+class Kernels:
     """Compiled functions; they release the GIL.
 
     Parameters
@@ -61,12 +64,16 @@ class ScatterKernels:
         ``copy(offsets, *data, positions, count, starts, ends, *out)`` writes the strings of each position, in their
         order, from ``starts`` of it on, up to ``ends``, and leaves in ``starts`` where it ended. ``data`` and ``out``
         come as :meth:`Memory.views`. Nothing is checked.
+    partition
+        ``partition(memory, starts, hashed, divisor, out)`` writes, for each row, the remainder of the hash of its keys.
+        The words of column ``c`` begin at ``memory[starts[c]]``; where ``hashed[c]``, they are hashes already.
     """
 
     rank: Callable[..., npt.NDArray[np.int64]]
     scatter: Callable[..., None]
     measure: Callable[..., npt.NDArray[np.int64]]
     copy: Callable[..., None]
+    partition: Callable[..., None]
 
 
 class Memory:
@@ -105,13 +112,13 @@ class _Compilation:
     def __init__(self) -> None:
         self.guard = threading.Lock()
         self.thread: threading.Thread | None = None
-        self.kernels: ScatterKernels | None = None
+        self.kernels: Kernels | None = None
 
 
 _state = _Compilation()
 
 
-def scatter_kernels() -> ScatterKernels | None:
+def kernels_if_ready() -> Kernels | None:
     """Return the kernels if they are ready; else see to it that they are, some time."""
     if _state.kernels is None and _state.thread is None:
         with _state.guard:
@@ -132,7 +139,7 @@ def _compile_aside() -> None:
         logger.warning("The kernels of the shuffle could not be compiled; it goes on with NumPy", exc_info=True)
 
 
-def compile_kernels() -> ScatterKernels:
+def compile_kernels() -> Kernels:
     """Compile the kernels, or load them from Numba's cache.
 
     Raises
@@ -174,7 +181,14 @@ def compile_kernels() -> ScatterKernels:
     measure = compiled(types.Array(types.int64, 1, "C")(bounds, positions, types.int64))(_measure)
     starts = types.Array(types.uint64, 1, "C")
     copy = compiled(types.void(bounds, *octets, positions, types.int64, starts, bounds, *octets))(_copy)
-    return ScatterKernels(rank, scatter, measure, copy)
+    words = types.Array(types.uint64, 1, "C")
+    partition = compiled(
+        *(
+            types.void(words, bounds, types.Array(types.boolean, 1, "C", readonly=True), types.uint64, out)
+            for out in (types.Array(word, 1, "C") for word in (types.int8, types.int16, types.int32, types.int64))
+        )
+    )(_partition)
+    return Kernels(rank, scatter, measure, copy, partition)
 
 
 def _rank(positions: Any, count: Any, ranks: Any) -> Any:
@@ -235,3 +249,40 @@ def _copy(  # noqa: PLR0917
                 out[start] = data[begin]
                 start += np.uint64(1)
                 begin += np.uint64(1)
+
+
+def _partition(memory: Any, starts: Any, hashed: Any, divisor: Any, out: Any) -> None:
+    # pandas' hash of a row: words mixed as by SplitMix64, folded as Python folds the hashes of a tuple. Some rows at a time
+    # through all columns, so that a compiler makes vectors of the loops, and their results stay in the cache.
+    one = np.uint64(1)
+    columns = np.uint64(len(starts))
+    hashes = np.empty(_BLOCK_ROWS, np.uint64)
+    for begin in range(0, len(out), _BLOCK_ROWS):
+        rows = min(_BLOCK_ROWS, len(out) - begin)
+        hashes[:] = np.uint64(0x345678)
+        factor = np.uint64(1_000_003)
+        for column in range(columns):
+            first = starts[column] + np.uint64(begin)
+            words = memory[first : first + np.uint64(rows)]
+            if hashed[column]:
+                for row in range(rows):
+                    hashes[row] = (hashes[row] ^ words[row]) * factor
+            else:
+                for row in range(rows):
+                    word = words[row]
+                    word ^= word >> np.uint64(30)
+                    word *= np.uint64(0xBF58476D1CE4E5B9)
+                    word ^= word >> np.uint64(27)
+                    word *= np.uint64(0x94D049BB133111EB)
+                    word ^= word >> np.uint64(31)
+                    hashes[row] = (hashes[row] ^ word) * factor
+            factor += np.uint64(82_520) + np.uint64(2) * (columns - column)
+        end = np.uint64(97_531)
+        part = out[begin : begin + rows]
+        if divisor & (divisor - one):
+            for row in range(rows):
+                part[row] = (hashes[row] + end) % divisor
+        else:
+            # A power of two: without a division.
+            for row in range(rows):
+                part[row] = (hashes[row] + end) & (divisor - one)

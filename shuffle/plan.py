@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dask_gpurt.shuffle.kernels import ScatterKernels
+from dask_gpurt.shuffle.kernels import Kernels
 
 __all__ = ["PartitionPlan", "Peer", "RowOrder", "gather_ranges"]
 
@@ -53,7 +53,7 @@ class RowOrder:
         Used for counting, if there are any; then :attr:`ranks` are there too.
     """
 
-    def __init__(self, positions: npt.NDArray[Any], count: int, kernels: ScatterKernels | None) -> None:
+    def __init__(self, positions: npt.NDArray[Any], count: int, kernels: Kernels | None) -> None:
         self.positions = positions
         self.count = count
         self.kernels = kernels
@@ -149,7 +149,7 @@ class PartitionPlan:
         found = np.minimum(np.searchsorted(ids, values), count - 1)
         return np.where(ids[found] == values, by_id[found], count).astype(narrow)
 
-    def split(self, values: npt.NDArray[Any], kernels: ScatterKernels | None = None) -> RowOrder:
+    def split(self, values: npt.NDArray[Any], kernels: Kernels | None = None) -> RowOrder:
         """Order the rows whose partition ids are ``values``."""
         return RowOrder(self.positions(values), len(self.partitions), kernels)
 

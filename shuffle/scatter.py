@@ -19,7 +19,7 @@ import numpy as np
 
 from dask_gpurt.shuffle.arrow import stream_nbytes, write_stream
 from dask_gpurt.shuffle.columns import Allocate, Source, Text
-from dask_gpurt.shuffle.kernels import SCATTERED, Memory, ScatterKernels
+from dask_gpurt.shuffle.kernels import SCATTERED, Kernels, Memory
 from dask_gpurt.shuffle.plan import RowOrder
 from dask_gpurt.shuffle.schema import Schema
 
@@ -157,7 +157,7 @@ class _Placement:
 class _Scatter:
     """Scatters columns into all bodies at once."""
 
-    def __init__(self, order: RowOrder, kernels: ScatterKernels, cuts: Sequence[Cut], bodies: Sequence[_Body]) -> None:
+    def __init__(self, order: RowOrder, kernels: Kernels, cuts: Sequence[Cut], bodies: Sequence[_Body]) -> None:
         self._order = order
         self._kernels = kernels
         self._bodies = bodies

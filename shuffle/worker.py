@@ -19,6 +19,7 @@ from dask_gpurt import seams
 from dask_gpurt.config import ShuffleSettings
 from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.store import BufferStore, DictBufferStore
+from dask_gpurt.shuffle import hashing
 from dask_gpurt.shuffle.carrier import Carrier
 from dask_gpurt.shuffle.credits import ByteWindow
 from dask_gpurt.shuffle.sampler import Sampler
@@ -120,6 +121,7 @@ class ShuffleWorker:
     async def stop(self) -> None:
         """End. Runs that are under way go on to their end with what they hold, in memory, for the store may go now."""
         self.sampler.stop()
+        hashing.replacement.detach(self)
         for name in (_TRIM, _WATCH):
             callback = self.worker.periodic_callbacks.pop(name, None)
             if callback is not None:

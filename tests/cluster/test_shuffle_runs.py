@@ -13,9 +13,11 @@ import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pytest
+from dask.dataframe.shuffle import partitioning_index
 from distributed import Client, Event, LocalCluster
 
 import dask_gpurt
+from dask_gpurt.shuffle.dataframe import KERNEL_ROWS
 
 # The servers cannot import this module.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -116,6 +118,34 @@ def test_merge_sort_and_set_index_agree_with_pandas(ours: Client) -> None:
         ordered = dleft.sort_values("value", shuffle_method="p2p")["key"].compute()
         pd.testing.assert_series_equal(ordered, left.sort_values("value")["key"])
     assert totals(ours)["runs"] == 2 * 4
+
+
+def compiled() -> bool:
+    """Wait for the compiler; say whether Dask's own function still stands where Dask calls it."""
+    import importlib
+    import threading
+
+    for thread in threading.enumerate():
+        if thread.name == "gpurt-compile":
+            thread.join(60)
+    module = importlib.import_module("dask.dataframe.dask_expr._shuffle")
+    return not hasattr(module.partitioning_index, "__wrapped__")
+
+
+def test_large_keys_are_hashed_by_the_compiled_loop_until_it_is_uninstalled(ours: Client) -> None:
+    collection = dd.from_pandas(frame(4 * KERNEL_ROWS), npartitions=4).persist()
+    data = collection.compute()
+    # Dask makes floats of the numbers among the keys.
+    expected = partitioning_index(data[["key", "name"]].astype({"key": "f8"}), 4)
+    # The first one has it compiled, the second one begins to use it.
+    for _ in range(3):
+        outputs = partitions(ours, collection.shuffle(["key", "name"], shuffle_method="p2p"))
+        for number, output in enumerate(outputs):
+            pd.testing.assert_frame_equal(output.sort_index(), data[expected == number])
+        stock = ours.run(compiled)
+    assert not any(stock.values())
+    dask_gpurt.uninstall(ours)
+    assert all(ours.run(compiled).values())
 
 
 def test_some_outputs_alone_can_be_asked_for(ours: Client) -> None:

@@ -22,7 +22,7 @@ from pandas.api.types import is_object_dtype
 
 from dask_gpurt.shuffle import frames
 from dask_gpurt.shuffle.arrow import SMALL_ROWS, decode_table, encode_table
-from dask_gpurt.shuffle.kernels import ScatterKernels, compile_kernels
+from dask_gpurt.shuffle.kernels import Kernels, compile_kernels
 from dask_gpurt.shuffle.plan import PartitionPlan
 from dask_gpurt.shuffle.schema import INDEX, Column, Form, Schema
 from dask_gpurt.shuffle.shelf import Parcel
@@ -150,7 +150,7 @@ def ours(
     *,
     drop: bool,
     together: int,
-    kernels: ScatterKernels | None = None,
+    kernels: Kernels | None = None,
 ) -> dict[int, pd.DataFrame]:
     """Shuffle as our runs do: split, send, pack ``together`` parcels at a time, unpack."""
     meta = parts[0].iloc[:0]
