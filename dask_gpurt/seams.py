@@ -165,6 +165,10 @@ SHUFFLE: tuple[Seam, ...] = (
 
 #: Names the tiered store uses.
 MEMORY: tuple[Seam, ...] = (
+    Seam("scheduler", "distributed.scheduler:Scheduler.worker_send", ("worker", "msg")),
+    Seam("scheduler", "distributed.scheduler:TaskState.who_wants"),
+    Seam("scheduler", "distributed.scheduler:WorkerState.has_what"),
+    Seam("scheduler", ".handlers"),
     Seam("worker", "distributed.worker:Worker.execute", ("key", "stimulus_id")),
     Seam("worker", "distributed.worker:Worker.get_data", ("comm", "keys", "who", "serializers")),
     Seam("worker", "distributed.worker:Worker.data"),
@@ -193,6 +197,7 @@ MEMORY: tuple[Seam, ...] = (
     Seam("worker", ".memory_manager.data"),
     Seam("worker", ".state.data"),
     Seam("worker", ".handlers"),
+    Seam("worker", ".stream_handlers"),
     Seam("worker", ".monitor.get_process_memory"),
 )
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from distributed.scheduler import Scheduler
 
     from dask_gpurt.config import Settings
+    from dask_gpurt.plugins.horizon import HorizonScheduler
     from dask_gpurt.plugins.placement import Placement
     from dask_gpurt.shuffle.scheduler import ShuffleScheduler
 
@@ -49,6 +50,7 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
         self.parts: dict[str, PartStatus] = {}
         self.workers: dict[str, dict[str, PartStatus]] = {}
         self.placement: Placement | None = None
+        self.horizon: HorizonScheduler | None = None
         self.shuffle: ShuffleScheduler | None = None
         self._scheduler: Scheduler | None = None
 
@@ -58,11 +60,17 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
             return
         self._scheduler = scheduler
         scheduler.handlers[_READY] = self.worker_ready
+        from dask_gpurt.plugins.horizon import HorizonScheduler
         from dask_gpurt.plugins.placement import Placement
         from dask_gpurt.shuffle.scheduler import ShuffleScheduler
 
         parts = Parts("scheduler", scheduler, self.settings)
         self.parts = parts.statuses
+        if parts.startable("memory"):
+            with parts.starting("memory"):
+                horizon = HorizonScheduler(scheduler)
+                horizon.begin()
+                self.horizon = horizon
         if parts.startable("shuffle"):
             with parts.starting("shuffle"):
                 shuffle = ShuffleScheduler(scheduler, self.settings.shuffle)
@@ -84,12 +92,15 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
         if self.shuffle is not None:
             self.shuffle.stop()
             self.shuffle = None
+        if self.horizon is not None:
+            self.horizon.end()
+            self.horizon = None
         if self._scheduler.handlers.get(_READY) == self.worker_ready:
             del self._scheduler.handlers[_READY]
         self._scheduler = None
 
-    async def worker_ready(self, worker: str, parts: dict[str, dict[str, Any]]) -> None:
-        """Take the report of a worker whose parts have started."""
+    async def worker_ready(self, worker: str, parts: dict[str, dict[str, Any]]) -> dict[str, bool]:
+        """Take the report of a worker whose parts have started; say which parts of it the scheduler serves."""
         statuses = {part: PartStatus(bool(p["installed"]), str(p["remark"])) for part, p in parts.items()}
         self.workers[worker] = statuses
         if self._scheduler is not None:
@@ -98,6 +109,7 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
         if self.shuffle is not None:
             shuffle = statuses.get("shuffle")
             self.shuffle.set_capable(worker, shuffle is not None and shuffle.installed)
+        return {"memory": self.horizon is not None}
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:  # noqa: ARG002
         """Forget a worker that left; a worker that returns on the same address reports anew."""

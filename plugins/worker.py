@@ -108,9 +108,11 @@ class GpurtWorkerPlugin(WorkerPlugin):
         worker.extensions["gpurt"] = runtime
         await runtime.start(worker, self.settings)
         if self.report:
-            await worker.scheduler.gpurt_worker_ready(
+            served = await worker.scheduler.gpurt_worker_ready(
                 worker=worker.address, parts={part: status.to_message() for part, status in runtime.parts.items()}
             )
+            if runtime.memory is not None and served["memory"]:
+                runtime.memory.may_watch()
 
     async def teardown(self, worker: Worker) -> None:
         """Put stock Dask back on ``worker``."""

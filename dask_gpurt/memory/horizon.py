@@ -8,16 +8,21 @@ A block's next use is one of four things (:class:`Kind`):
 - *next*: a task that is known here will need it. The distance is counted in tasks: the position of that task in the
   worker's own queue, or, for a task whose other inputs are still missing, how far its rank (Dask's priority) lies
   behind the rank of what runs now, divided by the number of workers that work on those ranks.
-- *idle*: nobody here is known to need it, but somebody may: a client holds it, or the task that needs it was not
-  assigned yet, or went to another worker. What a task just gave, or took, is the exception: who needs
-  the one, and that the other is dying, is heard of only when the scheduler knows. :data:`RECENT` is assumed for both.
+- *idle*: nobody is known to need it, but somebody may: a client holds it. What a task just gave, or took, is the
+  exception: who needs the one, and that the other is dying, is heard of only when the scheduler knows. :data:`RECENT` is
+  assumed for both.
 - *dying*: nobody will ever need it; its deletion is on the way. It need not be written.
 
+A worker knows the tasks that were given to it. Of those that have no worker yet the scheduler tells it as long as it is
+short of memory (:class:`Word`): the first one counts like a task whose inputs are missing here. Of what nobody needs and no
+client holds, the deletion is as good as on its way, or a peer is about to fetch it: it stays, like what is recent.
+
 What one worker sees by itself never proves that a block is dying: the last task that it knows of may not be the last
-there is. So *dying* is said only by who knows the whole graph, and idle is assumed otherwise.
+there is. Nor does what the scheduler said a moment ago, when another graph may have come. So idle is assumed.
 
 Covers: the arithmetic.
-Does not cover: where tasks, ranks and queues come from; see :mod:`dask_gpurt.memory.manager`.
+Does not cover: where tasks, ranks and queues come from; see :mod:`dask_gpurt.memory.manager`, and
+:mod:`dask_gpurt.plugins.foresight` for what the scheduler tells.
 
 Pure: no I/O, no clock, no dask.
 """
@@ -30,7 +35,25 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-__all__ = ["DYING", "IDLE", "RECENT", "RUNNING", "Horizon", "Kind", "Snapshot", "Use", "next_use"]
+__all__ = [
+    "DYING",
+    "IDLE",
+    "RECENT",
+    "RUNNING",
+    "TELL",
+    "WATCH",
+    "Horizon",
+    "Kind",
+    "Priority",
+    "Snapshot",
+    "Use",
+    "Word",
+    "next_use",
+]
+
+#: What a worker asks the scheduler by, to be told; and what it is told by.
+WATCH = "gpurt_watch"
+TELL = "gpurt-horizon"
 
 #: A rank in tasks that is farther than any queue: a use by a later graph, or at a lower user priority.
 FAR = 1e6
@@ -60,6 +83,15 @@ IDLE = Use(Kind.IDLE)
 RUNNING = Use(Kind.RUNNING)
 #: Of no known use, but a moment ago an input or a result: most will be gone, or be an input again, in another moment.
 RECENT = Use(Kind.NEXT, 1.0)
+
+
+class Word(NamedTuple):
+    """What the scheduler said last about a key."""
+
+    #: Of the first task that needs it and has no worker yet; None: there is none.
+    priority: Priority | None
+    #: Whether a client holds it.
+    wanted: bool
 
 
 class Horizon(Protocol):
@@ -100,10 +132,36 @@ class Snapshot:
         return max(position, behind)
 
 
-def next_use(dependents: Iterable[tuple[str, Priority | None]], snapshot: Snapshot) -> Use:
-    """Judge from the ``(state, priority)`` of the tasks that depend on a block.
+def next_use(
+    dependents: Iterable[tuple[str, Priority | None]],
+    snapshot: Snapshot,
+    word: Word | None = None,
+    *,
+    recent: bool = False,
+) -> Use:
+    """Judge when a block is needed again.
 
-    The states are those of distributed's worker; what is done, failed or cancelled needs nothing any more.
+    Parameters
+    ----------
+    dependents
+        State and priority of the tasks here that depend on it. The states are those of distributed's worker; what is done,
+        failed or cancelled needs nothing any more.
+    snapshot
+        What is ahead.
+    word
+        What the scheduler said about it, if it did.
+    recent
+        Whether a task just gave or took it.
+
+    Examples
+    --------
+    >>> snapshot = Snapshot((0, 1, 10), [(0, 1, 11), (0, 1, 12)])
+    >>> next_use([("ready", (0, 1, 12)), ("memory", (0, 1, 9))], snapshot).distance
+    2.0
+    >>> next_use([("ready", (0, 1, 12))], snapshot, Word((0, 1, 11), wanted=False)).distance
+    1.0
+    >>> next_use([], snapshot, Word(None, wanted=True), recent=True).kind.name
+    'IDLE'
     """
     distance: float | None = None
     for state, priority in dependents:
@@ -119,4 +177,10 @@ def next_use(dependents: Iterable[tuple[str, Priority | None]], snapshot: Snapsh
             continue
         if distance is None or there < distance:
             distance = there
-    return IDLE if distance is None else Use(Kind.NEXT, distance)
+    if word is not None and word.priority is not None:
+        there = snapshot.distance(word.priority, ready=False)
+        distance = there if distance is None else min(distance, there)
+    if distance is not None:
+        return Use(Kind.NEXT, distance)
+    about_to_go = recent if word is None else not word.wanted
+    return RECENT if about_to_go else IDLE

@@ -48,13 +48,14 @@ from dask_gpurt.memory import codec
 from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.device import DeviceFrames, HostFrames, device_total_nbytes, on_device
 from dask_gpurt.memory.disk import SpillFolder, remove_leftovers
-from dask_gpurt.memory.horizon import IDLE, RECENT, Kind, Snapshot, Use, next_use
+from dask_gpurt.memory.horizon import IDLE, Priority, Snapshot, Use, Word, next_use
 from dask_gpurt.memory.ledger import Ledger, Tier
 from dask_gpurt.memory.mapping import Ruined, RuinedForClient, TieredMapping, serving
 from dask_gpurt.memory.mover import DiskStore, Mover
 from dask_gpurt.memory.shards import DeviceChunkName, DeviceShardStore, ShardStore
 from dask_gpurt.memory.spiller import Spiller
 from dask_gpurt.memory.store import BufferStore, DictBufferStore
+from dask_gpurt.memory.watch import Watch
 
 __all__ = ["MemoryManager", "WorkerHorizon"]
 
@@ -71,6 +72,12 @@ LOSSES_MAX = 3
 
 #: Tasks per thread that have ended of which the scheduler may not have heard, or not have said what follows.
 RECENT_PER_THREAD = 2
+
+#: From this part of a tier's limit on a worker asks the scheduler what it knows of next uses: early enough to know it when
+#: something has to be moved away.
+WATCH_FRACTION = 0.5
+#: Words about keys that are gone, beyond as many as there are keys, that are kept until they are looked through.
+WORDS_SPARE = 1000
 
 _ADAPT = "gpurt-memory-adapt"
 _DECAY = "gpurt-memory-decay"
@@ -163,23 +170,52 @@ class _StockCopy:
 
 
 class WorkerHorizon:
-    """Next uses, from what the worker knows at the moment; see :mod:`dask_gpurt.memory.horizon`."""
+    """Next uses, from what the worker knows at the moment; see :mod:`dask_gpurt.memory.horizon`.
+
+    Parameters
+    ----------
+    worker
+        The worker. All methods but :meth:`uses` are called on its event loop.
+    """
 
     def __init__(self, worker: Any) -> None:
         self._worker = worker
         self._loop_thread = threading.get_ident()
         self._recent: deque[set[Hashable]] = deque(maxlen=RECENT_PER_THREAD * worker.state.nthreads)
+        #: Priority of the task that ended last.
+        self._ended: Priority | None = None
+        self._words: dict[Hashable, Word] = {}
 
     def note(self, key: Hashable) -> None:
         """Note that ``key`` came right now."""
         task = seams.worker_task(self._worker, key)
-        self._recent.append({key} if task is None else {key, *seams.input_keys(self._worker, task)})
+        if task is None:
+            self._recent.append({key})
+            return
+        self._recent.append({key, *seams.input_keys(self._worker, task)})
+        if task.run_spec is not None:
+            self._ended = task.priority
+
+    def tell(self, words: Iterable[tuple[Hashable, Sequence[Any] | None, bool]]) -> None:
+        """Take note of what the scheduler says: keys, of each the priority of its next use, and whether it is wanted."""
+        for key, priority, wanted in words:
+            self._words[key] = Word(None if priority is None else tuple(priority), wanted)
+
+    def forget(self, keys: Container[Hashable] = ()) -> None:
+        """Forget what the scheduler said about all but ``keys``."""
+        self._words = {key: word for key, word in self._words.items() if key in keys}
+
+    def __len__(self) -> int:
+        return len(self._words)
 
     def uses(self, names: Sequence[Hashable]) -> list[Use]:
         """Say the next use of each of ``names``."""
         # The worker's state may change under the eyes of any other thread.
-        looking = threading.get_ident() == self._loop_thread
-        snapshot = Snapshot(*seams.ahead(self._worker)) if looking else None
+        snapshot = None
+        if threading.get_ident() == self._loop_thread:
+            now, ready, nworkers = seams.ahead(self._worker)
+            # Between two tasks nothing is running.
+            snapshot = Snapshot(self._ended if now is None else now, ready, nworkers)
         recent = set().union(*self._recent)
         return [self._use(name, snapshot, recent) for name in names]
 
@@ -189,8 +225,7 @@ class WorkerHorizon:
             return key.use
         if snapshot is None:
             return IDLE
-        use = next_use(seams.dependents_of(self._worker, key), snapshot)
-        return RECENT if use.kind is Kind.IDLE and key in recent else use
+        return next_use(seams.dependents_of(self._worker, key), snapshot, self._words.get(key), recent=key in recent)
 
 
 class MemoryManager:
@@ -233,6 +268,8 @@ class MemoryManager:
         self._last_error: dict[Hashable, Exception] = {}
         self._prefetching: asyncio.Task[None] | None = None
         self._prefetched_for: Hashable = None
+        self._horizon: WorkerHorizon | None = None
+        self._watch: Watch | None = None
 
     def __repr__(self) -> str:
         state = "stock" if self._mapping is None else repr(self._mapping)
@@ -259,14 +296,15 @@ class MemoryManager:
         # What others had no time to remove is there.
         await loop.run_in_executor(None, remove_leftovers, os.path.dirname(self._worker.local_directory))
         self._folder = await loop.run_in_executor(None, SpillFolder, parent, self.pool)
-        horizon = WorkerHorizon(self._worker)
+        horizon = self._horizon = WorkerHorizon(self._worker)
+        self._watch = Watch(self._worker, self._tell)
         host = self._host = Mover(Spiller(self.ledger, horizon), DiskStore(self._folder), loop, self._on_lost)
         if self.ledger.limit(Tier.DEVICE) is not None:
             # The bytes of the copies are counted by the HOST mover, which holds them.
             spiller = Spiller(self.ledger, horizon, upper=Tier.DEVICE, lower=None)
             self._device = Mover(spiller, HostFrames(host), loop, self._on_lost, threads=1)
         mapping = TieredMapping(
-            host, self._need_nbytes, device=self._device, on_device=on_device, announce=horizon.note
+            host, self._need_nbytes, device=self._device, on_device=on_device, announce=self._announce
         )
         host_nbytes_max = self.ledger.limit(Tier.HOST)
         # From here on nothing waits: the worker sees one store or the other.
@@ -301,6 +339,31 @@ class MemoryManager:
         seams.set_worker_store(self._worker, mapping)
         seams.set_worker_hooks(self._worker, seams.WorkerHooks(execute=self._execute, get_data=self._get_data))
 
+    # What the scheduler knows
+
+    def may_watch(self) -> None:
+        """Take note that the scheduler will tell what it knows of next uses, once it is asked."""
+        if self._watch is not None:
+            self._watch.available = True
+
+    def _announce(self, key: Hashable) -> None:
+        assert self._horizon is not None
+        assert self._watch is not None
+        self._horizon.note(key)
+        if self._watch.available and not self._watch.on and self._filled() > WATCH_FRACTION:
+            self._watch.set(True)
+
+    def _filled(self) -> float:
+        """Return the part of its limit that the fullest tier holds."""
+        limits = ((tier, self.ledger.limit(tier)) for tier in (Tier.HOST, Tier.DEVICE))
+        return max((self.ledger.used(tier) / limit for tier, limit in limits if limit), default=0.0)
+
+    def _tell(self, words: Iterable[Any]) -> None:
+        assert self._horizon is not None
+        self._horizon.tell(words)
+        if self._mapping is not None and len(self._horizon) > 2 * len(self._mapping) + WORDS_SPARE:
+            self._horizon.forget(self._mapping)
+
     # The end
 
     async def stop(self) -> None:
@@ -317,6 +380,8 @@ class MemoryManager:
             return
         if self._prefetching is not None:
             self._prefetching.cancel()
+        if self._watch is not None and give_back:
+            await self._watch.close()
         for name in (_ADAPT, _DECAY):
             callback = self._worker.periodic_callbacks.pop(name, None)
             if callback is not None:
@@ -408,6 +473,12 @@ class MemoryManager:
     async def _decay(self) -> None:
         """Give back memory and files that were kept for later, when later does not come."""
         self.pool.decay()
+        if self._watch is not None and self._watch.on:
+            short = self._filled() > WATCH_FRACTION / 2 or not all(mover.spiller.calm for mover in self._movers())
+            if not short:
+                self._watch.set(False)
+                assert self._horizon is not None
+                self._horizon.forget()
         if self._folder is not None and self._folder.idle_nbytes:
             await asyncio.get_running_loop().run_in_executor(None, self._folder.decay)
 

@@ -1,0 +1,186 @@
+"""What the scheduler knows of the next uses of what workers hold.
+
+Theory of operation
+-------------------
+A worker knows the tasks that were given to it. Those that will need its data later, and have no worker yet, only the
+scheduler knows. So a worker that gets short of memory *watches*: it is told, for each key that it holds,
+
+- the priority of the first task in Dask's order that needs the key and has no worker yet, if there is one;
+- whether a client wants the key.
+
+A task that has got another worker counts no more: that worker fetches the key right away, and is served from the tier
+where it lies. (By rank alone such a task would look overdue here, and the key as if it was needed in a moment.) One that
+has got this worker is known there.
+
+:class:`Foresight` is told which tasks changed, and collects for whom that matters, until the caller asks for the *words* to
+be sent; a worker that was told the same before is told nothing. With nobody watching nothing is done at all. The
+dependents of a key are put in order once, and looked at from the first on that was not over yet: a key with a
+thousand dependents costs no more, for each of them, than one with a single one.
+
+Covers: who is told what.
+Does not cover: when, and how it gets there, see :mod:`dask_gpurt.plugins.horizon`; what a worker makes of it, see
+:mod:`dask_gpurt.memory.horizon`.
+
+Pure: no I/O, no clock, no dask. Tasks and workers have the attributes of the scheduler's ``TaskState`` and ``WorkerState``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple, Protocol
+
+__all__ = ["Foresight", "Holder", "Task", "Word"]
+
+#: States of a task that will run, and has no worker yet.
+AHEAD = frozenset(("waiting", "queued", "no-worker"))
+
+
+class Task(Protocol):
+    """What is read of a task."""
+
+    @property
+    def key(self) -> Any:
+        """Its name."""
+
+    @property
+    def state(self) -> str:
+        """Its state."""
+
+    @property
+    def priority(self) -> Any:
+        """Its place in Dask's order."""
+
+    @property
+    def dependents(self) -> Collection[Any]:
+        """Tasks that take its result."""
+
+    @property
+    def dependencies(self) -> Collection[Any]:
+        """Tasks whose results it takes."""
+
+    @property
+    def who_has(self) -> Collection[Any] | None:
+        """Workers that hold its result."""
+
+    @property
+    def who_wants(self) -> Collection[Any] | None:
+        """Clients that hold it."""
+
+
+class Holder(Protocol):
+    """What is read of a worker."""
+
+    @property
+    def address(self) -> str:
+        """Its address."""
+
+    @property
+    def has_what(self) -> Collection[Any]:
+        """Tasks whose results it holds."""
+
+
+class Word(NamedTuple):
+    """What a worker is told about a key that it holds."""
+
+    key: Any
+    #: Of the first task that needs it and has no worker yet; None: there is none.
+    priority: Any
+    #: Whether a client holds it.
+    wanted: bool
+
+
+class Foresight:
+    """Collects what the watching workers have to be told."""
+
+    def __init__(self) -> None:
+        #: A watching worker to what it was told last about each task.
+        self._told: dict[Holder, dict[Task, Word]] = {}
+        #: A watching worker to the tasks about which it may have to be told anew.
+        self._changed: dict[Holder, set[Task]] = {}
+        #: A task to those of its dependents that may be ahead, the first one last.
+        self._ahead: dict[Task, list[Task]] = {}
+
+    def __repr__(self) -> str:
+        return f"<Foresight: {len(self._told)} watching, {sum(map(len, self._changed.values()))} changes>"
+
+    @property
+    def watched(self) -> bool:
+        """Whether anybody watches."""
+        return bool(self._told)
+
+    @property
+    def watchers(self) -> list[Holder]:
+        """Who watches."""
+        return list(self._told)
+
+    @property
+    def pending(self) -> bool:
+        """Whether anybody may have to be told something."""
+        return any(self._changed.values())
+
+    def watch(self, worker: Holder) -> None:
+        """Begin to tell ``worker``; from the beginning, if it watches already."""
+        self._told[worker] = {}
+        self._changed[worker] = set(worker.has_what)
+
+    def unwatch(self, worker: Holder) -> None:
+        """Tell ``worker`` nothing any more."""
+        self._told.pop(worker, None)
+        self._changed.pop(worker, None)
+        if not self._told:
+            self._ahead.clear()
+
+    def transition(self, task: Task, finish: str) -> None:
+        """Note that ``task`` has come to the state ``finish``."""
+        if finish in AHEAD:
+            # It is ahead (again): the places of those that are over are no longer the first ones.
+            for dependency in task.dependencies:
+                self._ahead.pop(dependency, None)
+                self._mark(dependency)
+            return
+        for dependency in task.dependencies:
+            self._mark(dependency)
+        if finish == "memory":
+            self._mark(task)
+        elif finish in ("released", "forgotten"):
+            self._ahead.pop(task, None)
+            for told in self._told.values():
+                told.pop(task, None)
+            for changed in self._changed.values():
+                changed.discard(task)
+
+    def _mark(self, task: Task) -> None:
+        for worker in task.who_has or ():
+            changed = self._changed.get(worker)
+            if changed is not None:
+                changed.add(task)
+
+    def words(self) -> Iterator[tuple[str, list[Word]]]:
+        """Yield the address of each worker that has to be told something, and what; it counts as told."""
+        for worker, changed in self._changed.items():
+            told = self._told[worker]
+            words = []
+            for task in changed:
+                if worker not in (task.who_has or ()):
+                    told.pop(task, None)
+                    continue
+                word = Word(task.key, self._first(task), bool(task.who_wants))
+                if told.get(task) != word:
+                    told[task] = word
+                    words.append(word)
+            changed.clear()
+            if words:
+                yield worker.address, words
+
+    def _first(self, task: Task) -> Any:
+        ahead = self._ahead.get(task)
+        if ahead is None:
+            ahead = sorted((d for d in task.dependents if d.state in AHEAD), key=_priority, reverse=True)
+            self._ahead[task] = ahead
+        while ahead and ahead[-1].state not in AHEAD:
+            ahead.pop()
+        return ahead[-1].priority if ahead else None
+
+
+def _priority(task: Task) -> Any:
+    return task.priority

@@ -1,0 +1,169 @@
+"""What watching workers are told of next uses, against what can be read off the whole graph."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dask_gpurt.plugins.foresight import AHEAD, Foresight, Word
+
+STATES = ("released", "waiting", "queued", "no-worker", "processing", "memory", "erred", "forgotten")
+
+
+@dataclass(eq=False)
+class Task:
+    key: str
+    priority: tuple[int, int, int]
+    state: str = "released"
+    dependencies: list[Task] = field(default_factory=list, repr=False)
+    dependents: list[Task] = field(default_factory=list, repr=False)
+    who_has: set[Worker] | None = None
+    who_wants: set[str] | None = None
+
+
+@dataclass(eq=False)
+class Worker:
+    address: str
+    has_what: set[Task] = field(default_factory=set)
+
+    def take(self, task: Task) -> None:
+        self.has_what.add(task)
+        task.who_has = (task.who_has or set()) | {self}
+
+    def drop(self, task: Task) -> None:
+        self.has_what.discard(task)
+        task.who_has = ((task.who_has or set()) - {self}) or None
+
+
+class Listener:
+    """Remembers what each worker was told."""
+
+    def __init__(self, foresight: Foresight) -> None:
+        self.foresight = foresight
+        self.heard: dict[str, dict[str, Word]] = {}
+        self.words = 0
+
+    def listen(self) -> None:
+        for address, words in self.foresight.words():
+            assert words, "an empty message"
+            self.words += len(words)
+            self.heard.setdefault(address, {}).update((word.key, word) for word in words)
+
+
+def truth(task: Task) -> Word:
+    ahead = [dependent.priority for dependent in task.dependents if dependent.state in AHEAD]
+    return Word(task.key, min(ahead, default=None), bool(task.who_wants))
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> list[Task]:
+    ranks = draw(st.permutations(range(draw(st.integers(2, 10)))))
+    tasks = [Task(f"t{number}", (0, 1, rank)) for number, rank in enumerate(ranks)]
+    for number, task in enumerate(tasks):
+        for dependency in draw(st.sets(st.sampled_from(tasks[:number]), max_size=3)) if number else ():
+            task.dependencies.append(dependency)
+            dependency.dependents.append(task)
+    return tasks
+
+
+@given(graphs(), st.data())
+def test_who_watches_knows_what_the_graph_says(tasks: list[Task], data: st.DataObject) -> None:
+    workers = [Worker("a"), Worker("b")]
+    foresight = Foresight()
+    listener = Listener(foresight)
+    watching: set[Worker] = set()
+    for _ in range(data.draw(st.integers(0, 40))):
+        what = data.draw(st.sampled_from(["transition", "transition", "transition", "watch", "unwatch", "listen"]))
+        if what == "transition":
+            task = data.draw(st.sampled_from(tasks))
+            task.state = data.draw(st.sampled_from(STATES))
+            for worker in workers:
+                worker.drop(task)
+            if task.state == "memory":
+                for worker in data.draw(st.sets(st.sampled_from(workers), min_size=1)):
+                    worker.take(task)
+                task.who_wants = data.draw(st.sampled_from([None, {"client"}]))
+            foresight.transition(task, task.state)
+        elif what == "listen":
+            listener.listen()
+        else:
+            worker = data.draw(st.sampled_from(workers))
+            if what == "watch":
+                watching.add(worker)
+                foresight.watch(worker)
+            else:
+                watching.discard(worker)
+                foresight.unwatch(worker)
+                listener.heard.pop(worker.address, None)
+    listener.listen()
+    assert foresight.watched == bool(watching)
+    assert not foresight.pending
+    for worker in watching:
+        heard = listener.heard.get(worker.address, {})
+        assert {task.key: heard.get(task.key) for task in worker.has_what} == {
+            task.key: truth(task) for task in worker.has_what
+        }
+
+
+def test_what_goes_to_another_worker_is_no_use_here() -> None:
+    source, near, far = Task("source", (0, 1, 0)), Task("near", (0, 1, 1), "waiting"), Task("far", (0, 1, 9), "waiting")
+    for task in (near, far):
+        task.dependencies.append(source)
+        source.dependents.append(task)
+    holder = Worker("holder")
+    source.state = "memory"
+    holder.take(source)
+    foresight = Foresight()
+    foresight.watch(holder)
+    assert dict(foresight.words()) == {"holder": [Word("source", (0, 1, 1), False)]}
+    near.state = "processing"
+    foresight.transition(near, "processing")
+    assert dict(foresight.words()) == {"holder": [Word("source", (0, 1, 9), False)]}
+    # Its worker was lost.
+    near.state = "waiting"
+    foresight.transition(near, "waiting")
+    assert dict(foresight.words()) == {"holder": [Word("source", (0, 1, 1), False)]}
+
+
+class Counted:
+    """A state that counts how often it is looked at."""
+
+    looks = itertools.count()
+
+    def __init__(self, state: str) -> None:
+        self.state = state
+
+    def __hash__(self) -> int:
+        next(self.looks)
+        return hash(self.state)
+
+    def __eq__(self, other: object) -> bool:
+        return self.state == other
+
+
+def test_a_key_with_many_dependents_costs_no_more_for_each() -> None:
+    def looks(count: int) -> int:
+        source = Task("source", (0, 1, 0), "memory")
+        holder = Worker("holder")
+        holder.take(source)
+        dependents = [Task(f"d{number}", (0, 1, 1 + number)) for number in range(count)]
+        for dependent in dependents:
+            state: Any = Counted("waiting")
+            dependent.state = state
+            dependent.dependencies.append(source)
+            source.dependents.append(dependent)
+        foresight = Foresight()
+        foresight.watch(holder)
+        Counted.looks = itertools.count()
+        for dependent in dependents:
+            done: Any = Counted("processing")
+            dependent.state = done
+            foresight.transition(dependent, "processing")
+            list(foresight.words())
+        return next(Counted.looks)
+
+    assert looks(1000) / 1000 <= 1.5 * looks(10) / 10
