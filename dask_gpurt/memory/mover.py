@@ -317,6 +317,8 @@ class Mover:
     async def ensure(self, names: Iterable[Hashable], *, forceable: bool = True) -> tuple[Hashable, ...]:
         """Wait until those of ``names`` that are here are in memory, and pin them; returns them, to be unpinned.
 
+        After :meth:`close` nothing is brought into memory any more: whoever waits finds the values where they were taken to.
+
         Raises
         ------
         SpillError
@@ -326,7 +328,7 @@ class Mover:
             pinned = tuple(name for name in names if name in self.spiller.blocks)
             self._handle(ev.Pinned(pinned), garbage)
         try:
-            while below := [name for name in pinned if name in self.absent]:
+            while not self._closed and (below := [name for name in pinned if name in self.absent]):
                 await self._raise_all(below, forceable=forceable)
         except BaseException:
             self.unpin(pinned)
@@ -346,7 +348,7 @@ class Mover:
         try:
             with self._acting() as garbage:
                 for name in names:
-                    if name in self.absent:
+                    if name in self.absent and not self._closed:
                         arrival = asyncio.get_running_loop().create_future()
                         self._arrivals.setdefault(name, []).append(arrival)
                         arrivals.append(arrival)
@@ -361,7 +363,7 @@ class Mover:
                 self._handle(ev.Pressed(0), garbage)
 
     async def frames(self, name: Hashable) -> tuple[bytes, list[Any]] | None:
-        """Read the copy of ``name`` as it lies, without bringing the value back; None if it is in memory or gone.
+        """Read the copy of ``name`` as it lies, without bringing the value back; None if it is in memory or gone, or closed.
 
         Raises
         ------
@@ -371,7 +373,7 @@ class Mover:
         with self._lock:
             block = self.spiller.blocks.get(name)
             copy = self._copies.get(name)
-            if block is None or copy is None or name in self._values:
+            if block is None or copy is None or name in self._values or self._closed:
                 return None
             epoch = block.epoch
         try:

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 #: How long the scheduler may take for its last message; one that is gone sends none.
 LAST_S = 10.0
+#: How long a worker that gives this up waits before it asks: most often dask-gpurt was taken away from the scheduler first.
+COURTESY_S = 1.0
 
 
 class Watch:
@@ -62,6 +64,7 @@ class Watch:
         """Stop to listen, and wait until no message can come any more."""
         self.available = False
         self.on = False
+        await self._heard_last(COURTESY_S)
         await self._end()
 
     async def settled(self) -> None:
@@ -84,10 +87,15 @@ class Watch:
             if self.on or self._last.is_set():
                 return
             await self._ask(False)
-            try:
-                await asyncio.wait_for(self._last.wait(), LAST_S)
-            except TimeoutError:
+            if not await self._heard_last(LAST_S):
                 logger.debug("The scheduler did not say that it has stopped to tell next uses; the handler stays")
+
+    async def _heard_last(self, patience_s: float) -> bool:
+        try:
+            await asyncio.wait_for(self._last.wait(), patience_s)
+        except TimeoutError:
+            return False
+        return True
 
     async def _ask(self, watching: bool) -> bool:
         try:

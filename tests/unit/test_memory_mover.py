@@ -461,6 +461,27 @@ def test_1_wait_for_room_2_cancel(tmp_path: Path) -> None:
     run(main())
 
 
+def test_1_wait_for_room_2_close(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(tmp_path) as r:
+            await filled(r, 5)
+            (below, *_) = [name for name in range(5) if name in r.mover.absent]
+            # As a worker does that gives everything back: whoever waits for room then goes on, to find the values elsewhere.
+            room = await r.mover.reserve(3 * CHUNK)
+            waiting = asyncio.create_task(r.mover.ensure([below]))
+            while not r.mover.waits:
+                await asyncio.sleep(0)
+            r.mover.set_limit(None)
+            await r.mover.close()
+            r.mover.unpin(await waiting)
+            assert below in r.mover.absent
+            assert await r.mover.frames(below) is None
+            r.mover.unpin(await r.mover.ensure([below]))
+            room.release()
+
+    run(main())
+
+
 def test_a_thread_that_reads_while_the_loop_moves(tmp_path: Path) -> None:
     async def main() -> None:
         async with rig(tmp_path, limit=2 * CHUNK) as r:
