@@ -469,7 +469,7 @@ def test_1_wait_for_room_2_close(tmp_path: Path) -> None:
             # As a worker does that gives everything back: whoever waits for room then goes on, to find the values elsewhere.
             room = await r.mover.reserve(3 * CHUNK)
             waiting = asyncio.create_task(r.mover.ensure([below]))
-            while not r.mover.waits:
+            while not r.mover.waits:  # noqa: ASYNC110 - it is a turn of this very loop
                 await asyncio.sleep(0)
             r.mover.set_limit(None)
             await r.mover.close()
