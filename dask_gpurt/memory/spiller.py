@@ -259,6 +259,7 @@ class Spiller:
         assert block.state is State.WRITING, block
         assert block.epoch == event.epoch, block
         leaving = block.leaving_nbytes > 0
+        self._pass_on(block)
         self._end_write(block)
         block.state = State.CLEAN
         block.copy_nbytes = event.nbytes
@@ -405,6 +406,15 @@ class Spiller:
         if block.reservation is not None:
             block.reservation.release()
             block.reservation = None
+
+    def _pass_on(self, block: Block) -> None:
+        """Expect from the others that leave its buffer what a block does not free by itself; the last one frees it."""
+        for name in self._sharing[block.buffer]:
+            other = self.blocks[name]
+            if other is not block and other.leaving_nbytes:
+                other.leaving_nbytes += block.leaving_nbytes
+                block.leaving_nbytes = 0
+                return
 
     def _stay(self, block: Block) -> None:
         """Take back the intention to drop a block that is being written."""
