@@ -60,6 +60,7 @@ __all__ = [
     "ShardsInMemory",
     "Workload",
     "contest",
+    "dropping",
     "memcpy_rate",
     "runner",
 ]
@@ -242,7 +243,7 @@ def contest(case: Case) -> Iterator[Line]:
             if len(bounds_s) == number:
                 bounds_s.append(nbytes / copying())
             client = clients[contender.side.name]
-            with _dropping(client):
+            with dropping(client):
                 run, answer = _measure(case, contender, client, inputs[contender.side.name])
                 case.workload.check(client, answer, truth)
                 if number == 0:
@@ -291,7 +292,7 @@ def _clusters(spec: ClusterSpec) -> Iterator[dict[str, Client]]:
 
 
 def _warm_up(workload: Workload, contender: Contender, client: Client) -> None:
-    with _dropping(client), contender.chosen(client):
+    with dropping(client), contender.chosen(client):
         inputs = workload.load(client)
         answer = client.persist(workload.build(inputs))
         wait(answer)
@@ -320,8 +321,14 @@ def _measure(case: Case, contender: Contender, client: Client, inputs: Any) -> t
 
 
 @contextlib.contextmanager
-def _dropping(client: Client) -> Iterator[None]:
-    """Wait, at the end, until the workers hold no more results than at the beginning."""
+def dropping(client: Client) -> Iterator[None]:
+    """Wait, at the end, until the workers hold no more results than at the beginning.
+
+    Raises
+    ------
+    BrokenRunError
+        If they go on to hold them.
+    """
     before = _held(client)
     yield
     # Collections refer to themselves in circles.

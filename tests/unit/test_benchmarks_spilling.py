@@ -1,0 +1,133 @@
+"""Replay and bound of the benchmark of spilling, on traces whose bytes can be counted by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.spilling.bound import least_nbytes
+from benchmarks.spilling.replay import Moved, ReplayedWorker, replay_lru, replay_oracle, replay_ours
+from benchmarks.spilling.trace import Delete, End, Graph, Put, Released, Seen, Serve, Start, Trace
+from dask_gpurt.memory.horizon import IDLE, Kind
+from dask_gpurt.memory.manager import WorkerHorizon
+
+#: Blocks that are not too small to be moved.
+MB = 2**20
+
+
+def put(key: str, nbytes: int = MB, buffer: str | None = None, buffer_nbytes: int | None = None) -> Put:
+    return Put(key, nbytes, buffer or key, buffer_nbytes or nbytes)
+
+
+def run(key: str, *inputs: str) -> tuple[Start, End]:
+    return Start(key, inputs), End(key)
+
+
+#: Room for two of three blocks, which are read one after another, twice; a client holds them.
+CYCLE = Trace(
+    (
+        Graph((), ("a", "b", "c")),
+        *map(put, "abc"),
+        *(event for number in range(2) for key in "abc" for event in run(f"read-{key}-{number}", key)),
+    )
+)
+
+
+def test_stock_moves_every_block_of_a_cycle_every_time() -> None:
+    # a goes when c comes; from then on, what is needed next has always just gone, and what goes is written again.
+    assert replay_lru(CYCLE, 2 * MB) == Moved(written_nbytes=7 * MB, read_nbytes=6 * MB, waits=6)
+
+
+def test_ours_moves_less_in_a_cycle() -> None:
+    moved = replay_ours(CYCLE, 2 * MB)
+    assert moved.nbytes < replay_lru(CYCLE, 2 * MB).nbytes
+    # Each block is written once at most: its copy stays good.
+    assert moved.written_nbytes <= 3 * MB
+    assert moved.waits <= 4
+
+
+def test_the_oracle_drops_what_nobody_will_ask_for() -> None:
+    trace = Trace((put("a"), put("b"), put("c"), *run("read", "b"), Delete("a"), Delete("b"), Delete("c")))
+    assert replay_oracle(trace, MB).written_nbytes == 0
+    assert replay_lru(trace, MB).written_nbytes == 3 * MB
+    assert least_nbytes(trace, MB) == 0
+
+
+def test_nothing_moves_where_there_is_room() -> None:
+    for replay in (replay_ours, replay_oracle, replay_lru):
+        assert replay(CYCLE, 3 * MB).nbytes == 0
+    assert least_nbytes(CYCLE, 3 * MB) == 0
+
+
+def test_the_bound_of_a_cycle() -> None:
+    # One of three does not fit at any time: a goes down when c comes, up for its read, when c can go, which comes up for
+    # its own read, and so on: of each three reads that follow one another, one finds its block below in the second cycle.
+    assert least_nbytes(CYCLE, 2 * MB) / MB == pytest.approx(4.0)
+
+
+def test_a_peer_is_served_from_below() -> None:
+    trace = Trace((Graph((), ("a", "b")), put("a"), put("b"), Serve(("a",)), Serve(("b",))))
+    # Each is read as it lies; the one that is in memory goes to make room for the frames.
+    assert replay_ours(trace, MB) == Moved(2 * MB, 2 * MB, waits=2)
+    # Stock brings up what it sends, and writes the other, and writes it again when it goes.
+    assert replay_lru(trace, MB) == Moved(3 * MB, 2 * MB, waits=2)
+    assert least_nbytes(trace, MB) / MB == pytest.approx(2.0)
+
+
+def test_what_a_client_holds_has_to_be_kept() -> None:
+    events = (put("a"), put("b"))
+    assert least_nbytes(Trace(events), MB) == 0
+    assert least_nbytes(Trace((Graph((), ("a", "b")), *events)), MB) / MB == pytest.approx(1.0)
+    # Until the client lets go of it: that is before b comes.
+    held = Trace((Graph((), ("a", "b")), put("a"), Released("a"), put("b")))
+    assert least_nbytes(held, MB) == 0
+
+
+def test_views_take_no_room_of_their_own() -> None:
+    names = tuple(f"view-{n}" for n in range(4))
+    views = [put(name, MB, "base", 4 * MB) for name in names]
+    trace = Trace((Graph((), names), *views, *run("read", *names)))
+    assert trace.peak_nbytes == 4 * MB
+    assert replay_ours(trace, 4 * MB).nbytes == 0
+    assert least_nbytes(trace, 4 * MB) == 0
+    # Each of them can be written by itself; what it lay in is free when all have gone.
+    more = (put("more", 4 * MB), *run("m", "more"))
+    assert least_nbytes(Trace((*trace.events[:5], *more)), 4 * MB) / MB == pytest.approx(4.0)
+
+
+def test_what_was_read_back_shares_nothing() -> None:
+    names = ("view-0", "view-1")
+    views = [put(name, 3 * MB, "base", 4 * MB) for name in names]
+    # All goes for "big", and comes back as two values of 3 MB, of which 2 MB have no room when both are not in use.
+    passes = (event for number in range(4) for event in run(f"b{number}", "big"))
+    trace = Trace((Graph((), names), *views, put("big", 4 * MB), *passes, Delete("big"), *run("v", *names)))
+    moved = replay_oracle(trace, 4 * MB)
+    assert (moved.written_nbytes, moved.read_nbytes) == (6 * MB, 6 * MB)
+    assert least_nbytes(trace, 4 * MB) / MB == pytest.approx(12.0)
+
+
+def test_what_is_beyond_the_capacity_is_told() -> None:
+    # A view that a task holds keeps the whole, with all that the others could do.
+    trace = Trace((put("view", MB, "base", 4 * MB), Start("t", ("view",)), put("x"), put("y")))
+    assert replay_ours(trace, 2 * MB).beyond_nbytes <= 2 * MB
+
+
+def test_a_replayed_worker_is_seen_as_the_real_one() -> None:
+    worker: Any = ReplayedWorker(nworkers=2)
+    horizon = WorkerHorizon(worker)
+    worker.see(Seen("x", "memory", None, None))
+    worker.see(Seen("now", "executing", (0, 1, 4), ()))
+    worker.see(Seen("later", "waiting", (0, 1, 10), ("x", "y")))
+    (use,) = horizon.uses(["x"])
+    assert use.kind is Kind.NEXT
+    assert use.distance == 3.0  # six ranks, two workers
+    worker.see(Seen("later", "executing", (0, 1, 10), None))
+    assert horizon.uses(["y"])[0].kind is Kind.RUNNING
+    worker.see(Seen("later", "forgotten", None, None))
+    assert horizon.uses(["x"]) == [IDLE]
+
+
+def test_a_scaled_trace_moves_as_much_more() -> None:
+    assert replay_lru(CYCLE.scaled(3), 6 * MB).nbytes == 3 * replay_lru(CYCLE, 2 * MB).nbytes
+    assert CYCLE.scaled(3).peak_nbytes == 9 * MB
