@@ -55,8 +55,13 @@ def traces(*, quick: bool) -> Mapping[str, Sequence[Trace]]:
 
 @functools.cache
 def replayed(name: str, percent: int, *, quick: bool) -> Replayed:
-    """Replay a job with so much of its peak."""
-    of_job = [(trace, trace.peak_nbytes * percent // 100) for trace in traces(quick=quick)[name]]
+    """Replay a job of :func:`traces` with so much of its peak."""
+    return replayed_traces(traces(quick=quick)[name], percent)
+
+
+def replayed_traces(recorded: Sequence[Trace], percent: int) -> Replayed:
+    """Replay the traces of the workers with so much of the peak of each."""
+    of_job = [(trace, trace.peak_nbytes * percent // 100) for trace in recorded]
     ours, oracle, lru = (
         _sum([replay(trace, capacity_nbytes) for trace, capacity_nbytes in of_job])
         for replay in (replay_ours, replay_oracle, replay_lru)

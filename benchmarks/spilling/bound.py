@@ -12,7 +12,7 @@ Values that lie in one buffer keep it whole as long as a fraction of any of them
 memory of its own. So there are two fractions a gap, *in place* (never more than in the gap before) and *apart*.
 
 After each event that brings bytes, those in memory must not exceed the capacity, or what running tasks hold where that is
-more. The sum of bytes in memory is an unknown of its own at each of these moments, tied to the one before it by what
+more; a result may come while its task still holds the inputs. The sum of bytes in memory is an unknown of its own at each of these moments, tied to the one before it by what
 changes between them: that keeps the matrix sparse, a few entries a gap instead of one for each moment that it lasts.
 
 Half a value helps nobody: LPmin may lie below what can be reached, and never lies above.
@@ -90,6 +90,8 @@ class _Reader:
         self._numbers = itertools.count()
         self._wanted: set[Hashable] = set()
         self._running: dict[Hashable, list[_Value]] = {}
+        #: The task that has just ended and what it held; its result is put next, if it has one.
+        self._ended: tuple[Hashable, list[_Value]] = None, []
         #: Value -> how many running tasks hold it, and since when.
         self._readers: Counter[_Value] = Counter()
         self._since: dict[_Value, int] = {}
@@ -108,6 +110,7 @@ class _Reader:
                 case Start():
                     self._start(event)
                 case End(key):
+                    self._ended = key, self._running.get(key, [])
                     self._end(key)
                 case Serve(keys):
                     for value in (self._alive[key] for key in keys if key in self._alive):
@@ -125,8 +128,8 @@ class _Reader:
         """The next moment."""
         return len(self.held_nbytes)
 
-    def _moment(self) -> None:
-        held = [value for value, readers in self._readers.items() if readers]
+    def _moment(self, leaving: Iterable[_Value] = ()) -> None:
+        held = {*self._readers, *leaving}
         # Several of them may lie in one buffer: the larger of both ways to hold them is allowed.
         in_place = {value.buffer: value.buffer_nbytes for value in held}
         self.held_nbytes.append(max(sum(in_place.values()), sum(value.nbytes for value in held)))
@@ -142,7 +145,8 @@ class _Reader:
         value = _Value(event.nbytes, number, event.buffer_nbytes, self.now, _NEVER, owed)
         self._alive[event.key] = value
         self.values.append(value)
-        self._moment()
+        ended, held = self._ended
+        self._moment([*held, value] if event.key == ended else [])
 
     def _delete(self, key: Hashable) -> None:
         value = self._alive.pop(key, None)

@@ -152,6 +152,8 @@ class _OurStore:
         self._spiller = Spiller(self._ledger, self._horizon)
         self._buffers = itertools.count()
         self._running: dict[Key, tuple[Hashable, ...]] = {}
+        #: The task that has just ended and what it held: for the worker it runs until its result was put.
+        self._ending: tuple[Key, ...] = ()
         self.capacity_nbytes = capacity_nbytes
         self.written_nbytes = self.read_nbytes = self.waits = self.beyond_nbytes = 0
 
@@ -165,6 +167,7 @@ class _OurStore:
             self._handle(ev.Deleted(key))
 
     def start(self, event: Start) -> None:
+        self._ending = ()
         if self._spiller.calm:
             return
         self.waits += self._absent(event.inputs)
@@ -179,7 +182,9 @@ class _OurStore:
         self._prefetch()
 
     def end(self, key: Key) -> None:
-        self._unpin(self._running.pop(key, ()))
+        inputs = self._running.pop(key, ())
+        self._ending = (*inputs, key)
+        self._unpin(inputs)
 
     def serve(self, keys: Sequence[Key]) -> None:
         absent = [key for key in keys if key in self._spiller.absent]
@@ -199,7 +204,8 @@ class _OurStore:
         used = self._ledger.used(Tier.HOST)
         if used > self.capacity_nbytes:
             blocks = self._spiller.blocks
-            held = {b.buffer: b.buffer_nbytes for b in blocks.values() if b.pins and b.buffer is not None}
+            ending = {blocks[name].buffer for name in self._ending if name in blocks}
+            held = {b.buffer: b.buffer_nbytes for b in blocks.values() if b.pins or b.buffer in ending}
             self.beyond_nbytes = max(self.beyond_nbytes, used - max(self.capacity_nbytes, sum(held.values())))
 
     def _prefetch(self) -> None:

@@ -219,16 +219,16 @@ def seasonal_mean(client: Client, years: int = 6) -> Any:  # noqa: ARG001
 
 
 def rechunk_reduce(client: Client) -> Any:  # noqa: ARG001
-    """From rows to columns, then a reduction that needs whole columns."""
-    x = da.random.default_rng(0).random((48 * 32, SIDE * 11), chunks=(32, SIDE * 11))
-    return da.median(x.rechunk((48 * 32, SIDE // 4)), axis=0).sum().compute()
+    """From squares to columns, then a reduction that needs whole columns."""
+    x = da.random.default_rng(0).random((12 * SIDE, 6 * SIDE), chunks=(SIDE, SIDE))
+    return da.median(x.rechunk((12 * SIDE, SIDE // 12)), axis=0).sum().compute()
 
 
 def fourier(client: Client) -> Any:  # noqa: ARG001
-    """Transform along one axis, then along the other."""
-    x = da.random.default_rng(0).random((SIDE * 4, SIDE * 5), chunks=(64, SIDE * 5))
-    rows = da.fft.rfft(x, axis=1).rechunk((SIDE * 4, 64))
-    return abs(da.fft.fft(rows, axis=0)).sum().compute()
+    """Transform planes along one axis, then along the other."""
+    x = da.random.default_rng(0).random((10, 512, 512), chunks=(1, 128, 512))
+    rows = da.fft.rfft(x, axis=2).rechunk((1, 512, 64))
+    return abs(da.fft.fft(rows, axis=1)).sum().compute()
 
 
 def cumsum(client: Client) -> Any:  # noqa: ARG001
