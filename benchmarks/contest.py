@@ -59,6 +59,7 @@ __all__ = [
     "Contender",
     "ShardsInMemory",
     "Workload",
+    "clusters",
     "contest",
     "dropping",
     "memcpy_rate",
@@ -230,7 +231,7 @@ def contest(case: Case) -> Iterator[Line]:
     runs: dict[Contender, list[Run]] = {contender: [] for contender in contenders}
     bounds_s: list[float] = []
     spec = ClusterSpec(workers=2, threads=1, memory_limit_nbytes=case.memory_limit_nbytes)
-    with _clusters(spec) as clients:
+    with clusters(spec) as clients:
         for contender in contenders:
             _warm_up(case.small, contender, clients[contender.side.name])
         inputs = {name: case.workload.load(client) for name, client in clients.items()}
@@ -280,8 +281,14 @@ def _lines(case: Case, runs: dict[Contender, list[Run]], bounds_s: Sequence[floa
 
 
 @contextlib.contextmanager
-def _clusters(spec: ClusterSpec) -> Iterator[dict[str, Client]]:
-    """Start a cluster for each side; return a client of each by the side's name."""
+def clusters(spec: ClusterSpec) -> Iterator[dict[str, Client]]:
+    """Start a cluster for each side; return a client of each by the side's name.
+
+    Raises
+    ------
+    BrokenRunError
+        If not all of dask-gpurt is installed on its side.
+    """
     with contextlib.ExitStack() as stack:
         clients = {side.name: stack.enter_context(open_client(spec)) for side in (STOCK, GPURT)}
         GPURT.install(clients[GPURT.name])

@@ -7,22 +7,33 @@ is ours with a horizon that knows the future, and ``worst`` is the job in which 
 recorded jobs are of 1 MB, and count as 64.
 
 The traces are recorded once in a run. No two of them are alike: which task runs when and where is decided by the clock.
+
+``wall-25`` and ``loop`` are runs on real clusters (:mod:`benchmarks.spilling.clusters`), ``idle`` is what the memory part costs
+where nothing is spilled (:mod:`benchmarks.overhead`), ``disk-write`` and ``disk-read`` are the files beside the bare disk
+(:mod:`benchmarks.spilling.disk`), and the ``gpu`` cases, which are left out where there is none, the way from and to a device.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from benchmarks import overhead
 from benchmarks.frame import Line, Subject, line_of_pairs
+from benchmarks.gpu import where_there_is_a_gpu
 from benchmarks.spilling.bound import least_nbytes
+from benchmarks.spilling.clusters import Limited, beside_stock
+from benchmarks.spilling.device import down_and_up
+from benchmarks.spilling.disk import Rates, file_store
 from benchmarks.spilling.recorder import record_on_cluster
 from benchmarks.spilling.replay import Moved, replay_lru, replay_oracle, replay_ours
 from benchmarks.spilling.trace import Trace
 from benchmarks.spilling.workloads import JOBS, PASSES
+from dask_gpurt.demo.cluster import Side, open_client, warm_up
 from dask_gpurt.demo.runner import quotient
 
 PERCENTS = (25, 50)
@@ -120,6 +131,74 @@ def stalls(percent: int, *, quick: bool) -> Iterator[Line]:
     yield Line(f"stalls-{percent}", "waits", quotient(lru, ours), ours, lru, "lru", (quotient(lru, ours),) * 2, 1)
 
 
+def wall(*, quick: bool) -> Iterator[Line]:
+    """Run the jobs that pass over their data with room for 25 % of it; quick: less data, once."""
+    for name in PASSES:
+        limited = _limited(name, scale=8 if quick else 32)
+        ours, stock = beside_stock(limited, pairs=1 if quick else 3)
+        walls = [run.wall_s for run in ours], [run.wall_s for run in stock]
+        yield line_of_pairs(f"wall-25-{name}", "wall_s", *walls, "stock")
+
+
+def loop(*, quick: bool) -> Iterator[Line]:
+    """Watch the event loops of the workers while they spill."""
+    ours, stock = beside_stock(_limited("spilltest", scale=16 if quick else 64), pairs=1 if quick else 3)
+    ticks = [run.tick_s for run in ours], [run.tick_s for run in stock]
+    yield line_of_pairs("loop", "longest_tick_s", *ticks, "stock")
+
+
+def _limited(name: str, scale: int) -> Limited:
+    return Limited(JOBS[name], scale, PASSES[name] * scale // 2 * 25 // 100)
+
+
+def idle(*, quick: bool) -> Iterator[Line]:
+    """Run some of everything where all fits."""
+    with open_client(overhead.SPEC) as client:
+        warm_up(client)
+        side = Side("memory", ("memory",))
+        yield overhead.compare(client, "idle", side, overhead.small_workload, pairs=3 if quick else 7)
+
+
+def disk(direction: int, case: str, *, quick: bool) -> Iterator[Line]:
+    """Write and read files."""
+    rates = _file_store(quick=quick)
+    if rates is None:
+        print(f"{case} is skipped: the file system of the workers' folders cannot go past its cache", flush=True)
+    else:
+        yield _line_of_rates(case, rates[direction], "raw")
+
+
+@functools.cache
+def _file_store(*, quick: bool) -> tuple[Rates, Rates] | None:
+    return file_store(2**28 if quick else 2**30, pairs=3 if quick else 9)
+
+
+def gpu(direction: int, case: str, *, quick: bool) -> Iterator[Line]:
+    """Move 4 GB from a device to the host, and back; quick: 1 GB."""
+    yield _line_of_rates(case, _down_and_up(quick=quick)[direction], "memcpy")
+
+
+@functools.cache
+def _down_and_up(*, quick: bool) -> tuple[Rates, Rates]:
+    return down_and_up(2**30 if quick else 2**32, pairs=3 if quick else 9)
+
+
+def gpu_array(*, quick: bool) -> Iterator[Line]:
+    """Read an array of twice the device limit again and again, beside dask-cuda's own store."""
+    scale = 64 if quick else 256
+    limited = Limited(JOBS["spilltest"], scale, PASSES["spilltest"] * scale // 2 // 2, gpu=True)
+    ours, stock = beside_stock(limited, pairs=1 if quick else 3)
+    walls = [run.wall_s for run in ours], [run.wall_s for run in stock]
+    yield line_of_pairs("gpu-array", "wall_s", *walls, "dask-cuda")
+
+
+def _line_of_rates(case: str, rates: Rates, peer_name: str) -> Line:
+    line = line_of_pairs(
+        case, "gb_per_s", [1 / rate for rate in rates.ours], [1 / rate for rate in rates.raw], peer_name
+    )
+    return dataclasses.replace(line, ours=statistics.median(rates.ours) / 1e9, peer=statistics.median(rates.raw) / 1e9)
+
+
 def _case(run: Callable[..., Iterator[Line]], *arguments: object) -> Callable[[bool], Iterator[Line]]:
     return lambda quick: run(*arguments, quick=quick)
 
@@ -128,6 +207,10 @@ CASES: Mapping[str, Callable[[bool], Iterator[Line]]] = (
     {f"bytes-{percent}": _case(bytes_moved, percent) for percent in PERCENTS}
     | {f"{name}-{percent}": _case(job_bytes, name, percent) for name in PASSES for percent in PERCENTS}
     | {f"stalls-{percent}": _case(stalls, percent) for percent in PERCENTS}
+    | {"wall-25": _case(wall), "loop": _case(loop), "idle": _case(idle)}
+    | {case: _case(disk, number, case) for number, case in enumerate(("disk-write", "disk-read"))}
+    | {case: where_there_is_a_gpu(case, _case(gpu, number, case)) for number, case in enumerate(("gpu-down", "gpu-up"))}
+    | {"gpu-array": where_there_is_a_gpu("gpu-array", _case(gpu_array), "dask_cuda")}
 )
 
 SUBJECT = Subject.of_cases("spill", "bytes moved and time lost when memory is short", CASES)

@@ -1,6 +1,6 @@
 """Jobs of the kinds that Dask is used for, small: blocks of 1 MB, some tens of MB a worker.
 
-Each is a function of a client that runs the job to its end with plain ``dask.array``, ``dask.dataframe`` or
+Each is a function of a client, which is the current one; it runs the job to its end with plain ``dask.array``, ``dask.dataframe`` or
 ``dask.delayed``, and returns whatever its user would go on holding.
 
 Covers: :data:`JOBS`, :data:`PASSES`.
@@ -30,12 +30,13 @@ ROWS = 32_768
 PARTS = 32
 
 
-def _square(blocks: int, seed: int = 0) -> Any:
-    return da.random.default_rng(seed).random((blocks * SIDE, blocks * SIDE), chunks=(SIDE, SIDE))
+def _square(blocks: int, seed: int = 0, scale: int = 1) -> Any:
+    rows = scale * SIDE
+    return da.random.default_rng(seed).random((blocks * rows, blocks * SIDE), chunks=(rows, SIDE))
 
 
-def _tall(blocks: int, columns: int = 64) -> Any:
-    rows = SIDE * SIDE // columns
+def _tall(blocks: int, columns: int = 64, scale: int = 1) -> Any:
+    rows = scale * SIDE * SIDE // columns
     return da.random.default_rng(0).random((blocks * rows, columns), chunks=(rows, columns))
 
 
@@ -52,9 +53,10 @@ def _frame(part: int, rows: int = ROWS, groups: int = 32) -> pd.DataFrame:
     )
 
 
-def _table(parts: int = PARTS) -> Any:
-    divisions = (*range(0, parts * ROWS, ROWS), parts * ROWS - 1)
-    return dd.from_map(_frame, range(parts), meta=_frame(0, rows=1).iloc[:0], divisions=divisions)
+def _table(parts: int = PARTS, scale: int = 1) -> Any:
+    rows = scale * ROWS
+    divisions = (*range(0, parts * rows, rows), parts * rows - 1)
+    return dd.from_map(_frame, range(parts), rows=rows, meta=_frame(0, rows=1).iloc[:0], divisions=divisions)
 
 
 def _persisted(collection: Any) -> Any:
@@ -63,18 +65,18 @@ def _persisted(collection: Any) -> Any:
     return collection
 
 
-# Passes over persisted data
+# Passes over persisted data. These four can be larger, by a scale, and return what they hold and a list of answers.
 
 
-def kmeans(client: Client, blocks: int = 64, passes: int = 6) -> Any:  # noqa: ARG001
+def kmeans(client: Client, passes: int = 6, scale: int = 1) -> Any:  # noqa: ARG001
     """Lloyd's algorithm: a pass over persisted points for each step."""
-    points = _persisted(_tall(blocks))
+    points = _persisted(_tall(64, scale=scale))
     centres = np.random.default_rng(1).random((8, points.shape[1]))
     for _ in range(passes):
         parts = [delayed(_kmeans_part)(block, centres) for block in points.to_delayed().ravel()]
         sums, counts = delayed(_kmeans_sum)(parts).compute()
         centres = sums / np.maximum(counts, 1)[:, None]
-    return points, centres
+    return points, [centres]
 
 
 def _kmeans_part(points: Any, centres: Any) -> Any:
@@ -88,21 +90,21 @@ def _kmeans_sum(parts: Any) -> Any:
     return sum(sums for sums, _ in parts), sum(counts for _, counts in parts)
 
 
-def logistic_regression(client: Client, blocks: int = 64, passes: int = 6) -> Any:  # noqa: ARG001
+def logistic_regression(client: Client, passes: int = 6, scale: int = 1) -> Any:  # noqa: ARG001
     """Gradient descent: a pass over persisted data for each step."""
-    x = _tall(blocks)
+    x = _tall(64, scale=scale)
     y = (x.sum(axis=1) > x.shape[1] / 2).astype("float64")
     x, y = _persisted(x), _persisted(y)
     weights = np.zeros(x.shape[1])
     for _ in range(passes):
         gradient = x.T @ (1 / (1 + da.exp(-(x @ weights))) - y)
         weights -= gradient.compute() / len(y)
-    return x, y, weights
+    return (x, y), [weights]
 
 
-def groupby(client: Client, passes: int = 5) -> Any:  # noqa: ARG001
+def groupby(client: Client, passes: int = 5, scale: int = 1) -> Any:  # noqa: ARG001
     """Ask persisted data one question after another."""
-    table = _persisted(_table())
+    table = _persisted(_table(scale=scale))
     answers = []
     for number in range(passes):
         chosen = table[table.value > number / 10]
@@ -110,9 +112,9 @@ def groupby(client: Client, passes: int = 5) -> Any:  # noqa: ARG001
     return table, answers
 
 
-def spill_test(client: Client, passes: int = 5) -> Any:  # noqa: ARG001
+def spill_test(client: Client, passes: int = 5, scale: int = 1) -> Any:  # noqa: ARG001
     """Persist, and read all of it again and again."""
-    x = _persisted(_square(8))
+    x = _persisted(_square(8, scale=scale))
     return x, [float((x + number).sum().compute()) for number in range(passes)]
 
 
@@ -304,7 +306,7 @@ def normalize_by_group(client: Client) -> Any:  # noqa: ARG001
 
 
 #: Name -> job.
-JOBS: Mapping[str, Callable[[Client], object]] = {
+JOBS: Mapping[str, Callable[..., Any]] = {
     "kmeans": kmeans,
     "logreg": logistic_regression,
     "groupby": groupby,
@@ -335,5 +337,5 @@ JOBS: Mapping[str, Callable[[Client], object]] = {
     "normalize-by-group": normalize_by_group,
 }
 
-#: The jobs that pass over persisted data again and again.
-PASSES = ("kmeans", "logreg", "groupby", "spilltest")
+#: The jobs that pass over persisted data again and again -> bytes that they hold at scale 1.
+PASSES = {"kmeans": 64 * 2**20, "logreg": 64 * 2**20, "groupby": PARTS * 2**20, "spilltest": 64 * 2**20}
