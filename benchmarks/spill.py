@@ -26,7 +26,7 @@ from benchmarks import overhead
 from benchmarks.frame import Line, Subject, line_of_pairs
 from benchmarks.gpu import where_there_is_a_gpu
 from benchmarks.spilling.bound import least_nbytes
-from benchmarks.spilling.clusters import Limited, beside_stock
+from benchmarks.spilling.clusters import Limited, Run, beside_stock
 from benchmarks.spilling.device import down_and_up
 from benchmarks.spilling.disk import Rates, file_store
 from benchmarks.spilling.recorder import record_on_cluster
@@ -133,22 +133,24 @@ def stalls(percent: int, *, quick: bool) -> Iterator[Line]:
 
 def wall(*, quick: bool) -> Iterator[Line]:
     """Run the jobs that pass over their data with room for 25 % of it; quick: less data, once."""
-    for name in PASSES:
-        limited = _limited(name, scale=8 if quick else 32)
-        ours, stock = beside_stock(limited, pairs=1 if quick else 3)
-        walls = [run.wall_s for run in ours], [run.wall_s for run in stock]
-        yield line_of_pairs(f"wall-25-{name}", "wall_s", *walls, "stock")
+    limited = Limited(scale=8 if quick else 32, part=0.25)
+    lines = []
+    for name, ours, stock in beside_stock(PASSES, limited, pairs=1 if quick else 3):
+        lines.append(_line_of_walls(f"wall-25-{name}", ours, stock, "stock"))
+        yield lines[-1]
+    yield _mean("wall-25", lines)
 
 
 def loop(*, quick: bool) -> Iterator[Line]:
     """Watch the event loops of the workers while they spill."""
-    ours, stock = beside_stock(_limited("spilltest", scale=16 if quick else 64), pairs=1 if quick else 3)
-    ticks = [run.tick_s for run in ours], [run.tick_s for run in stock]
-    yield line_of_pairs("loop", "longest_tick_s", *ticks, "stock")
+    limited = Limited(scale=16 if quick else 64, part=0.25)
+    for _, ours, stock in beside_stock(["spilltest"], limited, pairs=1 if quick else 3):
+        ticks = [run.tick_s for run in ours], [run.tick_s for run in stock]
+        yield line_of_pairs("loop", "longest_tick_s", *ticks, "stock")
 
 
-def _limited(name: str, scale: int) -> Limited:
-    return Limited(JOBS[name], scale, PASSES[name] * scale // 2 * 25 // 100)
+def _line_of_walls(case: str, ours: Sequence[Run], peer: Sequence[Run], peer_name: str) -> Line:
+    return line_of_pairs(case, "wall_s", [run.wall_s for run in ours], [run.wall_s for run in peer], peer_name)
 
 
 def idle(*, quick: bool) -> Iterator[Line]:
@@ -185,11 +187,9 @@ def _down_and_up(*, quick: bool) -> tuple[Rates, Rates]:
 
 def gpu_array(*, quick: bool) -> Iterator[Line]:
     """Read an array of twice the device limit again and again, beside dask-cuda's own store."""
-    scale = 64 if quick else 256
-    limited = Limited(JOBS["spilltest"], scale, PASSES["spilltest"] * scale // 2 // 2, gpu=True)
-    ours, stock = beside_stock(limited, pairs=1 if quick else 3)
-    walls = [run.wall_s for run in ours], [run.wall_s for run in stock]
-    yield line_of_pairs("gpu-array", "wall_s", *walls, "dask-cuda")
+    limited = Limited(scale=64 if quick else 256, part=0.5, gpu=True)
+    for _, ours, stock in beside_stock(["spilltest"], limited, pairs=1 if quick else 3):
+        yield _line_of_walls("gpu-array", ours, stock, "dask-cuda")
 
 
 def _line_of_rates(case: str, rates: Rates, peer_name: str) -> Line:

@@ -17,8 +17,9 @@ Does not cover: the jobs (:mod:`benchmarks.spilling.workloads`).
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from distributed import Client, Worker, WorkerPlugin
 
 from benchmarks.contest import clusters, dropping
 from benchmarks.frame import BrokenRunError, WrongAnswerError, turns
+from benchmarks.spilling.workloads import JOBS, PASSES_NBYTES
 from dask_gpurt.demo.cluster import GPURT, STOCK, ClusterSpec
 
 __all__ = ["Limited", "Run", "beside_stock"]
@@ -38,36 +40,40 @@ PROCESS_NBYTES = 768 * 2**20
 #: How long the watch of the event loop sleeps.
 SLEEP_S = 0.002
 
+WORKERS = 2
+
 _WATCH = "benchmark-loop-watch"
 
 
 @dataclass(frozen=True)
 class Limited:
-    """A job, and the room it has.
+    """The room that jobs have.
 
     Parameters
     ----------
-    job
-        Called with a client and ``scale``; returns what it holds, and a list of answers.
     scale
-        Size of the data.
-    capacity_nbytes
-        Data that each worker may hold in memory, or on its device if ``gpu``.
+        Size of the data of the jobs.
+    part
+        What the workers may hold of these in memory, or on their devices if ``gpu``.
     """
 
-    job: Callable[..., tuple[Any, list[Any]]]
     scale: int
-    capacity_nbytes: int
+    part: float
     gpu: bool = False
+
+    @property
+    def capacity_nbytes(self) -> int:
+        """Bytes of data that each worker may hold."""
+        return int(self.scale * PASSES_NBYTES * self.part / WORKERS)
 
     @property
     def spec(self) -> ClusterSpec:
         """The cluster."""
         limit_nbytes = self.capacity_nbytes + (0 if self.gpu else PROCESS_NBYTES)
-        return ClusterSpec(workers=2, threads=1, memory_limit_nbytes=limit_nbytes, gpu=self.gpu)
+        return ClusterSpec(workers=WORKERS, threads=1, memory_limit_nbytes=limit_nbytes, gpu=self.gpu)
 
     @property
-    def config(self) -> dict[str, object]:
+    def config(self) -> dict[str, float]:
         """Dask's configuration of the cluster."""
         if self.gpu:
             return {}
@@ -91,15 +97,12 @@ class Run:
 class _Watch(WorkerPlugin):
     name = _WATCH
 
-    def setup(self, worker: Worker) -> None:
-        worker.loop.add_callback(self._begin)
+    async def setup(self, worker: Worker) -> None:  # noqa: ARG002
+        self.longest_s = 0.0
+        self._task = asyncio.create_task(self._watch())
 
     def teardown(self, worker: Worker) -> None:  # noqa: ARG002
         self._task.cancel()
-
-    def _begin(self) -> None:
-        self.longest_s = 0.0
-        self._task = asyncio.create_task(self._watch())
 
     async def _watch(self) -> None:
         while True:
@@ -115,34 +118,36 @@ def _take_longest(dask_worker: Worker) -> float:
     return longest_s
 
 
-def beside_stock(limited: Limited, pairs: int) -> tuple[list[Run], list[Run]]:
-    """Run a job in turns on ours and on stock; return the runs of both.
+def beside_stock(names: Iterable[str], limited: Limited, pairs: int) -> Iterator[tuple[str, list[Run], list[Run]]]:
+    """Run jobs of :data:`~benchmarks.spilling.workloads.PASSES` in turns; yield the runs of each on ours and on stock.
 
     Raises
     ------
     WrongAnswerError
         If the answers differ.
     BrokenRunError
-        If no worker of a side had to spill: the job was not what it should be.
+        If a side did not have to spill: the job was not what it should be.
     """
-    ours: list[Run] = []
-    stock: list[Run] = []
-    expected: list[Any] | None = None
     with dask.config.set(limited.config), clusters(limited.spec) as clients:
         for client in clients.values():
             client.register_plugin(_Watch())
-            _run(client, limited.job, 1)
-        for _, is_ours in turns(pairs):
-            client = clients[(GPURT if is_ours else STOCK).name]
-            run, answers, spilled_nbytes = _run(client, limited.job, limited.scale)
-            (ours if is_ours else stock).append(run)
-            if not spilled_nbytes and not limited.gpu:
-                raise BrokenRunError("nothing was spilled")
-            expected = answers if expected is None else expected
-            # Sums of floats depend on their order, by far less than one part in a million.
-            if not all(np.allclose(mine, true, rtol=1e-6) for mine, true in zip(answers, expected, strict=True)):
-                raise WrongAnswerError(f"{answers}, expected {expected}")
-    return ours, stock
+        for name in names:
+            job = JOBS[name]
+            for client in clients.values():
+                _run(client, functools.partial(job, passes=1), 1)
+            runs: dict[bool, list[Run]] = {True: [], False: []}
+            expected: list[Any] | None = None
+            for _, is_ours in turns(pairs):
+                client = clients[(GPURT if is_ours else STOCK).name]
+                run, answers, spilled_nbytes = _run(client, job, limited.scale)
+                runs[is_ours].append(run)
+                if not spilled_nbytes and not limited.gpu:
+                    raise BrokenRunError(f"{name} spilled nothing")
+                expected = answers if expected is None else expected
+                # Sums of floats depend on their order, by far less than one part in a million.
+                if not all(np.allclose(mine, true, rtol=1e-6) for mine, true in zip(answers, expected, strict=True)):
+                    raise WrongAnswerError(f"{name}: {answers}, expected {expected}")
+            yield name, runs[True], runs[False]
 
 
 def _run(client: Client, job: Callable[..., tuple[Any, list[Any]]], scale: int) -> tuple[Run, list[Any], int]:

@@ -21,7 +21,7 @@ from dask.base import persist
 from dask.delayed import delayed
 from distributed import Client, wait
 
-__all__ = ["JOBS", "PASSES"]
+__all__ = ["JOBS", "PASSES", "PASSES_NBYTES"]
 
 #: Side of a square block of 1 MB.
 SIDE = 362
@@ -104,7 +104,7 @@ def logistic_regression(client: Client, passes: int = 6, scale: int = 1) -> Any:
 
 def groupby(client: Client, passes: int = 5, scale: int = 1) -> Any:  # noqa: ARG001
     """Ask persisted data one question after another."""
-    table = _persisted(_table(scale=scale))
+    table = _persisted(_table(scale=2 * scale))
     answers = []
     for number in range(passes):
         chosen = table[table.value > number / 10]
@@ -337,5 +337,6 @@ JOBS: Mapping[str, Callable[..., Any]] = {
     "normalize-by-group": normalize_by_group,
 }
 
-#: The jobs that pass over persisted data again and again -> bytes that they hold at scale 1.
-PASSES = {"kmeans": 64 * 2**20, "logreg": 64 * 2**20, "groupby": PARTS * 2**20, "spilltest": 64 * 2**20}
+#: The jobs that pass over persisted data again and again, and the bytes that each holds at scale 1.
+PASSES = ("kmeans", "logreg", "groupby", "spilltest")
+PASSES_NBYTES = 64 * 2**20

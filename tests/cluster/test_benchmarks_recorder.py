@@ -1,13 +1,15 @@
-"""Traces of a job that is known, recorded on real processes."""
+"""Traces of a job that is known, recorded on real processes; jobs with little room."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import dask.array as da
+import pytest
 from distributed import Client, wait
 
 from benchmarks.spilling.bound import least_nbytes
+from benchmarks.spilling.clusters import Limited, beside_stock
 from benchmarks.spilling.recorder import record_on_cluster
 from benchmarks.spilling.replay import replay_lru, replay_ours
 from benchmarks.spilling.trace import Delete, Done, Graph, Put, Released, Seen, Serve, Start, Trace
@@ -84,3 +86,11 @@ def check_order(trace: Trace) -> None:
             case _:
                 pass
     assert there <= done
+
+
+@pytest.mark.slow
+def test_a_job_with_little_room_ends_with_equal_answers_on_both_sides() -> None:
+    ((name, ours, stock),) = beside_stock(["spilltest"], Limited(scale=1, part=0.25), pairs=1)
+    assert name == "spilltest"
+    for run in (*ours, *stock):
+        assert run.wall_s > run.tick_s > 0

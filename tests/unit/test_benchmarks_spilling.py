@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import dask
 import pytest
 
+from benchmarks.spilling import disk
 from benchmarks.spilling.bound import least_nbytes
+from benchmarks.spilling.clusters import Limited
 from benchmarks.spilling.replay import Moved, ReplayedWorker, replay_lru, replay_oracle, replay_ours
 from benchmarks.spilling.trace import Delete, End, Graph, Put, Released, Seen, Serve, Start, Trace
 from dask_gpurt.memory.horizon import IDLE, Kind
@@ -131,3 +134,24 @@ def test_a_replayed_worker_is_seen_as_the_real_one() -> None:
 def test_a_scaled_trace_moves_as_much_more() -> None:
     assert replay_lru(CYCLE.scaled(3), 6 * MB).nbytes == 3 * replay_lru(CYCLE, 2 * MB).nbytes
     assert CYCLE.scaled(3).peak_nbytes == 9 * MB
+
+
+def test_the_mark_of_both_sides_is_the_room_that_a_job_has() -> None:
+    limited = Limited(scale=32, part=0.25)
+    assert limited.capacity_nbytes == 256 * MB  # of 2 GB on two workers
+    limit = limited.spec.memory_limit_nbytes
+    marks = [limited.config[f"distributed.worker.memory.{mark}"] for mark in ("target", "spill", "pause")]
+    assert marks == sorted(marks)
+    assert marks[0] == pytest.approx(256 * MB / limit)
+
+
+def test_files_are_measured_as_long_as_there_are_any(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr(disk, "VALUE_NBYTES", 4 * MB)
+    with dask.config.set({"temporary-directory": str(tmp_path)}):
+        found = disk.file_store(12 * MB, pairs=2)
+    if found is None:
+        pytest.skip("the file system cannot go past its cache")
+    for rates in found:
+        assert len(rates.ours) == len(rates.raw) == 2
+        assert min(*rates.ours, *rates.raw) > 0
+    assert not list(tmp_path.iterdir())
