@@ -30,7 +30,7 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
-from benchmarks.spilling.trace import Delete, End, Graph, Put, Released, Serve, Start, Trace
+from benchmarks.spilling.trace import Delete, End, Graph, Known, Put, Serve, Start, Trace
 
 __all__ = ["least_nbytes"]
 
@@ -101,7 +101,7 @@ class _Reader:
                     self._put(event)
                 case Delete(key):
                     self._delete(key)
-                case Released(key):
+                case Known(key, "released" | "forgotten"):
                     self._wanted.discard(key)
                     if key in self._alive:
                         self._alive[key].gone = min(self._alive[key].gone, self.now)

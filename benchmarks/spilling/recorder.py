@@ -24,7 +24,7 @@ import dask
 from distributed import Client, Scheduler, SchedulerPlugin, Worker, WorkerPlugin
 
 from benchmarks.contest import dropping
-from benchmarks.spilling.trace import Delete, Done, End, Event, Graph, Put, Released, Seen, Serve, Start, Trace
+from benchmarks.spilling.trace import Delete, End, Event, Graph, Known, Put, Seen, Serve, Start, Trace
 from dask_gpurt import seams
 from dask_gpurt.demo.cluster import ClusterSpec, open_client
 from dask_gpurt.memory.codec import footprint
@@ -142,10 +142,7 @@ class _SchedulerRecorder(SchedulerPlugin):
         )
 
     def transition(self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        if finish == "memory":
-            self.notes.add(Done(key))
-        elif start == "memory":
-            self.notes.add(Released(key))
+        self.notes.add(Known(key, finish))
 
 
 def _take_from_scheduler(dask_scheduler: Scheduler) -> list[Note]:

@@ -3,8 +3,8 @@
 Theory of operation
 -------------------
 Ours is the spiller that workers run (:class:`~dask_gpurt.memory.spiller.Spiller`), with its ledger and policy, and asked by
-it the horizon that workers run (:class:`~dask_gpurt.memory.manager.WorkerHorizon`), which looks at a worker that knows, at
-each event, what the recorded one knew. Around them stands what the manager and the mover do at each event: inputs are
+it the horizon that workers run (:class:`~dask_gpurt.memory.manager.WorkerHorizon`), which knows at each event what those of
+the recorded cluster could have known (:mod:`benchmarks.spilling.views`). Around them stands what the manager and the mover do at each event: inputs are
 brought up and pinned before a task starts, the inputs of the next one are fetched while it runs, peers are served from
 below. Stock's is zict's buffer, which distributed's ``SpillBuffer`` is made of: the least recently used value goes; what
 is read comes up and is written again when it goes again, unless a task still holds it.
@@ -26,16 +26,16 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Hashable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from zict import Buffer, Cache, WeakValueMapping
 
 from benchmarks.spilling.oracle import Oracle
-from benchmarks.spilling.trace import Delete, End, Key, Priority, Put, Seen, Serve, Start, Trace
+from benchmarks.spilling.trace import Delete, End, Key, Put, Serve, Start, Trace
+from benchmarks.spilling.views import View
 from dask_gpurt.memory import events as ev
 from dask_gpurt.memory.ledger import Ledger, Reservation, Tier
-from dask_gpurt.memory.manager import WorkerHorizon
 from dask_gpurt.memory.spiller import Spiller
 
 __all__ = ["Moved", "replay_lru", "replay_oracle", "replay_ours"]
@@ -61,95 +61,13 @@ class Moved:
 # Ours
 
 
-@dataclass(slots=True, eq=False)
-class _Task:
-    """Stands for the worker's state of a task."""
-
-    key: Key
-    state: str = "released"
-    priority: Priority | None = None
-    dependencies: list[_Task] = field(default_factory=list)
-    dependents: list[_Task] = field(default_factory=list)
-
-
-class _Ready:
-    """Stands for the worker's queue."""
-
-    def __init__(self) -> None:
-        self.tasks: set[_Task] = set()
-
-    def __iter__(self) -> Iterator[_Task]:
-        return iter(self.tasks)
-
-    def __len__(self) -> int:
-        return len(self.tasks)
-
-    def peek(self) -> _Task:
-        return min(self.tasks, key=_priority)
-
-
-def _priority(task: _Task) -> Priority:
-    return task.priority or ()
-
-
-class _State:
-    def __init__(self, nworkers: int) -> None:
-        self.nthreads = 1
-        self.tasks: dict[Key, _Task] = {}
-        self.actors: dict[Key, object] = {}
-        self.ready = _Ready()
-        self.executing: set[_Task] = set()
-        self.has_what = range(nworkers - 1)
-
-
-class ReplayedWorker:
-    """What the horizon sees of a worker, as it was at an event of the trace."""
-
-    def __init__(self, nworkers: int) -> None:
-        self.state = _State(nworkers)
-
-    def see(self, event: Seen) -> None:
-        """Change the view of a task."""
-        state = self.state
-        task = self._task(event.key)
-        task.state = event.state
-        task.priority = event.priority
-        if event.inputs is not None:
-            self._set_inputs(task, event.inputs)
-        state.ready.tasks.discard(task)
-        state.executing.discard(task)
-        if event.state == "ready":
-            state.ready.tasks.add(task)
-        elif event.state == "executing":
-            state.executing.add(task)
-        elif event.state == "forgotten":
-            self._set_inputs(task, ())
-            for dependent in task.dependents:
-                dependent.dependencies.remove(task)
-            del state.tasks[event.key]
-
-    def _task(self, key: Key) -> _Task:
-        task = self.state.tasks.get(key)
-        if task is None:
-            task = self.state.tasks[key] = _Task(key)
-        return task
-
-    def _set_inputs(self, task: _Task, inputs: Sequence[Key]) -> None:
-        for dependency in task.dependencies:
-            dependency.dependents.remove(task)
-        task.dependencies = [self._task(key) for key in inputs]
-        for dependency in task.dependencies:
-            dependency.dependents.append(task)
-
-
 class _OurStore:
     """What the manager and the mover do around a spiller, where moving takes no time."""
 
-    def __init__(self, worker: ReplayedWorker, horizon: WorkerHorizon | Oracle, capacity_nbytes: int) -> None:
-        self._worker = worker
-        self._horizon = horizon
+    def __init__(self, view: View, capacity_nbytes: int) -> None:
+        self._view = view
         self._ledger = Ledger({Tier.HOST: capacity_nbytes})
-        self._spiller = Spiller(self._ledger, self._horizon)
+        self._spiller = Spiller(self._ledger, view.horizon)
         self._buffers = itertools.count()
         self._running: dict[Key, tuple[Hashable, ...]] = {}
         #: The task that has just ended and what it held: for the worker it runs until its result was put.
@@ -159,7 +77,8 @@ class _OurStore:
 
     def put(self, event: Put) -> None:
         self.delete(event.key)
-        self._horizon.note(event.key)
+        self._view.horizon.note(event.key)
+        self._view.fill(self._ledger.used(Tier.HOST) / max(1, self.capacity_nbytes))
         self._handle(ev.Put(event.key, ("put", event.buffer), event.buffer_nbytes, event.nbytes))
 
     def delete(self, key: Key) -> None:
@@ -209,11 +128,9 @@ class _OurStore:
             self.beyond_nbytes = max(self.beyond_nbytes, used - max(self.capacity_nbytes, sum(held.values())))
 
     def _prefetch(self) -> None:
-        ready = self._worker.state.ready
-        if ready:
-            inputs = [task.key for task in ready.peek().dependencies]
-            if self._absent(inputs):
-                self._unpin(self._ensure(inputs, forceable=False) or ())
+        inputs = self._view.next_inputs()
+        if self._absent(inputs):
+            self._unpin(self._ensure(inputs, forceable=False) or ())
 
     def _absent(self, keys: Sequence[Key]) -> int:
         return sum(key in self._spiller.absent for key in keys)
@@ -274,21 +191,18 @@ class _OurStore:
 
 def replay_ours(trace: Trace, capacity_nbytes: int) -> Moved:
     """Replay a trace through the spiller of dask-gpurt."""
-    worker = ReplayedWorker(trace.nworkers)
-    return _replay(trace, worker, WorkerHorizon(worker), capacity_nbytes)
+    return _replay(trace, View(trace), capacity_nbytes)
 
 
 def replay_oracle(trace: Trace, capacity_nbytes: int) -> Moved:
     """Replay a trace through the spiller of dask-gpurt, with a horizon that knows the future."""
-    return _replay(trace, ReplayedWorker(trace.nworkers), Oracle(trace), capacity_nbytes)
+    return _replay(trace, View(trace, Oracle(trace)), capacity_nbytes)
 
 
-def _replay(trace: Trace, worker: ReplayedWorker, horizon: WorkerHorizon | Oracle, capacity_nbytes: int) -> Moved:
-    store = _OurStore(worker, horizon, capacity_nbytes)
+def _replay(trace: Trace, view: View, capacity_nbytes: int) -> Moved:
+    store = _OurStore(view, capacity_nbytes)
     for number, event in enumerate(trace.events):
-        if isinstance(horizon, Oracle):
-            # What an event reads is in use until it is over; what comes after it has come.
-            horizon.now = number if isinstance(event, Start | Serve) else number + 1
+        view.see(number, event)
         match event:
             case Put():
                 store.put(event)
@@ -300,8 +214,6 @@ def _replay(trace: Trace, worker: ReplayedWorker, horizon: WorkerHorizon | Oracl
                 store.end(key)
             case Serve(keys):
                 store.serve(keys)
-            case Seen():
-                worker.see(event)
             case _:
                 continue
         store.look()

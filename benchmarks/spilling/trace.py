@@ -4,7 +4,7 @@ Theory of operation
 -------------------
 A trace is a sequence of events in the order of the clock, from three sources: what was put into and deleted from
 ``worker.data``, and who read it (tasks that start, peers that are served); how the worker's view of its tasks changed
-(:class:`Seen`); and what the scheduler knew (:class:`Graph`, :class:`Done`, :class:`Released`), at the time when it knew it.
+(:class:`Seen`); and what the scheduler knew (:class:`Graph`, :class:`Known`), at the time when it knew it.
 A store that is driven by a trace may use of it what lies before.
 
 Bytes count by buffer, as in the ledger: however many values lie in one, it counts once, until the last of them goes.
@@ -21,7 +21,7 @@ import dataclasses
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-__all__ = ["Delete", "Done", "End", "Event", "Graph", "Put", "Released", "Seen", "Serve", "Start", "Trace"]
+__all__ = ["Delete", "End", "Event", "Graph", "Known", "Put", "Seen", "Serve", "Start", "Trace"]
 
 Key = Hashable
 Priority = tuple[float, ...]
@@ -90,20 +90,14 @@ class Graph:
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
-    """The scheduler knows that a task is done, on whichever worker."""
+class Known:
+    """The scheduler's view of a task changed. What is released is needed by nobody, and no client holds it."""
 
     key: Key
+    state: str
 
 
-@dataclass(frozen=True, slots=True)
-class Released:
-    """The scheduler knows that a key is not needed any more: nobody waits for it, and no client holds it."""
-
-    key: Key
-
-
-Event = Put | Delete | Start | End | Serve | Seen | Graph | Done | Released
+Event = Put | Delete | Start | End | Serve | Seen | Graph | Known
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from benchmarks.spilling.bound import least_nbytes
 from benchmarks.spilling.clusters import Limited, beside_stock
 from benchmarks.spilling.recorder import record_on_cluster
 from benchmarks.spilling.replay import replay_lru, replay_ours
-from benchmarks.spilling.trace import Delete, Done, Graph, Put, Released, Seen, Serve, Start, Trace
+from benchmarks.spilling.trace import Delete, Graph, Known, Put, Seen, Serve, Start, Trace
 
 BLOCKS = 8
 BLOCK_NBYTES = 8 * 256 * 256
@@ -81,8 +81,10 @@ def check_order(trace: Trace) -> None:
                 there.remove(key)
             case Serve(keys):
                 assert there.issuperset(keys)
-            case Done(key) | Released(key):
-                done.add(key)
+            case Known(key, state):
+                assert key in known
+                if state == "memory":
+                    done.add(key)
             case _:
                 pass
     assert there <= done

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from benchmarks.spilling.bound import least_nbytes
 from benchmarks.spilling.replay import replay_lru, replay_oracle, replay_ours
-from benchmarks.spilling.trace import Delete, End, Event, Graph, Put, Released, Serve, Start, Trace
+from benchmarks.spilling.trace import Delete, End, Event, Graph, Known, Put, Serve, Start, Trace
 
 KB = 1024
 INPUTS_MAX = 2
@@ -44,7 +44,7 @@ def traces(draw: st.DrawFn, *, views: bool) -> Trace:
         else:
             key = draw(st.sampled_from(sorted(alive)))
             del alive[key]
-            events += [Released(key), Delete(key)]
+            events += [Known(key, "released"), Delete(key)]
     return Trace(tuple(events))
 
 

@@ -10,9 +10,10 @@ import pytest
 from benchmarks.spilling import disk
 from benchmarks.spilling.bound import least_nbytes
 from benchmarks.spilling.clusters import Limited
-from benchmarks.spilling.replay import Moved, ReplayedWorker, replay_lru, replay_oracle, replay_ours
-from benchmarks.spilling.trace import Delete, End, Graph, Put, Released, Seen, Serve, Start, Trace
-from dask_gpurt.memory.horizon import IDLE, Kind
+from benchmarks.spilling.replay import Moved, replay_lru, replay_oracle, replay_ours
+from benchmarks.spilling.trace import Delete, End, Graph, Known, Put, Seen, Serve, Start, Trace
+from benchmarks.spilling.views import ReplayedScheduler, ReplayedWorker
+from dask_gpurt.memory.horizon import IDLE, RECENT, Kind, Use
 from dask_gpurt.memory.manager import WorkerHorizon
 
 #: Blocks that are not too small to be moved.
@@ -83,7 +84,7 @@ def test_what_a_client_holds_has_to_be_kept() -> None:
     assert least_nbytes(Trace(events), MB) == 0
     assert least_nbytes(Trace((Graph((), ("a", "b")), *events)), MB) / MB == pytest.approx(1.0)
     # Until the client lets go of it: that is before b comes.
-    held = Trace((Graph((), ("a", "b")), put("a"), Released("a"), put("b")))
+    held = Trace((Graph((), ("a", "b")), put("a"), Known("a", "released"), put("b")))
     assert least_nbytes(held, MB) == 0
 
 
@@ -129,6 +130,25 @@ def test_a_replayed_worker_is_seen_as_the_real_one() -> None:
     assert horizon.uses(["y"])[0].kind is Kind.RUNNING
     worker.see(Seen("later", "forgotten", None, None))
     assert horizon.uses(["x"]) == [IDLE]
+
+
+def test_a_replayed_scheduler_tells_what_the_real_one_would() -> None:
+    worker: Any = ReplayedWorker(nworkers=1)
+    horizon = WorkerHorizon(worker)
+    scheduler = ReplayedScheduler(horizon)
+    worker.see(Seen("now", "executing", (0, 1, 0), ()))
+    scheduler.update_graph(Graph((("x", (0, 1, 0), ()), ("later", (0, 1, 7), ("x",))), ("later",)))
+    scheduler.add_replica("x")
+    scheduler.watch()
+    for key, state in (("x", "memory"), ("later", "queued")):
+        scheduler.transition(Known(key, state))
+    assert horizon.uses(["x"]) == [IDLE]
+    scheduler.tell()
+    assert horizon.uses(["x"]) == [Use(Kind.NEXT, 7.0)]
+    # Another worker got it: that one asks for x in a moment.
+    scheduler.transition(Known("later", "processing"))
+    scheduler.tell()
+    assert horizon.uses(["x"]) == [RECENT]
 
 
 def test_a_scaled_trace_moves_as_much_more() -> None:

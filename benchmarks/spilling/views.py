@@ -1,0 +1,247 @@
+"""What the horizon sees: a worker and a scheduler as they were at an event of a trace.
+
+Theory of operation
+-------------------
+The horizon of a worker looks at the worker's state, and is told by the scheduler's plugin, which looks at the scheduler's.
+Here are stand-ins for both with the attributes that are looked at, driven by the events in which a trace noted how the
+real ones changed. What the scheduler tells arrives before the next event of the worker.
+
+Covers: :class:`ReplayedWorker`, :class:`ReplayedScheduler`; :class:`View`, which is both, with our horizon or with an oracle.
+Does not cover: what is made of it, which is the product's own code.
+
+No I/O, no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.spilling.oracle import Oracle
+from benchmarks.spilling.trace import Delete, Event, Graph, Key, Known, Priority, Put, Seen, Serve, Start, Trace
+from dask_gpurt.memory.manager import WATCH_FRACTION, WorkerHorizon
+from dask_gpurt.plugins.foresight import Foresight
+
+__all__ = ["ReplayedScheduler", "ReplayedWorker", "View"]
+
+#: States of a task that was given to the worker to be run.
+_GIVEN = ("waiting", "ready", "constrained", "executing", "long-running")
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    """Stands for the worker's state of a task."""
+
+    key: Key
+    state: str = "released"
+    priority: Priority | None = None
+    #: None: a peer's, of which the result was fetched.
+    run_spec: object = None
+    dependencies: list[_Task] = field(default_factory=list)
+    dependents: list[_Task] = field(default_factory=list)
+
+
+class _Ready:
+    """Stands for the worker's queue."""
+
+    def __init__(self) -> None:
+        self.tasks: set[_Task] = set()
+
+    def __iter__(self) -> Iterator[_Task]:
+        return iter(self.tasks)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def peek(self) -> _Task:
+        return min(self.tasks, key=_priority)
+
+
+def _priority(task: _Task) -> Priority:
+    return task.priority or ()
+
+
+class _State:
+    def __init__(self, nworkers: int) -> None:
+        self.nthreads = 1
+        self.tasks: dict[Key, _Task] = {}
+        self.actors: dict[Key, object] = {}
+        self.ready = _Ready()
+        self.executing: set[_Task] = set()
+        self.has_what = range(nworkers - 1)
+
+
+class ReplayedWorker:
+    """What the horizon sees of a worker, as it was at an event of the trace."""
+
+    def __init__(self, nworkers: int) -> None:
+        self.state = _State(nworkers)
+
+    def see(self, event: Seen) -> None:
+        """Change the view of a task."""
+        state = self.state
+        task = self._task(event.key)
+        task.state = event.state
+        task.priority = event.priority
+        if event.state in _GIVEN:
+            task.run_spec = event.state
+        if event.inputs is not None:
+            self._set_inputs(task, event.inputs)
+        state.ready.tasks.discard(task)
+        state.executing.discard(task)
+        if event.state == "ready":
+            state.ready.tasks.add(task)
+        elif event.state == "executing":
+            state.executing.add(task)
+        elif event.state == "forgotten":
+            self._set_inputs(task, ())
+            for dependent in task.dependents:
+                dependent.dependencies.remove(task)
+            del state.tasks[event.key]
+
+    def _task(self, key: Key) -> _Task:
+        task = self.state.tasks.get(key)
+        if task is None:
+            task = self.state.tasks[key] = _Task(key)
+        return task
+
+    def _set_inputs(self, task: _Task, inputs: Sequence[Key]) -> None:
+        for dependency in task.dependencies:
+            dependency.dependents.remove(task)
+        task.dependencies = [self._task(key) for key in inputs]
+        for dependency in task.dependencies:
+            dependency.dependents.append(task)
+
+
+@dataclass(slots=True, eq=False)
+class _KnownTask:
+    """Stands for the scheduler's state of a task. Of the workers, it knows the one that the trace is of."""
+
+    key: Key
+    state: str = "released"
+    priority: Priority | None = None
+    dependencies: set[_KnownTask] = field(default_factory=set)
+    dependents: set[_KnownTask] = field(default_factory=set)
+    who_has: set[_Holder] = field(default_factory=set)
+    who_wants: set[str] = field(default_factory=set)
+
+
+class _Holder:
+    """Stands for the scheduler's state of the worker."""
+
+    address = "replayed"
+
+    def __init__(self) -> None:
+        self.has_what: set[_KnownTask] = set()
+
+
+class ReplayedScheduler:
+    """Tells a worker's horizon what the scheduler would have told, from when on it watches."""
+
+    def __init__(self, horizon: WorkerHorizon) -> None:
+        self._horizon = horizon
+        self._foresight = Foresight()
+        self._tasks: dict[Hashable, _KnownTask] = {}
+        self._worker = _Holder()
+
+    def update_graph(self, event: Graph) -> None:
+        """Take new tasks."""
+        for key, priority, inputs in event.tasks:
+            task = self._tasks.setdefault(key, _KnownTask(key))
+            task.priority = priority
+            for name in inputs:
+                dependency = self._tasks.setdefault(name, _KnownTask(name))
+                task.dependencies.add(dependency)
+                dependency.dependents.add(task)
+        for key in event.wanted:
+            self._tasks.setdefault(key, _KnownTask(key)).who_wants.add("client")
+
+    def transition(self, event: Known) -> None:
+        """Change the view of a task."""
+        task = self._tasks.get(event.key)
+        if task is None:
+            return
+        task.state = event.state
+        if self._foresight.watched:
+            self._foresight.transition(task, event.state)
+        if event.state in ("released", "forgotten"):
+            task.who_wants.clear()
+        if event.state == "forgotten":
+            for dependency in task.dependencies:
+                dependency.dependents.discard(task)
+            del self._tasks[event.key]
+
+    def add_replica(self, key: Hashable) -> None:
+        """Note that the worker holds a key."""
+        task = self._tasks.get(key)
+        if task is not None:
+            task.who_has.add(self._worker)
+            self._worker.has_what.add(task)
+
+    def remove_replica(self, key: Hashable) -> None:
+        """Note that the worker does not hold a key any more."""
+        task = self._tasks.get(key)
+        if task is not None:
+            task.who_has.discard(self._worker)
+            self._worker.has_what.discard(task)
+
+    def watch(self) -> None:
+        """Begin to tell."""
+        if not self._foresight.watched:
+            self._foresight.watch(self._worker)
+
+    def tell(self) -> None:
+        """Say what has changed."""
+        if self._foresight.pending:
+            for _, words in self._foresight.words():
+                self._horizon.tell(words)
+
+
+class View:
+    """Both, for a trace.
+
+    Parameters
+    ----------
+    trace
+        What is replayed.
+    horizon
+        In the place of the one that workers have.
+    """
+
+    def __init__(self, trace: Trace, horizon: Oracle | None = None) -> None:
+        self._worker = ReplayedWorker(trace.nworkers)
+        known = WorkerHorizon(self._worker)
+        self._scheduler = ReplayedScheduler(known)
+        self._oracle = horizon
+        self.horizon = horizon or known
+
+    def see(self, number: int, event: Event) -> None:
+        """Change what is seen as the event with this number does, before the store hears of it."""
+        if self._oracle is not None:
+            # What an event reads is in use until it is over; what comes after it has come.
+            self._oracle.now = number if isinstance(event, Start | Serve) else number + 1
+        if not isinstance(event, Graph | Known):
+            self._scheduler.tell()
+        match event:
+            case Seen():
+                self._worker.see(event)
+            case Graph():
+                self._scheduler.update_graph(event)
+            case Known():
+                self._scheduler.transition(event)
+            case Put(key):
+                self._scheduler.add_replica(key)
+            case Delete(key):
+                self._scheduler.remove_replica(key)
+            case _:
+                pass
+
+    def fill(self, part: float) -> None:
+        """Take note that so much of the capacity is used."""
+        if part > WATCH_FRACTION:
+            self._scheduler.watch()
+
+    def next_inputs(self) -> list[Key]:
+        """Return what the task takes that the worker will start next."""
+        ready = self._worker.state.ready
+        return [task.key for task in ready.peek().dependencies] if ready else []
