@@ -44,7 +44,7 @@ class Oracle:
         self._deletes: defaultdict[Hashable, list[int]] = defaultdict(list)
         for number, event in enumerate(trace.events):
             match event:
-                case Start(_, keys) | Serve(keys):
+                case Start(_, keys) | Serve(keys, _):
                     for key in keys:
                         self._reads[key].append(number)
                 case Delete(key):

@@ -114,7 +114,7 @@ class _WorkerRecorder(WorkerPlugin):
 
     async def _get_data(self, comm: Any, keys: Any, who: str | None = None, serializers: Any = None) -> Any:
         there = seams.worker_store(self._worker)
-        self.notes.add(Serve(tuple(key for key in keys if key in there)))
+        self.notes.add(Serve(tuple(key for key in keys if key in there), who))
         return await self._hooks.get_data(comm, keys, who=who, serializers=serializers)
 
 
@@ -123,6 +123,9 @@ class _SchedulerRecorder(SchedulerPlugin):
 
     def __init__(self) -> None:
         self.notes = _Notes()
+
+    async def start(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
 
     def update_graph(
         self,
@@ -141,8 +144,19 @@ class _SchedulerRecorder(SchedulerPlugin):
             )
         )
 
-    def transition(self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        self.notes.add(Known(key, finish))
+    def transition(
+        self,
+        key: Any,
+        start: str,  # noqa: ARG002
+        finish: str,
+        *args: Any,  # noqa: ARG002
+        worker: str | None = None,
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
+        task = self._scheduler.tasks.get(key)
+        if task is not None and task.processing_on is not None:
+            worker = task.processing_on.address
+        self.notes.add(Known(key, finish, worker))
 
 
 def _take_from_scheduler(dask_scheduler: Scheduler) -> list[Note]:
@@ -175,7 +189,7 @@ def record(client: Client, jobs: Mapping[str, Callable[[Client], object]]) -> It
                     known = client.run_on_scheduler(_take_from_scheduler)
                     seen = client.run(_take_from_worker)
                     del result
-                yield name, [_merge(notes, known, len(seen)) for _, notes in sorted(seen.items())]
+                yield name, [_merge(notes, known, len(seen), address) for address, notes in sorted(seen.items())]
     finally:
         client.unregister_worker_plugin(_NAME)
         client.unregister_scheduler_plugin(_NAME)
@@ -187,7 +201,7 @@ def record_on_cluster(jobs: Mapping[str, Callable[[Client], object]]) -> Iterato
         yield from record(client, jobs)
 
 
-def _merge(own: list[Note], known: list[Note], nworkers: int) -> Trace:
+def _merge(own: list[Note], known: list[Note], nworkers: int, address: str) -> Trace:
     # Of notes of one time the worker's come first: what the scheduler knows has yet to travel.
     notes = sorted([*own, *known], key=lambda note: note[0])
-    return Trace(tuple(event for _, event in notes), nworkers)
+    return Trace(tuple(event for _, event in notes), nworkers, address)

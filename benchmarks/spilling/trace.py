@@ -66,6 +66,8 @@ class Serve:
     """A peer or a client reads values."""
 
     keys: tuple[Key, ...]
+    #: Address of the peer; None: it is a client.
+    who: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,8 @@ class Known:
 
     key: Key
     state: str
+    #: Address of the worker that it was given to, or that has done it.
+    worker: str | None = None
 
 
 Event = Put | Delete | Start | End | Serve | Seen | Graph | Known
@@ -110,10 +114,13 @@ class Trace:
         In the order of time.
     nworkers
         Workers of the cluster, of one thread each.
+    address
+        Of the worker.
     """
 
     events: tuple[Event, ...]
     nworkers: int = 1
+    address: str = ""
 
     def scaled(self, factor: int) -> Trace:
         """Return the trace of the same job on values that are larger by ``factor``."""

@@ -115,7 +115,7 @@ class ReplayedWorker:
 
 @dataclass(slots=True, eq=False)
 class _KnownTask:
-    """Stands for the scheduler's state of a task. Of the workers, it knows the one that the trace is of."""
+    """Stands for the scheduler's state of a task."""
 
     key: Key
     state: str = "released"
@@ -124,25 +124,34 @@ class _KnownTask:
     dependents: set[_KnownTask] = field(default_factory=set)
     who_has: set[_Holder] = field(default_factory=set)
     who_wants: set[str] = field(default_factory=set)
+    processing_on: _Holder | None = None
 
 
 class _Holder:
-    """Stands for the scheduler's state of the worker."""
+    """Stands for the scheduler's state of a worker."""
 
-    address = "replayed"
-
-    def __init__(self) -> None:
+    def __init__(self, address: str) -> None:
+        self.address = address
         self.has_what: set[_KnownTask] = set()
 
 
 class ReplayedScheduler:
-    """Tells a worker's horizon what the scheduler would have told, from when on it watches."""
+    """Tells a worker's horizon what the scheduler would have told, from when on it watches.
 
-    def __init__(self, horizon: WorkerHorizon) -> None:
+    Parameters
+    ----------
+    horizon
+        Is told.
+    address
+        The worker's address.
+    """
+
+    def __init__(self, horizon: WorkerHorizon, address: str = "") -> None:
         self._horizon = horizon
         self._foresight = Foresight()
         self._tasks: dict[Hashable, _KnownTask] = {}
-        self._worker = _Holder()
+        self._address = address
+        self._workers = {address: _Holder(address)}
 
     def update_graph(self, event: Graph) -> None:
         """Take new tasks."""
@@ -162,33 +171,46 @@ class ReplayedScheduler:
         if task is None:
             return
         task.state = event.state
-        if self._foresight.watched:
-            self._foresight.transition(task, event.state)
+        task.processing_on = None
+        if event.worker is not None and event.state == "processing":
+            task.processing_on = self._worker(event.worker)
+        elif event.worker is not None and event.state == "memory":
+            self.add_replica(event.key, event.worker)
         if event.state in ("released", "forgotten"):
             task.who_wants.clear()
+            for worker in task.who_has:
+                worker.has_what.discard(task)
+            task.who_has.clear()
+        if self._foresight.watched:
+            self._foresight.transition(task, event.state)
         if event.state == "forgotten":
             for dependency in task.dependencies:
                 dependency.dependents.discard(task)
             del self._tasks[event.key]
 
-    def add_replica(self, key: Hashable) -> None:
-        """Note that the worker holds a key."""
+    def add_replica(self, key: Hashable, address: str | None = None) -> None:
+        """Note that a worker holds a key; None: the one that is told."""
         task = self._tasks.get(key)
         if task is not None:
-            task.who_has.add(self._worker)
-            self._worker.has_what.add(task)
+            worker = self._worker(self._address if address is None else address)
+            task.who_has.add(worker)
+            worker.has_what.add(task)
 
     def remove_replica(self, key: Hashable) -> None:
         """Note that the worker does not hold a key any more."""
         task = self._tasks.get(key)
         if task is not None:
-            task.who_has.discard(self._worker)
-            self._worker.has_what.discard(task)
+            worker = self._worker(self._address)
+            task.who_has.discard(worker)
+            worker.has_what.discard(task)
+
+    def _worker(self, address: str) -> _Holder:
+        return self._workers.setdefault(address, _Holder(address))
 
     def watch(self) -> None:
         """Begin to tell."""
         if not self._foresight.watched:
-            self._foresight.watch(self._worker)
+            self._foresight.watch(self._worker(self._address))
 
     def tell(self) -> None:
         """Say what has changed."""
@@ -211,7 +233,7 @@ class View:
     def __init__(self, trace: Trace, horizon: Oracle | None = None) -> None:
         self._worker = ReplayedWorker(trace.nworkers)
         known = WorkerHorizon(self._worker)
-        self._scheduler = ReplayedScheduler(known)
+        self._scheduler = ReplayedScheduler(known, trace.address)
         self._oracle = horizon
         self.horizon = horizon or known
 
@@ -233,6 +255,9 @@ class View:
                 self._scheduler.add_replica(key)
             case Delete(key):
                 self._scheduler.remove_replica(key)
+            case Serve(keys, str(who)):
+                for key in keys:
+                    self._scheduler.add_replica(key, who)
             case _:
                 pass
 

@@ -81,8 +81,9 @@ def check_order(trace: Trace) -> None:
                 there.remove(key)
             case Serve(keys):
                 assert there.issuperset(keys)
-            case Known(key, state):
+            case Known(key, state, worker):
                 assert key in known
+                assert (worker is not None) >= (state == "processing")
                 if state == "memory":
                     done.add(key)
             case _:

@@ -146,7 +146,7 @@ def test_a_replayed_scheduler_tells_what_the_real_one_would() -> None:
     scheduler.tell()
     assert horizon.uses(["x"]) == [Use(Kind.NEXT, 7.0)]
     # Another worker got it: that one asks for x in a moment.
-    scheduler.transition(Known("later", "processing"))
+    scheduler.transition(Known("later", "processing", "another"))
     scheduler.tell()
     assert horizon.uses(["x"]) == [RECENT]
 
