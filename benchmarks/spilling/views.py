@@ -4,7 +4,7 @@ Theory of operation
 -------------------
 The horizon of a worker looks at the worker's state, and is told by the scheduler's plugin, which looks at the scheduler's.
 Here are stand-ins for both with the attributes that are looked at, driven by the events in which a trace noted how the
-real ones changed. What the scheduler tells arrives before the next event of the worker.
+real ones changed. What the scheduler tells arrives behind the tasks that it gave to the worker before, on the same stream.
 
 Covers: :class:`ReplayedWorker`, :class:`ReplayedScheduler`; :class:`View`, which is both, with our horizon or with an oracle.
 Does not cover: what is made of it, which is the product's own code.
@@ -14,13 +14,14 @@ No I/O, no clock.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.spilling.oracle import Oracle
 from benchmarks.spilling.trace import Delete, Event, Graph, Key, Known, Priority, Put, Seen, Serve, Start, Trace
 from dask_gpurt.memory.manager import WATCH_FRACTION, WorkerHorizon
-from dask_gpurt.plugins.foresight import Foresight
+from dask_gpurt.plugins.foresight import Foresight, Word
 
 __all__ = ["ReplayedScheduler", "ReplayedWorker", "View"]
 
@@ -150,6 +151,10 @@ class ReplayedScheduler:
         self._horizon = horizon
         self._foresight = Foresight()
         self._tasks: dict[Hashable, _KnownTask] = {}
+        #: Tasks that were given to the worker, which has not seen them yet.
+        self._sent: set[Hashable] = set()
+        #: What was told behind such tasks.
+        self._on_its_way: deque[tuple[set[Hashable], list[Word]]] = deque()
         self._address = address
         self._workers = {address: _Holder(address)}
 
@@ -172,8 +177,11 @@ class ReplayedScheduler:
             return
         task.state = event.state
         task.processing_on = None
+        self._arrive(event.key)
         if event.worker is not None and event.state == "processing":
             task.processing_on = self._worker(event.worker)
+            if event.worker == self._address:
+                self._sent.add(event.key)
         elif event.worker is not None and event.state == "memory":
             self.add_replica(event.key, event.worker)
         if event.state in ("released", "forgotten"):
@@ -212,11 +220,23 @@ class ReplayedScheduler:
         if not self._foresight.watched:
             self._foresight.watch(self._worker(self._address))
 
+    def see(self, event: Seen) -> None:
+        """Note what the worker has heard of."""
+        if event.state in _GIVEN:
+            self._arrive(event.key)
+
+    def _arrive(self, key: Hashable) -> None:
+        self._sent.discard(key)
+        for before, _ in self._on_its_way:
+            before.discard(key)
+
     def tell(self) -> None:
-        """Say what has changed."""
+        """Say what has changed, and let what was said arrive."""
         if self._foresight.pending:
             for _, words in self._foresight.words():
-                self._horizon.tell(words)
+                self._on_its_way.append((set(self._sent), words))
+        while self._on_its_way and not self._on_its_way[0][0]:
+            self._horizon.tell(self._on_its_way.popleft()[1])
 
 
 class View:
@@ -247,6 +267,7 @@ class View:
         match event:
             case Seen():
                 self._worker.see(event)
+                self._scheduler.see(event)
             case Graph():
                 self._scheduler.update_graph(event)
             case Known():

@@ -149,6 +149,15 @@ def test_a_replayed_scheduler_tells_what_the_real_one_would() -> None:
     scheduler.transition(Known("later", "processing", "another"))
     scheduler.tell()
     assert horizon.uses(["x"]) == [RECENT]
+    # Here it is given to this one, which hears of that first.
+    scheduler.transition(Known("later", "queued"))
+    scheduler.tell()
+    scheduler.transition(Known("later", "processing", ""))
+    scheduler.tell()
+    assert horizon.uses(["x"]) == [Use(Kind.NEXT, 7.0)]
+    scheduler.see(Seen("later", "waiting", (0, 1, 7), ("x",)))
+    scheduler.tell()
+    assert horizon.uses(["x"]) == [RECENT]
 
 
 def test_a_scaled_trace_moves_as_much_more() -> None:
