@@ -41,8 +41,8 @@ PERCENTS = (25, 50)
 #: Blocks of 1 MB stand for the 64 MB that Dask recommends: what an operation costs beside its bytes is to count as there.
 SCALE = 64
 
-#: A quick run leaves out every second job, beside those that have cases of their own.
-QUICK_STEP = 2
+#: A quick run has every third job, beside those that have cases of their own.
+QUICK_STEP = 3
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def wall(*, quick: bool) -> Iterator[Line]:
 
 def loop(*, quick: bool) -> Iterator[Line]:
     """Watch the event loops of the workers while they spill."""
-    limited = Limited(scale=16 if quick else 64, part=0.25)
+    limited = Limited(scale=8 if quick else 64, part=0.25)
     for _, ours, stock in beside_stock(["spilltest"], limited, pairs=1 if quick else 3):
         ticks = [run.tick_s for run in ours], [run.tick_s for run in stock]
         yield line_of_pairs("loop", "longest_tick_s", *ticks, "stock")

@@ -4,8 +4,8 @@ Theory of operation
 -------------------
 Ours is the store of the DISK tier (:class:`~dask_gpurt.memory.disk.SpillFolder`), with its checksums, its files that are
 written over, and the pool it reads into. The peer writes and reads as many bytes of files of the same size past the page
-cache (O_DIRECT), each by one call from and to memory that begins at a page; nothing is checked. Both have as many
-threads as the mover has, and files that are there already.
+cache (O_DIRECT), each by one call, from and to memory of such a pool, which has huge pages; nothing is checked. Both have as
+many threads as the mover has, and files that are there already.
 
 Covers: :func:`file_store`.
 Does not cover: serialization; see :mod:`benchmarks.spilling.clusters`.
@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import mmap
 import os
 import tempfile
 import time
@@ -73,9 +72,9 @@ class _OurFiles:
 
 
 class _RawFiles:
-    def __init__(self, folder: str, count: int) -> None:
+    def __init__(self, folder: str, pool: BlockPool, count: int) -> None:
         self._paths = [os.path.join(folder, f"raw-{number}") for number in range(count)]
-        self._memory = [mmap.mmap(-1, VALUE_NBYTES) for _ in self._paths]
+        self._memory = [pool.lease(VALUE_NBYTES) for _ in self._paths]
         for memory in self._memory:
             memory[:] = os.urandom(2**20) * (VALUE_NBYTES // 2**20)
 
@@ -85,11 +84,11 @@ class _RawFiles:
     def read(self) -> Sequence[Callable[[], object]]:
         return [functools.partial(self._move, *each, os.O_RDONLY) for each in self._each()]
 
-    def _each(self) -> Iterator[tuple[str, mmap.mmap]]:
+    def _each(self) -> Iterator[tuple[str, memoryview]]:
         return zip(self._paths, self._memory, strict=True)
 
     @staticmethod
-    def _move(path: str, memory: mmap.mmap, access: int) -> None:
+    def _move(path: str, memory: memoryview, access: int) -> None:
         fd = os.open(path, access | os.O_CREAT | os.O_DIRECT, 0o600)
         try:
             move = os.preadv if access == os.O_RDONLY else os.pwritev
@@ -106,9 +105,13 @@ def file_store(total_nbytes: int, pairs: int) -> tuple[Rates, Rates] | None:
     count = total_nbytes // VALUE_NBYTES
     with contextlib.ExitStack() as stack:
         parent = stack.enter_context(tempfile.TemporaryDirectory(dir=dask.config.get("temporary-directory", None)))
-        folder = SpillFolder(parent, BlockPool(total_nbytes))
+        pool = BlockPool(total_nbytes)
+        folder = SpillFolder(parent, pool)
         stack.callback(folder.close)
-        sides: dict[bool, _OurFiles | _RawFiles] = {True: _OurFiles(folder, count), False: _RawFiles(parent, count)}
+        sides: dict[bool, _OurFiles | _RawFiles] = {
+            True: _OurFiles(folder, count),
+            False: _RawFiles(parent, pool, count),
+        }
         threads = stack.enter_context(ThreadPoolExecutor(THREADS))
         for side in sides.values():
             # Files and memory are made here.
