@@ -167,6 +167,8 @@ SHUFFLE: tuple[Seam, ...] = (
 MEMORY: tuple[Seam, ...] = (
     Seam("scheduler", "distributed.scheduler:Scheduler.worker_send", ("worker", "msg")),
     Seam("scheduler", "distributed.scheduler:TaskState.who_wants"),
+    Seam("scheduler", "distributed.scheduler:TaskState.waiters"),
+    Seam("scheduler", "distributed.scheduler:TaskState.processing_on"),
     Seam("scheduler", "distributed.scheduler:WorkerState.has_what"),
     Seam("scheduler", ".handlers"),
     Seam("worker", "distributed.worker:Worker.execute", ("key", "stimulus_id")),
@@ -450,10 +452,21 @@ def input_keys(worker: Any, task: Any) -> list[Any]:
     return [dep.key for dep in task.dependencies if dep.key not in actors]
 
 
-def dependents_of(worker: Any, key: Any) -> list[tuple[str, Any]]:
-    """Return (state, priority) of the tasks that the worker knows to depend on ``key``."""
+def dependents_of(worker: Any, key: Any, ended: Any = None) -> list[tuple[str, Any]]:
+    """Return (state, :func:`rank`) of the tasks, but ``ended``, that the worker knows to depend on ``key``."""
     task = worker.state.tasks.get(key)
-    return [] if task is None else [(d.state, d.priority) for d in task.dependents]
+    return [] if task is None else [(d.state, rank(d)) for d in task.dependents if d.key != ended]
+
+
+def rank(task: Any) -> Any:
+    """Return the priority that the scheduler gave to a worker's task: without what the worker has appended; or None."""
+    return None if task.priority is None else task.priority[:-1]
+
+
+def worker_holds(worker: Any, key: Any) -> bool:
+    """Whether a worker has the result of ``key``, as it sees it."""
+    task = worker.state.tasks.get(key)
+    return task is not None and task.state == "memory"
 
 
 def next_ready(worker: Any) -> Any:
@@ -463,10 +476,10 @@ def next_ready(worker: Any) -> Any:
 
 
 def ahead(worker: Any) -> tuple[Any, list[Any], int]:
-    """Return the lowest priority that is executing (or None), those that are ready, sorted, and known workers."""
+    """Return the lowest :func:`rank` that is executing (or None), those that are ready, sorted, and known workers."""
     state = worker.state
-    now = min((task.priority for task in state.executing if task.priority is not None), default=None)
-    return now, sorted(task.priority for task in state.ready), 1 + len(state.has_what)
+    now = min((rank(task) for task in state.executing if task.priority is not None), default=None)
+    return now, sorted(rank(task) for task in state.ready), 1 + len(state.has_what)
 
 
 def is_pure_data(worker: Any, key: Any) -> bool:

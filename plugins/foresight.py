@@ -6,11 +6,14 @@ A worker knows the tasks that were given to it. Those that will need its data la
 scheduler knows. So a worker that gets short of memory *watches*: it is told, for each key that it holds,
 
 - the priority of the first task in Dask's order that needs the key and has no worker yet, if there is one;
-- whether a client wants the key.
+- whether a client wants the key;
+- which tasks still need it, and what workers they were given to, if all have one and no client wants the key. Those that
+  run here end here, and those that run elsewhere fetch it from here: so a worker can tell by itself when the key is
+  *dying*, and need not wait to be told so.
 
-A task that has got another worker counts no more: that worker fetches the key right away, and is served from the tier
+A task that has got another worker is not ahead any more: that worker fetches the key right away, and is served from the tier
 where it lies. (By rank alone such a task would look overdue here, and the key as if it was needed in a moment.) One that
-has got this worker is known there.
+has got this worker is known there; the worker is told of its inputs when it gets it, before it has fetched them.
 
 :class:`Foresight` is told which tasks changed, and collects for whom that matters, until the caller asks for the *words* to
 be sent; a worker that was told the same before is told nothing. With nobody watching nothing is done at all. The
@@ -33,6 +36,8 @@ __all__ = ["Foresight", "Holder", "Task", "Word"]
 
 #: States of a task that will run, and has no worker yet.
 AHEAD = frozenset(("waiting", "queued", "no-worker"))
+#: Tasks that are named to a worker as the last ones that need a key. Where there are more, it is told when fewer are left.
+USERS_MAX = 8
 
 
 class Task(Protocol):
@@ -66,6 +71,18 @@ class Task(Protocol):
     def who_wants(self) -> Collection[Any] | None:
         """Clients that hold it."""
 
+    @property
+    def waiters(self) -> Collection[Any] | None:
+        """Dependents that have yet to run."""
+
+    @property
+    def processing_on(self) -> Any:
+        """The worker that it was given to; None: none."""
+
+    @property
+    def run_spec(self) -> Any:
+        """How it is made; None: it was scattered, and cannot be made again."""
+
 
 class Holder(Protocol):
     """What is read of a worker."""
@@ -87,6 +104,8 @@ class Word(NamedTuple):
     priority: Any
     #: Whether a client holds it.
     wanted: bool
+    #: The tasks that still need it, and the address that each was given to; None: others may come.
+    users: tuple[tuple[Any, str], ...] | None = None
 
 
 class Foresight:
@@ -140,6 +159,8 @@ class Foresight:
             return
         for dependency in task.dependencies:
             self._mark(dependency)
+            if finish == "processing" and task.processing_on in self._changed:
+                self._changed[task.processing_on].add(dependency)
         if finish == "memory":
             self._mark(task)
         elif finish in ("released", "forgotten"):
@@ -161,10 +182,12 @@ class Foresight:
             told = self._told[worker]
             words = []
             for task in changed:
-                if worker not in (task.who_has or ()):
+                if not task.who_has:
                     told.pop(task, None)
                     continue
-                word = Word(task.key, self._first(task), bool(task.who_wants))
+                priority = self._first(task)
+                users = None if priority or task.who_wants else _users(task)
+                word = Word(task.key, priority, bool(task.who_wants), users)
                 if told.get(task) != word:
                     told[task] = word
                     words.append(word)
@@ -180,6 +203,16 @@ class Foresight:
         while ahead and ahead[-1].state not in AHEAD:
             ahead.pop()
         return ahead[-1].priority if ahead else None
+
+
+def _users(task: Task) -> tuple[tuple[Any, str], ...] | None:
+    waiters = task.waiters or ()
+    if len(waiters) > USERS_MAX or task.run_spec is None:
+        return None
+    where = [(waiter.key, waiter.processing_on) for waiter in waiters]
+    if any(worker is None for _, worker in where):
+        return None
+    return tuple((key, worker.address) for key, worker in where)
 
 
 def _priority(task: Task) -> Any:

@@ -214,6 +214,7 @@ def _replay(trace: Trace, view: View, capacity_nbytes: int) -> Moved:
                 store.end(key)
             case Serve(keys):
                 store.serve(keys)
+                view.served(event)
             case _:
                 continue
         store.look()

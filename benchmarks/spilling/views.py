@@ -26,6 +26,7 @@ from dask_gpurt.plugins.foresight import Foresight, Word
 __all__ = ["ReplayedScheduler", "ReplayedWorker", "View"]
 
 #: States of a task that was given to the worker to be run.
+_TO_RUN = ("waiting", "queued", "no-worker", "processing")
 _GIVEN = ("waiting", "ready", "constrained", "executing", "long-running")
 
 
@@ -75,8 +76,9 @@ class _State:
 class ReplayedWorker:
     """What the horizon sees of a worker, as it was at an event of the trace."""
 
-    def __init__(self, nworkers: int) -> None:
+    def __init__(self, nworkers: int, address: str = "") -> None:
         self.state = _State(nworkers)
+        self.address = address
 
     def see(self, event: Seen) -> None:
         """Change the view of a task."""
@@ -126,6 +128,13 @@ class _KnownTask:
     who_has: set[_Holder] = field(default_factory=set)
     who_wants: set[str] = field(default_factory=set)
     processing_on: _Holder | None = None
+    #: Scattered data has none; the jobs scatter nothing.
+    run_spec: object = "made"
+
+    @property
+    def waiters(self) -> list[_KnownTask]:
+        """Dependents that have yet to run."""
+        return [task for task in self.dependents if task.state in _TO_RUN]
 
 
 class _Holder:
@@ -251,8 +260,8 @@ class View:
     """
 
     def __init__(self, trace: Trace, horizon: Oracle | None = None) -> None:
-        self._worker = ReplayedWorker(trace.nworkers)
-        known = WorkerHorizon(self._worker)
+        self._worker = ReplayedWorker(trace.nworkers, trace.address)
+        known = self._known = WorkerHorizon(self._worker)
         self._scheduler = ReplayedScheduler(known, trace.address)
         self._oracle = horizon
         self.horizon = horizon or known
@@ -276,11 +285,17 @@ class View:
                 self._scheduler.add_replica(key)
             case Delete(key):
                 self._scheduler.remove_replica(key)
+                self._known.drop(key)
             case Serve(keys, str(who)):
                 for key in keys:
                     self._scheduler.add_replica(key, who)
             case _:
                 pass
+
+    def served(self, event: Serve) -> None:
+        """Take note that this was read."""
+        if event.who is not None:
+            self._known.serve(event.keys, event.who)
 
     def fill(self, part: float) -> None:
         """Take note that so much of the capacity is used."""

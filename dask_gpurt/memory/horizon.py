@@ -18,7 +18,10 @@ short of memory (:class:`Word`): the first one counts like a task whose inputs a
 client holds, the deletion is as good as on its way, or a peer is about to fetch it: it stays, like what is recent.
 
 What one worker sees by itself never proves that a block is dying: the last task that it knows of may not be the last
-there is. Nor does what the scheduler said a moment ago, when another graph may have come. So idle is assumed.
+there is. The scheduler names the last ones (:attr:`Word.users`): when those that run here are done, and the workers of the
+others were served, the block is dying a round trip before its deletion is ordered. Should it be wanted here after all,
+because another graph came in that very moment, or such a worker was lost, it is computed again, as if this worker had been
+lost; what cannot be computed again is never called dying.
 
 Covers: the arithmetic.
 Does not cover: where tasks, ranks and queues come from; see :mod:`dask_gpurt.memory.manager`, and
@@ -58,6 +61,14 @@ TELL = "gpurt-horizon"
 #: A rank in tasks that is farther than any queue: a use by a later graph, or at a lower user priority.
 FAR = 1e6
 
+#: As far, in tasks, is what should have run already, by its rank, and has not: what it waits for is late, and it cannot be
+#: known by how much. In traces of 28 jobs half of them came more than 100 tasks later; from 5 to 30 the bytes that are moved
+#: differ by 2 %, with 0 they are a tenth more.
+OVERDUE = 10.0
+
+#: States of a task that this worker has yet to run. One that waits for inputs to be fetched will not wait for long.
+AHEAD = ("ready", "constrained", "waiting", "resumed")
+
 Priority = tuple[int | float, ...]
 
 
@@ -92,6 +103,8 @@ class Word(NamedTuple):
     priority: Priority | None
     #: Whether a client holds it.
     wanted: bool
+    #: The tasks that still need it, and the address of the worker that has each; None: others may come.
+    users: tuple[tuple[Hashable, str], ...] | None = None
 
 
 class Horizon(Protocol):
@@ -112,23 +125,35 @@ class Snapshot:
     #: Workers that share the work.
     nworkers: int = 1
 
-    def distance(self, priority: Priority, *, ready: bool) -> float:
-        """Count the tasks until the one with ``priority`` starts.
+    def position(self, priority: Priority) -> float:
+        """Count the tasks until one with ``priority`` starts that was given to this worker.
 
         Examples
         --------
-        >>> Snapshot((0, 1, 10), [(0, 1, 11), (0, 1, 12)]).distance((0, 1, 12), ready=True)
+        >>> Snapshot((0, 1, 10), [(0, 1, 11), (0, 1, 12)]).position((0, 1, 12))
         2.0
-        >>> Snapshot((0, 1, 10), [(0, 1, 11), (0, 1, 12)], 2).distance((0, 1, 50), ready=False)
-        20.0
         """
-        position = float(bisect_right(self.ready, priority))
-        if ready or self.now is None:
+        return float(bisect_right(self.ready, priority))
+
+    def distance(self, priority: Priority) -> float:
+        """Count the tasks until one with ``priority`` starts that has no worker yet.
+
+        Examples
+        --------
+        >>> Snapshot((0, 1, 10), [(0, 1, 11), (0, 1, 12)], 2).distance((0, 1, 50))
+        20.0
+        >>> Snapshot((0, 1, 10), []).distance((0, 1, 5))
+        10.0
+        """
+        position = self.position(priority)
+        if self.now is None:
             return position
-        if priority[:-1] == self.now[:-1]:
+        if priority < self.now:
+            behind = OVERDUE
+        elif priority[:-1] == self.now[:-1]:
             behind = (priority[-1] - self.now[-1]) / self.nworkers
         else:
-            behind = FAR if priority > self.now else 0.0
+            behind = FAR
         return max(position, behind)
 
 
@@ -167,18 +192,12 @@ def next_use(
     for state, priority in dependents:
         if state in ("executing", "long-running"):
             return RUNNING
-        if priority is None:
-            continue
-        if state in ("ready", "constrained"):
-            there = snapshot.distance(priority, ready=True)
-        elif state in ("waiting", "resumed"):
-            there = snapshot.distance(priority, ready=False)
-        else:
-            continue
-        if distance is None or there < distance:
-            distance = there
+        if priority is not None and state in AHEAD:
+            there = snapshot.position(priority)
+            if distance is None or there < distance:
+                distance = there
     if word is not None and word.priority is not None:
-        there = snapshot.distance(word.priority, ready=False)
+        there = snapshot.distance(word.priority)
         distance = there if distance is None else min(distance, there)
     if distance is not None:
         return Use(Kind.NEXT, distance)

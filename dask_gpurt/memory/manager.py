@@ -48,7 +48,7 @@ from dask_gpurt.memory import codec
 from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.device import DeviceFrames, HostFrames, device_total_nbytes, on_device
 from dask_gpurt.memory.disk import SpillFolder, remove_leftovers
-from dask_gpurt.memory.horizon import IDLE, Priority, Snapshot, Use, Word, next_use
+from dask_gpurt.memory.horizon import DYING, IDLE, RECENT, Priority, Snapshot, Use, Word, next_use
 from dask_gpurt.memory.ledger import Ledger, Tier
 from dask_gpurt.memory.mapping import Ruined, RuinedForClient, TieredMapping, serving
 from dask_gpurt.memory.mover import DiskStore, Mover
@@ -72,6 +72,8 @@ LOSSES_MAX = 3
 
 #: Tasks per thread that have ended of which the scheduler may not have heard, or not have said what follows.
 RECENT_PER_THREAD = 2
+#: Keys that may have come since the scheduler spoke last, where it does: of short tasks, as many as a round trip takes.
+FRESH = 64
 
 #: From this part of a tier's limit on a worker asks the scheduler what it knows of next uses: early enough to know it when
 #: something has to be moved away.
@@ -182,28 +184,49 @@ class WorkerHorizon:
         self._worker = worker
         self._loop_thread = threading.get_ident()
         self._recent: deque[set[Hashable]] = deque(maxlen=RECENT_PER_THREAD * worker.state.nthreads)
-        #: Priority of the task that ended last.
-        self._ended: Priority | None = None
+        #: Keys that came last.
+        self._fresh: deque[Hashable] = deque(maxlen=FRESH)
+        #: The task that ended last, as far as its result was put, and its priority.
+        self._ended: Hashable = None
+        self._ended_priority: Priority | None = None
         self._words: dict[Hashable, Word] = {}
+        #: Key to the peers that have fetched it.
+        self._served: dict[Hashable, set[str]] = {}
 
     def note(self, key: Hashable) -> None:
         """Note that ``key`` came right now."""
+        self._fresh.append(key)
         task = seams.worker_task(self._worker, key)
         if task is None:
             self._recent.append({key})
             return
         self._recent.append({key, *seams.input_keys(self._worker, task)})
         if task.run_spec is not None:
-            self._ended = task.priority
+            self._ended, self._ended_priority = key, seams.rank(task)
 
-    def tell(self, words: Iterable[tuple[Hashable, Sequence[Any] | None, bool]]) -> None:
-        """Take note of what the scheduler says: keys, of each the priority of its next use, and whether it is wanted."""
-        for key, priority, wanted in words:
-            self._words[key] = Word(None if priority is None else tuple(priority), wanted)
+    def tell(
+        self, words: Iterable[tuple[Hashable, Sequence[Any] | None, bool, Sequence[Sequence[Any]] | None]]
+    ) -> None:
+        """Take note of what the scheduler says: keys, and for each what a :class:`Word` has."""
+        for key, priority, wanted, users in words:
+            there = None if users is None else tuple((user, address) for user, address in users)
+            self._words[key] = Word(None if priority is None else tuple(priority), wanted, there)
+
+    def serve(self, keys: Iterable[Hashable], address: str) -> None:
+        """Take note that a peer has got ``keys``."""
+        for key in keys:
+            if key in self._words:
+                self._served.setdefault(key, set()).add(address)
+
+    def drop(self, key: Hashable) -> None:
+        """Forget what is known about a key, for it is deleted; if it comes again, that is another value."""
+        self._words.pop(key, None)
+        self._served.pop(key, None)
 
     def forget(self, keys: Container[Hashable] = ()) -> None:
         """Forget what the scheduler said about all but ``keys``."""
         self._words = {key: word for key, word in self._words.items() if key in keys}
+        self._served = {key: served for key, served in self._served.items() if key in keys}
 
     def __len__(self) -> int:
         return len(self._words)
@@ -215,8 +238,11 @@ class WorkerHorizon:
         if threading.get_ident() == self._loop_thread:
             now, ready, nworkers = seams.ahead(self._worker)
             # Between two tasks nothing is running.
-            snapshot = Snapshot(self._ended if now is None else now, ready, nworkers)
+            snapshot = Snapshot(self._ended_priority if now is None else now, ready, nworkers)
         recent = set().union(*self._recent)
+        if self._words:
+            # The scheduler speaks of all that has been here for a while.
+            recent.update(key for key in self._fresh if key not in self._words)
         return [self._use(name, snapshot, recent) for name in names]
 
     def _use(self, name: Hashable, snapshot: Snapshot | None, recent: set[Hashable]) -> Use:
@@ -225,7 +251,20 @@ class WorkerHorizon:
             return key.use
         if snapshot is None:
             return IDLE
-        return next_use(seams.dependents_of(self._worker, key), snapshot, self._words.get(key), recent=key in recent)
+        word = self._words.get(key)
+        # The task that ends right now is still executing, to the worker.
+        use = next_use(seams.dependents_of(self._worker, key, self._ended), snapshot, word, recent=key in recent)
+        if word is not None and word.users is not None and use == RECENT and self._done(key, word.users):
+            return DYING
+        return use
+
+    def _done(self, key: Hashable, users: Iterable[tuple[Hashable, str]]) -> bool:
+        served = self._served.get(key, ())
+        here = self._worker.address
+        return all(
+            user == self._ended or seams.worker_holds(self._worker, user) if address == here else address in served
+            for user, address in users
+        )
 
 
 class MemoryManager:
@@ -304,7 +343,12 @@ class MemoryManager:
             spiller = Spiller(self.ledger, horizon, upper=Tier.DEVICE, lower=None)
             self._device = Mover(spiller, HostFrames(host), loop, self._on_lost, threads=1)
         mapping = TieredMapping(
-            host, self._need_nbytes, device=self._device, on_device=on_device, announce=self._announce
+            host,
+            self._need_nbytes,
+            device=self._device,
+            on_device=on_device,
+            announce=self._announce,
+            dropped=horizon.drop,
         )
         host_nbytes_max = self.ledger.limit(Tier.HOST)
         # From here on nothing waits: the worker sees one store or the other.
@@ -576,7 +620,9 @@ class MemoryManager:
         movers = self._movers()
         absent = [(mover, key) for mover in movers for key in keys if key in mover.absent]
         if not absent and not (self._mapping is not None and self._mapping.ruined):
-            return await hooks.get_data(comm, keys, who=who, serializers=serializers)
+            found = await hooks.get_data(comm, keys, who=who, serializers=serializers)
+            self._have_served(keys, who)
+            return found
         served: dict[Hashable, Any] = {}
         pinned: list[tuple[Mover, tuple[Hashable, ...]]] = []
         reservation = None
@@ -604,12 +650,18 @@ class MemoryManager:
                             served[key] = codec.serialized(*frames)
             self._serve_ruined(keys, who, served)
             with serving(served):
-                return await hooks.get_data(comm, keys, who=who, serializers=serializers)
+                found = await hooks.get_data(comm, keys, who=who, serializers=serializers)
+            self._have_served(keys, who)
+            return found
         finally:
             if reservation is not None:
                 reservation.release()
             for mover, names in pinned:
                 mover.unpin(names)
+
+    def _have_served(self, keys: Iterable[Hashable], who: str | None) -> None:
+        if who is not None and self._horizon is not None:
+            self._horizon.serve(keys, who)
 
     def _serve_ruined(self, keys: Iterable[Hashable], who: str | None, served: dict[Hashable, Any]) -> None:
         ruined = {} if self._mapping is None else self._mapping.ruined

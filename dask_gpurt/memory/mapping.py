@@ -85,6 +85,8 @@ class TieredMapping(MutableMapping[Hashable, object]):
         Whether a value lives on a device.
     announce
         Hears of a key right before its value is put.
+    dropped
+        Hears of a key that was deleted.
     need
         Bytes by which the process is above the mark that the memory monitor spills to.
     """
@@ -97,12 +99,14 @@ class TieredMapping(MutableMapping[Hashable, object]):
         device: Mover | None = None,
         on_device: Callable[[object], bool] = lambda value: False,  # noqa: ARG005
         announce: Callable[[Hashable], None] = lambda key: None,  # noqa: ARG005
+        dropped: Callable[[Hashable], None] = lambda key: None,  # noqa: ARG005
     ) -> None:
         self._host = host
         self._device = device
         self._on_device = on_device
         self._need = need
         self._announce = announce
+        self._dropped = dropped
         #: Keys in the order in which they were put -> where they are.
         self._homes: dict[Hashable, Mover] = {}
         #: Keys whose value is lost for good -> why.
@@ -142,6 +146,7 @@ class TieredMapping(MutableMapping[Hashable, object]):
         self.ruined.pop(key, None)
         if key in home:
             home.delete(key)
+        self._dropped(key)
 
     def __iter__(self) -> Iterator[Hashable]:
         # A copy: keys come and go while others iterate, as they may with stock's store.

@@ -9,8 +9,10 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dask_gpurt.plugins.foresight import AHEAD, Foresight, Word
+from dask_gpurt.plugins.foresight import AHEAD, USERS_MAX, Foresight, Word
 
+#: States of a task that needs its inputs.
+TO_RUN = ("waiting", "queued", "no-worker", "processing")
 STATES = ("released", "waiting", "queued", "no-worker", "processing", "memory", "erred", "forgotten")
 
 
@@ -23,6 +25,12 @@ class Task:
     dependents: list[Task] = field(default_factory=list, repr=False)
     who_has: set[Worker] | None = None
     who_wants: set[str] | None = None
+    processing_on: Worker | None = None
+    run_spec: object = "made"
+
+    @property
+    def waiters(self) -> list[Task]:
+        return [dependent for dependent in self.dependents if dependent.state in TO_RUN]
 
 
 @dataclass(eq=False)
@@ -56,7 +64,10 @@ class Listener:
 
 def truth(task: Task) -> Word:
     ahead = [dependent.priority for dependent in task.dependents if dependent.state in AHEAD]
-    return Word(task.key, min(ahead, default=None), bool(task.who_wants))
+    users = None
+    if not ahead and not task.who_wants and task.run_spec and len(task.waiters) <= USERS_MAX:
+        users = tuple((waiter.key, waiter.processing_on.address) for waiter in task.waiters if waiter.processing_on)
+    return Word(task.key, min(ahead, default=None), bool(task.who_wants), users)
 
 
 @st.composite
@@ -83,6 +94,7 @@ def test_who_watches_knows_what_the_graph_says(tasks: list[Task], data: st.DataO
             task.state = data.draw(st.sampled_from(STATES))
             for worker in workers:
                 worker.drop(task)
+            task.processing_on = data.draw(st.sampled_from(workers)) if task.state == "processing" else None
             if task.state == "memory":
                 for worker in data.draw(st.sets(st.sampled_from(workers), min_size=1)):
                     worker.take(task)
@@ -121,12 +133,34 @@ def test_what_goes_to_another_worker_is_no_use_here() -> None:
     foresight.watch(holder)
     assert dict(foresight.words()) == {"holder": [Word("source", (0, 1, 1), False)]}
     near.state = "processing"
+    near.processing_on = Worker("elsewhere")
     foresight.transition(near, "processing")
     assert dict(foresight.words()) == {"holder": [Word("source", (0, 1, 9), False)]}
     # Its worker was lost.
     near.state = "waiting"
+    near.processing_on = None
     foresight.transition(near, "waiting")
     assert dict(foresight.words()) == {"holder": [Word("source", (0, 1, 1), False)]}
+
+
+def test_the_last_tasks_are_named_to_who_holds_their_input_and_to_who_will() -> None:
+    source, user = Task("source", (0, 1, 0), "memory"), Task("user", (0, 1, 1), "waiting")
+    user.dependencies.append(source)
+    source.dependents.append(user)
+    holder, runner = Worker("holder"), Worker("runner")
+    holder.take(source)
+    foresight = Foresight()
+    for worker in (holder, runner):
+        foresight.watch(worker)
+    assert dict(foresight.words()) == {"holder": [Word("source", (0, 1, 1), False)]}
+    user.state, user.processing_on = "processing", runner
+    foresight.transition(user, "processing")
+    last = [Word("source", None, False, (("user", "runner"),))]
+    assert dict(foresight.words()) == {"holder": last, "runner": last}
+    # What cannot be made again is never let go of.
+    source.run_spec = None
+    foresight.transition(user, "processing")
+    assert dict(foresight.words())["holder"] == [Word("source", None, False, None)]
 
 
 class Counted:
@@ -161,7 +195,7 @@ def test_a_key_with_many_dependents_costs_no_more_for_each() -> None:
         Counted.looks = itertools.count()
         for dependent in dependents:
             done: Any = Counted("processing")
-            dependent.state = done
+            dependent.state, dependent.processing_on = done, holder
             foresight.transition(dependent, "processing")
             list(foresight.words())
         return next(Counted.looks)

@@ -121,12 +121,13 @@ def test_a_replayed_worker_is_seen_as_the_real_one() -> None:
     worker: Any = ReplayedWorker(nworkers=2)
     horizon = WorkerHorizon(worker)
     worker.see(Seen("x", "memory", None, None))
-    worker.see(Seen("now", "executing", (0, 1, 4), ()))
-    worker.see(Seen("later", "waiting", (0, 1, 10), ("x", "y")))
+    # A worker appends a number of its own to the priorities.
+    worker.see(Seen("now", "executing", (0, 1, 4, -1), ()))
+    worker.see(Seen("first", "ready", (0, 1, 5, -2), ()))
+    worker.see(Seen("later", "waiting", (0, 1, 10, -3), ("x", "y")))
     (use,) = horizon.uses(["x"])
-    assert use.kind is Kind.NEXT
-    assert use.distance == 3.0  # six ranks, two workers
-    worker.see(Seen("later", "executing", (0, 1, 10), None))
+    assert use == Use(Kind.NEXT, 1.0)
+    worker.see(Seen("later", "executing", (0, 1, 10, -3), None))
     assert horizon.uses(["y"])[0].kind is Kind.RUNNING
     worker.see(Seen("later", "forgotten", None, None))
     assert horizon.uses(["x"]) == [IDLE]
@@ -136,7 +137,7 @@ def test_a_replayed_scheduler_tells_what_the_real_one_would() -> None:
     worker: Any = ReplayedWorker(nworkers=1)
     horizon = WorkerHorizon(worker)
     scheduler = ReplayedScheduler(horizon)
-    worker.see(Seen("now", "executing", (0, 1, 0), ()))
+    worker.see(Seen("now", "executing", (0, 1, 0, -1), ()))
     scheduler.update_graph(Graph((("x", (0, 1, 0), ()), ("later", (0, 1, 7), ("x",))), ("later",)))
     scheduler.add_replica("x")
     scheduler.watch()

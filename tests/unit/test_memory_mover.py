@@ -22,7 +22,7 @@ from dask_gpurt.memory import codec
 from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.device import HostFrames, on_device
 from dask_gpurt.memory.disk import SpillFolder
-from dask_gpurt.memory.horizon import FAR, IDLE, RUNNING, Kind, Snapshot, Use, next_use
+from dask_gpurt.memory.horizon import FAR, IDLE, RUNNING, Kind, Snapshot, Use, Word, next_use
 from dask_gpurt.memory.ledger import Ledger, Tier
 from dask_gpurt.memory.mapping import TieredMapping, serving
 from dask_gpurt.memory.mover import DiskStore, Mover
@@ -655,9 +655,12 @@ def test_next_uses() -> None:
     assert next_use([("memory", (0, 1, 3)), ("erred", (0, 1, 3)), ("waiting", None)], snapshot) is IDLE
     assert next_use([("waiting", (0, 1, 30)), ("executing", (0, 1, 10))], snapshot) is RUNNING
     assert next_use([("waiting", (0, 1, 30)), ("ready", (0, 1, 11))], snapshot) == Use(Kind.NEXT, 1)
-    assert next_use([("waiting", (0, 1, 30))], snapshot) == Use(Kind.NEXT, 10)
-    assert next_use([("waiting", (0, 2, 0))], snapshot) == Use(Kind.NEXT, FAR)
+    # What waits here for inputs to be fetched comes in its turn.
+    assert next_use([("waiting", (0, 1, 30))], snapshot) == Use(Kind.NEXT, 2)
     assert next_use([("waiting", (0, 1, 5))], snapshot) == Use(Kind.NEXT, 0)
+    assert next_use([], snapshot, Word((0, 1, 30), wanted=True)) == Use(Kind.NEXT, 10)
+    assert next_use([], snapshot, Word((0, 2, 0), wanted=True)) == Use(Kind.NEXT, FAR)
+    assert next_use([("ready", (0, 1, 15))], snapshot, Word((0, 1, 30), wanted=False)) == Use(Kind.NEXT, 2)
     assert next_use([("ready", (0, 1, 15))], Snapshot(None, [(0, 1, 11), (0, 1, 15)])) == Use(Kind.NEXT, 2)
 
 

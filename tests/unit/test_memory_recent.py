@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from distributed.worker_state_machine import ComputeTaskEvent, ExecuteSuccessEvent, WorkerState
+from distributed.worker_state_machine import ComputeTaskEvent, ExecuteSuccessEvent, FreeKeysEvent, WorkerState
 
-from dask_gpurt.memory.horizon import IDLE, RECENT, Kind, Use
+from dask_gpurt.memory.horizon import DYING, FAR, IDLE, OVERDUE, RECENT, Kind, Use
 from dask_gpurt.memory.manager import RECENT_PER_THREAD, WorkerHorizon
 from dask_gpurt.memory.policy import OPERATION_NBYTES, SMALL_NBYTES, Candidate, order
 
@@ -17,7 +17,7 @@ class Site:
 
     def __init__(self) -> None:
         self.state = WorkerState(nthreads=1, address="tcp://127.0.0.1:1")
-        self.horizon: Any = WorkerHorizon(SimpleNamespace(state=self.state))
+        self.horizon: Any = WorkerHorizon(SimpleNamespace(state=self.state, address=self.state.address))
 
     def compute(self, key: str, *inputs: str) -> None:
         event = ComputeTaskEvent.dummy(
@@ -66,6 +66,79 @@ def test_a_known_use_counts_more() -> None:
     site.compute("next", "input")
     assert site.use("input").kind is Kind.NEXT
     assert site.use("input").distance == 1.0
+
+
+def test_what_the_last_user_has_used_is_dying_before_its_deletion_is_ordered() -> None:
+    site = Site()
+    site.compute("input")
+    site.end("input")
+    site.compute("user", "input")
+    site.horizon.tell([("input", None, False, [("user", site.state.address)])])
+    assert site.use("input").kind is Kind.RUNNING
+    site.horizon.note("user")
+    assert site.use("input") == DYING, "its result is being put"
+    site.end("user")
+    assert site.use("input") == DYING
+    # Another graph comes: first its task, then the word.
+    site.compute("another", "input")
+    assert site.use("input").kind is Kind.RUNNING
+    site.horizon.tell([("input", None, True, None)])
+    site.end("another")
+    assert site.use("input") == IDLE
+
+
+def test_what_goes_to_a_peer_is_dying_once_that_was_served() -> None:
+    site = Site()
+    site.compute("input")
+    site.end("input")
+    site.horizon.tell([("input", None, False, [("user", "tcp://127.0.0.1:2")])])
+    assert site.use("input") == RECENT
+    site.horizon.serve(["input"], "tcp://127.0.0.1:3")
+    assert site.use("input") == RECENT
+    site.horizon.serve(["input"], "tcp://127.0.0.1:2")
+    assert site.use("input") == DYING
+    # It is deleted, and made again for somebody else.
+    site.horizon.drop("input")
+    site.horizon.note("input")
+    assert site.use("input") == RECENT
+
+
+def test_a_user_that_was_taken_away_has_used_nothing() -> None:
+    site = Site()
+    site.compute("input")
+    site.end("input")
+    site.compute("other")
+    site.compute("user", "input")
+    site.horizon.tell([("input", None, False, [("user", site.state.address)])])
+    site.state.handle_stimulus(FreeKeysEvent(keys=["user"], stimulus_id="stolen"))
+    assert site.use("input") == RECENT
+
+
+def test_what_came_while_the_scheduler_had_other_things_to_say_is_recent() -> None:
+    site = Site()
+    for number in range(2 * RECENT_PER_THREAD):
+        site.compute(f"key-{number}")
+        site.end(f"key-{number}")
+    assert site.use("key-0") == IDLE
+    site.horizon.tell([("key-1", None, True, None)])
+    assert site.use("key-0") == RECENT
+    assert site.use("key-1") == IDLE
+
+
+def test_who_is_overdue_is_not_taken_for_the_next_one() -> None:
+    site = Site()
+    for number in (0, 1, 2):
+        site.state.handle_stimulus(
+            ComputeTaskEvent.dummy(f"key-{number}", priority=(0, 1, 10 + number), stimulus_id=f"compute-{number}")
+        )
+    site.end("key-0")
+    # What runs now has rank 11.
+    site.horizon.tell([("key-0", (0, 1, 5), False, None)])
+    assert site.use("key-0").distance == OVERDUE
+    site.horizon.tell([("key-0", (0, 1, 14), False, None)])
+    assert site.use("key-0").distance == 3
+    site.horizon.tell([("key-0", (0, 2, 0), False, None)])
+    assert site.use("key-0").distance == FAR
 
 
 def candidate(name: str, nbytes: int, distance: float | None = None) -> Candidate:
