@@ -62,7 +62,7 @@ class Seam:
         for name in dotted.split("."):
             if not hasattr(found, name):
                 # Slots and annotations declare instance attributes that the class itself does not have.
-                if name in getattr(found, "__annotations__", {}):
+                if any(name in getattr(kind, "__annotations__", {}) for kind in getattr(found, "__mro__", (found,))):
                     return None
                 return f"{self.path}: there is no {name!r}"
             found = getattr(found, name)

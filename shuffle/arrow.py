@@ -136,11 +136,22 @@ def cast_frame(frame: pd.DataFrame, meta: pd.DataFrame) -> pd.DataFrame:
     return frame.set_axis(range(len(names)), axis=1).astype(wanted).set_axis(names, axis=1)
 
 
-def arrange_tables(tables: Sequence[pa.Table], arrangement: Arrangement) -> pa.Table:
-    """Concatenate tables, and put their segments into order."""
+def arrange_tables(tables: Sequence[pa.Table], arrangement: Arrangement, names: pd.Index | None = None) -> pa.Table:
+    """Concatenate tables, and put their segments into order.
+
+    ``names`` are what those who get to see an error call the columns.
+    """
     import pyarrow as pa
 
-    table = tables[0] if len(tables) == 1 else pa.concat_tables(tables, promote_options="permissive")
+    try:
+        table = tables[0] if len(tables) == 1 else pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException:
+        if names is None:
+            raise
+        # Once more for the message, which has the names of the columns that have no common type.
+        called = {str(place): str(name) for place, name in enumerate(names)}
+        renamed = [table.rename_columns([called.get(name, name) for name in table.column_names]) for table in tables]
+        table = pa.concat_tables(renamed, promote_options="permissive")
     if arrangement.in_order:
         return table
     if arrangement.row_count <= SMALL_ROWS * len(arrangement.sizes):

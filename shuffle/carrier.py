@@ -43,6 +43,7 @@ from typing import TYPE_CHECKING, Any
 
 import dask.config
 from distributed.core import ErrorMessage, OKMessage, Status, error_message
+from distributed.metrics import context_meter
 from distributed.protocol.serialize import to_serialize
 
 from dask_gpurt import seams
@@ -294,7 +295,7 @@ class Carrier:
                 nbytes = nbytes_of(large)
                 self.ucx_nbytes += nbytes
                 self.device_nbytes += sum(view.nbytes for view in large if isinstance(view, DeviceBody))
-                self.credit_wait_s += reply["waited_s"]
+                self._waited(reply["waited_s"])
                 # The memory of a device is another place, at another price.
                 if large and not any(libraries):
                     way.carried(nbytes, (reply["carried_nbytes"], reply["carried_s"]))
@@ -306,6 +307,11 @@ class Carrier:
             await asyncio.gather(call, sending, return_exceptions=True)
         return reply  # type: ignore[no-any-return]
 
+    def _waited(self, credit_s: float) -> None:
+        """Count time that was spent waiting for a credit."""
+        self.credit_wait_s += credit_s
+        context_meter.digest_metric("credit", credit_s, "seconds")
+
     async def _deliver_by_comm(self, run: Run, address: str, message: Compressed, credit: str, way: Way) -> Reply:
         rpc = self._worker.rpc(address)
         nbytes = nbytes_of(message.buffers)
@@ -314,7 +320,7 @@ class Carrier:
             reply: Reply = await rpc.gpurt_shuffle_credit(
                 shuffle_id=run.id, run_id=run.run_id, credit=credit, nbytes=nbytes + message.raw_nbytes
             )
-            self.credit_wait_s += asyncio.get_running_loop().time() - started
+            self._waited(asyncio.get_running_loop().time() - started)
             if reply["status"] != "OK":
                 return reply
         begun = way.gauge.begin(time.perf_counter())

@@ -273,7 +273,7 @@ def join(buffers: Sequence[Buffer], meta: pd.DataFrame, *, allocate: Allocate = 
         return _join_alike(pieces, meta, allocate)
     # By way of Arrow, which knows how to make one type of two as stock does.
     tables = [to_table(_join_alike([piece], meta, fresh, cast=False), meta) for piece in pieces]
-    return to_frame(arrange_tables(tables, _arrangement(pieces)), meta)
+    return to_frame(arrange_tables(tables, _arrangement(pieces), meta.columns), meta)
 
 
 class _Piece(NamedTuple):
@@ -325,7 +325,8 @@ def _join_alike(pieces: Sequence[_Piece], meta: pd.DataFrame, allocate: Allocate
     rest = None
     if schema.stream:
         tables = [_rest(piece.content, piece.rows) for piece in pieces]
-        rest = to_frame(arrange_tables(tables, arrangement), meta.iloc[:, list(schema.rest)], cast=cast)
+        rest_meta = meta.iloc[:, list(schema.rest)]
+        rest = to_frame(arrange_tables(tables, arrangement, rest_meta.columns), rest_meta, cast=cast)
     index: pd.Index
     if schema.has_index:
         values = next(array for array, places in arrays if INDEX in places)

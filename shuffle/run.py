@@ -258,7 +258,9 @@ class Run(ShuffleRun[Any, Any]):
 
     async def _post(self, address: str, buffers: list[Any], nbytes: int) -> None:
         try:
-            await self._outbox.post(address, buffers, nbytes)
+            # The time that a task is held back because too much is under way.
+            with context_meter.meter("p2p-comms-limiter"):
+                await self._outbox.post(address, buffers, nbytes)
         except RuntimeError:
             # Closed while this waited for its turn.
             self.raise_if_closed()
@@ -273,10 +275,13 @@ class Run(ShuffleRun[Any, Any]):
             self.raise_if_closed()
             return await self.part.carrier.deliver(self, address, buffers, credit)
 
-        with self._noted(self._unanswered, address, nbytes):
-            reply = await retry(
-                attempt, count=self.RETRY_COUNT, delay_min=self.RETRY_DELAY_MIN, delay_max=self.RETRY_DELAY_MAX
-            )
+        with self._noted(self._unanswered, address, nbytes), self._background_metrics():
+            with context_meter.meter("send"):
+                reply = await retry(
+                    attempt, count=self.RETRY_COUNT, delay_min=self.RETRY_DELAY_MIN, delay_max=self.RETRY_DELAY_MAX
+                )
+            context_meter.digest_metric("process", nbytes, "bytes")
+            context_meter.digest_metric("process", 1, "count")
         if reply["status"] == "error":
             _, error, traceback = clean_exception(**reply)
             assert error is not None
@@ -432,18 +437,24 @@ class Run(ShuffleRun[Any, Any]):
         self.raise_if_closed()
 
     async def _offload_pack(self, *args: Any) -> Any:
-        with context_meter.clear_callbacks(), self._capture_metrics("background-comms"):
+        with self._background_metrics():
             return await self.offload(*args)
+
+    @contextlib.contextmanager
+    def _background_metrics(self) -> Generator[None]:
+        """Count what is metered as work of the shuffle, not of the task in whose context it was begun."""
+        with context_meter.clear_callbacks(), self._capture_metrics("background-comms"):
+            yield
 
     # Unpack
 
     def get_output_partition(self, partition_id: Any, key: Key, **kwargs: Any) -> Any:  # noqa: ARG002  stock's signature
         """Make an output partition of its shards. Called in a task's thread."""
         self.raise_if_closed()
-        with self._noted(self._tasks, "output", partition_id):
-            buffers = sync(self._loop, self._collect, partition_id, key)
+        with self._noted(self._tasks, "output", partition_id), self._capture_metrics("foreground"):
+            with context_meter.meter("p2p-shards-read"):
+                buffers = sync(self._loop, self._collect, partition_id, key)
             with (
-                self._capture_metrics("foreground"),
                 context_meter.meter("p2p-get-output-noncpu"),
                 context_meter.meter("p2p-get-output-cpu", func=thread_time),
             ):
@@ -521,15 +532,18 @@ class Run(ShuffleRun[Any, Any]):
         self.closed = True
         for task in self._attended:
             task.cancel()
-        await self._outbox.close()
-        await self._shelf.close()
-        for granted in self._credits.values():
-            if granted.done():
-                granted.result().release()
-        self._credits.clear()
-        self._handed.clear()
-        await self.part.ended(self)
-        self._closed_event.set()
+        try:
+            await self._outbox.close()
+            await self._shelf.close()
+        finally:
+            # Whatever went wrong: others wait for the end, and bytes that stay reserved are missing for good.
+            for granted in self._credits.values():
+                if granted.done():
+                    granted.result().release()
+            self._credits.clear()
+            self._handed.clear()
+            await self.part.ended(self)
+            self._closed_event.set()
 
     async def move(self) -> None:
         """Take the data over to the store that the part has now."""

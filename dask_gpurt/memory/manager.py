@@ -415,7 +415,7 @@ class MemoryManager:
         await self._end(give_back=True)
 
     async def close(self) -> None:
-        """Put stock's own store back as it is, for a worker that closes: its data goes with it."""
+        """End for a worker that closes: what is on DISK goes with it, and what is in memory stays, for peers that ask."""
         await self._end(give_back=False)
 
     async def _end(self, *, give_back: bool) -> None:
@@ -432,12 +432,15 @@ class MemoryManager:
                 callback.stop()
         for mover in self._movers():
             mover.set_limit(None)
+        store = stock.store
         if give_back:
             await self._return_all(mapping, stock)
+        else:
+            store = {key: value for mover in self._movers() for key, value in mover.in_memory.items() if key in mapping}
         self._mapping = None
         self.store = DictBufferStore()
         self.device_store = DictBufferStore()
-        seams.set_worker_store(self._worker, stock.store)
+        seams.set_worker_store(self._worker, store)
         seams.restore_worker_hooks(self._worker, hooks)
         # Beside the worker's own directory, which Dask removes when the worker closes.
         await self._close_movers(None if give_back else os.path.dirname(self._worker.local_directory))

@@ -259,6 +259,32 @@ async def test_the_figures_of_the_dashboard_are_right() -> None:
 
 
 @gen_test(timeout=60)
+async def test_a_worker_that_closes_serves_what_it_has_in_memory_to_the_end() -> None:
+    async with (
+        LocalCluster(
+            n_workers=1,
+            threads_per_worker=1,
+            processes=False,
+            protocol="tcp",
+            host="127.0.0.1",
+            dashboard_address=":0",
+            memory_limit="4 GB",
+            asynchronous=True,
+        ) as cluster,
+        Client(cluster, asynchronous=True) as client,
+    ):
+        worker = cluster.workers[0]
+        manager = MemoryManager(worker, MemorySettings())
+        await manager.start()
+        futures = [client.submit(np.full, 50_000, n) for n in range(3)]
+        await wait(futures)
+        await manager.close()
+        assert not isinstance(worker.data, TieredMapping)
+        worker.validate_state()
+        assert [int(result[0]) for result in await client.gather(futures)] == [0, 1, 2]
+
+
+@gen_test(timeout=60)
 async def test_a_key_that_is_deleted_while_data_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     async with (
         LocalCluster(

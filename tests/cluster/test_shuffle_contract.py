@@ -18,6 +18,7 @@ from dask_gpurt.config import ShuffleSettings
 from dask_gpurt.memory.store import DictBufferStore
 from dask_gpurt.shuffle.run import Run
 from dask_gpurt.shuffle.scheduler import ShuffleScheduler, supports
+from dask_gpurt.shuffle.shelves import Shelves
 from dask_gpurt.shuffle.wire import WireError
 from dask_gpurt.shuffle.worker import ShuffleWorker
 
@@ -219,6 +220,69 @@ def test_a_failed_send_fails_the_shuffle_and_not_the_worker() -> None:
             await cluster.at_rest()
             found = await cluster.client.compute(shuffled(data, inputs=4))
             pd.testing.assert_frame_equal(found.sort_index(), data)
+
+    run(main)
+
+
+def test_types_that_do_not_go_together_are_named_with_their_column() -> None:
+    def make(number: int) -> pd.DataFrame:
+        return pd.DataFrame({"key": range(4), "price": ["dear"] * 4 if number % 2 else [1.5] * 4})
+
+    async def main() -> None:
+        async with parts() as cluster:
+            data = dd.from_map(make, range(4), meta=make(0).iloc[:0])
+            future = cluster.client.compute(data.shuffle("key", npartitions=2, shuffle_method="p2p"))
+            with pytest.raises(RuntimeError, match="failed during unpack phase") as caught:
+                await future
+            assert isinstance(caught.value.__cause__, TypeError)
+            assert "Field price has incompatible types" in str(caught.value.__cause__)
+            del future
+            await cluster.at_rest()
+
+    run(main)
+
+
+def test_a_run_that_cannot_clean_up_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    close = Shelves.close
+
+    async def fail(self: Shelves) -> None:
+        await close(self)
+        raise OSError("on purpose")
+
+    monkeypatch.setattr(Shelves, "close", fail)
+
+    async def main() -> None:
+        async with parts() as cluster:
+            data = frame()
+            found = await cluster.client.compute(shuffled(data))
+            pd.testing.assert_frame_equal(found.sort_index(), data)
+            await cluster.at_rest()
+
+    run(main)
+
+
+def test_what_is_sent_aside_is_counted_for_the_shuffle_and_not_for_a_task() -> None:
+    async def main() -> None:
+        async with parts() as cluster:
+            await cluster.client.compute(shuffled(frame()))
+            await cluster.at_rest()
+            for worker in cluster.workers:
+                await worker.heartbeat()
+            found = dict(cluster.scheduler.cumulative_worker_metrics)
+            assert found["p2p", "background-comms", "process", "bytes"] == sum(
+                cluster.part(worker).sent_nbytes for worker in cluster.workers
+            )
+            assert found["p2p", "background-comms", "process", "count"] == sum(
+                cluster.part(worker).messages for worker in cluster.workers
+            )
+            assert found["p2p", "background-comms", "send", "seconds"] > 0
+            assert ("p2p", "background-comms", "serialize", "seconds") in found
+            # Tasks wait for the limit on bytes under way, and for shards that are read.
+            waited = {key[2] for key in found if key[0] == "execute" and key[2].startswith("p2p-")}
+            assert {"p2p-comms-limiter", "p2p-shards-read"} <= waited
+            assert not [key for key in found if key[:2] == ("execute", "shuffle-transfer") and key[2] == "serialize"]
+            span = cluster.scheduler.extensions["spans"].spans_search_by_name["default",][0]
+            assert span.cumulative_worker_metrics["p2p", "background-comms", "send", "seconds"] > 0
 
     run(main)
 

@@ -46,6 +46,17 @@ def test_a_signature_that_has_changed_is_found() -> None:
     assert "expected ('ts',)" in str(seams.Seam("scheduler", ".decide", ("ts",)).problem(Server()))
 
 
+def test_a_name_that_only_the_base_declares_is_there() -> None:
+    class Server:
+        declared: int
+
+    class Subclass(Server):
+        more: int
+
+    assert seams.Seam("worker", ".declared").problem(Subclass) is None
+    assert "no 'gone'" in str(seams.Seam("worker", ".gone").problem(Subclass))
+
+
 def test_broken_seams_are_those_of_the_side(monkeypatch: pytest.MonkeyPatch) -> None:
     gone = seams.Seam("worker", "distributed.worker:Worker.gone")
     monkeypatch.setitem(seams.SEAMS, "memory", (gone, dataclasses.replace(gone, side="scheduler")))
