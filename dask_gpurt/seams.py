@@ -398,12 +398,13 @@ def load_from_stock(store: Any, key: Any) -> Any:
 
 
 def keep_in_stock(store: Any, key: Any, value: Any) -> None:
-    """Put a value into a stock store that refused it: it stays in memory there, however large it is."""
+    """Put a value into a stock store without anything being spilled, however large it is."""
     from distributed.spill import SpillBuffer
 
-    if not isinstance(store, SpillBuffer):
-        raise TypeError(f"{type(store).__name__} refused {key!r}")
-    store.set_noevict(key, value)
+    if isinstance(store, SpillBuffer):
+        store.set_noevict(key, value)
+    else:
+        store[key] = value
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,8 @@ WATCH_FRACTION = 0.5
 #: Words about keys that are gone, beyond as many as there are keys, that are kept until they are looked through.
 WORDS_SPARE = 1000
 
+_ABSENT = object()
+
 _ADAPT = "gpurt-memory-adapt"
 _DECAY = "gpurt-memory-decay"
 #: Memory and files that wait for their next use go after one to two times so long. Enough for the next step of a job, or
@@ -432,15 +434,18 @@ class MemoryManager:
                 callback.stop()
         for mover in self._movers():
             mover.set_limit(None)
-        store = stock.store
         if give_back:
             await self._return_all(mapping, stock)
         else:
-            store = {key: value for mover in self._movers() for key, value in mover.in_memory.items() if key in mapping}
+            for key in mapping:
+                value = mapping.home(key).in_memory.get(key, _ABSENT)
+                if value is not _ABSENT:
+                    seams.keep_in_stock(stock.store, key, value)
+            stock.release(mapping)
         self._mapping = None
         self.store = DictBufferStore()
         self.device_store = DictBufferStore()
-        seams.set_worker_store(self._worker, store)
+        seams.set_worker_store(self._worker, stock.store)
         seams.restore_worker_hooks(self._worker, hooks)
         # Beside the worker's own directory, which Dask removes when the worker closes.
         await self._close_movers(None if give_back else os.path.dirname(self._worker.local_directory))
