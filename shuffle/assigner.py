@@ -163,8 +163,14 @@ class Assigner:
         barrier = seams.shuffle_barrier(self.scheduler, str(spec.id))
         workers = self._workers(barrier)
         addresses = list(workers)
-        if len(addresses) == 1 or not workers.keys() >= set(stock.values()):
-            return stock
+        if len(addresses) == 1:
+            return dict.fromkeys(stock, addresses[0])
+        number = {address: i for i, address in enumerate(addresses)}
+        if number.keys() >= set(stock.values()):
+            dealt = np.fromiter((number[address] for address in stock.values()), np.intp, len(stock))
+        else:
+            # Where tasks were meant for a worker that has left, and may run elsewhere, Dask's own answer is that worker.
+            dealt = ranges(len(stock), len(addresses))
         wanted = wanted_on(barrier, list(stock), self._worker_for)
         sizes = self._sizes(spec, poll, len(barrier.dependencies))
         shares = targets(
@@ -172,9 +178,8 @@ class Assigner:
         )
         if sizes is None or not sizes.any():
             sizes = np.ones(len(stock))
-        number = {address: i for i, address in enumerate(addresses)}
         owners = assign(
-            np.fromiter((number[address] for address in stock.values()), np.intp, len(stock)),
+            dealt,
             sizes,
             shares,
             np.fromiter((_best(wanted.get(output), number) for output in stock), np.intp, len(stock)),
@@ -205,9 +210,10 @@ class Assigner:
         return None if active is None else active.run_spec.worker_for
 
     def _workers(self, barrier: Any) -> dict[str, WorkerState]:
-        """Return the workers that stock would take into account."""
-        allowed = barrier.worker_restrictions or self.scheduler.workers
-        return {address: ws for address, ws in self.scheduler.workers.items() if address in allowed}
+        """Return the workers that stock would take into account, as far as they are there."""
+        workers = self.scheduler.workers
+        allowed = set(barrier.worker_restrictions or ()) & workers.keys() or workers.keys()
+        return {address: ws for address, ws in workers.items() if address in allowed}
 
     def _candidates(self, barrier: Any) -> list[Host]:
         return [_host(ws) for ws in self._workers(barrier).values()]

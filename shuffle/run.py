@@ -305,14 +305,20 @@ class Run(ShuffleRun[Any, Any]):
 
         The scheduler asks them, and tries for half a minute to reach one that has left. The run was restarted by then, and
         its next barrier may be this task, if it goes on: the worker takes a task that it is asked for again, while it still
-        does it, for the same. It would fail with what is wrong with this run, and the next one with it.
+        does it, for the same. It would fail with what is wrong with this run, and the next one with it. That the run has
+        ended may not be known here yet: the answer to a call can overtake what the scheduler has sent before.
         """
         try:
             return await self.attend(super().barrier(run_ids))
         except Exception:
-            if self.closed:
+            if self.closed or not await self._is_current():
                 raise Reschedule from None
             raise
+
+    async def _is_current(self) -> bool:
+        """Ask the scheduler whether this is still the run of its shuffle."""
+        reply = await self.scheduler.shuffle_get(id=self.id, worker=self.local_address)
+        return reply["status"] == "OK" and reply["run_spec"].run_id == self.run_id
 
     # Receive
 

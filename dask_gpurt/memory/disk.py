@@ -329,13 +329,16 @@ class SpillFolder:
 
 def _remove_files(folder: str, deadline: float) -> bool:
     """Remove ``folder``; whether something is left, because it took until ``deadline``, or cannot be removed."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if time.monotonic() > deadline:
-                return True
-            _unlink(entry.path)
     try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if time.monotonic() > deadline:
+                    return True
+                _unlink(entry.path)
         os.rmdir(folder)
+    except FileNotFoundError:
+        # Somebody else was first.
+        return False
     except OSError as error:
         logger.debug("%s is not removed: %s", folder, error)
         return True

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -220,6 +221,64 @@ def test_a_failed_send_fails_the_shuffle_and_not_the_worker() -> None:
             await cluster.at_rest()
             found = await cluster.client.compute(shuffled(data, inputs=4))
             pd.testing.assert_frame_equal(found.sort_index(), data)
+
+    run(main)
+
+
+def test_outputs_meant_for_a_worker_that_is_gone_are_made_by_others() -> None:
+    async def main() -> None:
+        async with parts() as cluster:
+            data = frame()
+            gone = "tcp://127.0.0.1:1"
+            future = cluster.client.compute(shuffled(data), workers=[gone], allow_other_workers=True)
+            found = await asyncio.wait_for(future, 15)
+            pd.testing.assert_frame_equal(found.sort_index(), data)
+            assert sum(cluster.part(worker).runs for worker in cluster.workers) == 2
+            del future
+            await cluster.at_rest()
+
+    run(main)
+
+
+def test_a_barrier_that_fails_before_it_hears_of_the_restart_is_run_again() -> None:
+    async def main() -> None:
+        async with parts() as cluster:
+            data = frame()
+            scheduler, plugin = cluster.scheduler, cluster.scheduler.plugins["shuffle"]
+            late: list[Callable[[], None]] = []
+
+            async def barrier(id: str, run_id: int, consistent: bool) -> None:  # noqa: A002
+                # As when a worker leaves: the restart is on its way to the workers, and the answer overtakes it.
+                scheduler.handlers["shuffle_barrier"] = plugin.barrier
+                for worker in cluster.workers:
+                    fail = worker.stream_handlers["shuffle-fail"]
+                    worker.stream_handlers["shuffle-fail"] = lambda fail=fail, **message: late.append(
+                        partial(fail, **message)
+                    )
+                await plugin.barrier(id, run_id, consistent=False)
+                while len(late) < len(cluster.workers):  # noqa: ASYNC110 - of a stream, which tells nobody
+                    await asyncio.sleep(0.001)
+                raise RuntimeError("a worker left")
+
+            def arrive() -> None:
+                for worker in cluster.workers:
+                    worker.stream_handlers["shuffle-fail"] = worker.plugins["shuffle"].shuffle_fail
+                while late:
+                    late.pop()()
+
+            def get(**message: Any) -> Any:
+                arrive()
+                return plugin.get(**message)
+
+            scheduler.handlers.update(shuffle_barrier=barrier, shuffle_get=get)
+            future = cluster.client.compute(shuffled(data))
+            try:
+                pd.testing.assert_frame_equal((await future).sort_index(), data)
+            finally:
+                arrive()
+            assert all(cluster.part(worker).runs == 2 for worker in cluster.workers)
+            del future
+            await cluster.at_rest()
 
     run(main)
 

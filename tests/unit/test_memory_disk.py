@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -122,6 +123,16 @@ def test_closing_leaves_nothing(tmp_path: Path) -> None:
     folder.write(FRAMES)
     folder.close()
     folder.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("aside", [False, True])
+def test_closing_what_somebody_has_removed(tmp_path: Path, *, aside: bool) -> None:
+    (tmp_path / "worker").mkdir()
+    folder = SpillFolder(str(tmp_path / "worker"), BlockPool(0))
+    folder.write(FRAMES)
+    shutil.rmtree(tmp_path / "worker")
+    folder.close(str(tmp_path) if aside else None)
     assert list(tmp_path.iterdir()) == []
 
 
