@@ -318,7 +318,7 @@ class Run(ShuffleRun[Any, Any]):
     async def _is_current(self) -> bool:
         """Ask the scheduler whether this is still the run of its shuffle."""
         reply = await self.scheduler.shuffle_get(id=self.id, worker=self.local_address)
-        return reply["status"] == "OK" and reply["run_spec"].run_id == self.run_id
+        return bool(reply["status"] == "OK" and reply["run_spec"].run_id == self.run_id)
 
     # Receive
 

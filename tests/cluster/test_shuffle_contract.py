@@ -262,7 +262,8 @@ def test_a_barrier_that_fails_before_it_hears_of_the_restart_is_run_again() -> N
 
             def arrive() -> None:
                 for worker in cluster.workers:
-                    worker.stream_handlers["shuffle-fail"] = worker.plugins["shuffle"].shuffle_fail
+                    plugin_there: Any = worker.plugins["shuffle"]
+                    worker.stream_handlers["shuffle-fail"] = plugin_there.shuffle_fail
                 while late:
                     late.pop()()
 
