@@ -285,6 +285,9 @@ class Run(ShuffleRun[Any, Any]):
         if reply["status"] == "error":
             _, error, traceback = clean_exception(**reply)
             assert error is not None
+            if isinstance(error, P2PConsistencyError) and not await self._is_current():
+                # The peer knows already of a restart that is still on its way here.
+                raise ShuffleClosedError(f"{self} is over") from error
             raise error.with_traceback(traceback)
         self.part.sent_nbytes += nbytes
         self.part.messages += 1

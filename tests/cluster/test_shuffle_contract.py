@@ -284,6 +284,52 @@ def test_a_barrier_that_fails_before_it_hears_of_the_restart_is_run_again() -> N
     run(main)
 
 
+def test_a_transfer_that_a_peer_refuses_before_the_restart_is_known_is_run_again() -> None:
+    async def main() -> None:
+        async with parts() as cluster:
+            data = frame()
+            plugin, behind = cluster.scheduler.plugins["shuffle"], cluster.workers[0]
+            late: list[Callable[[], None]] = []
+            go_on = Event("refused-go-on")
+
+            def hold(part: pd.DataFrame, partition_info: Any = None) -> pd.DataFrame:
+                assert not partition_info or partition_info["number"] < 4 or Event("refused-go-on").wait(30)
+                return part
+
+            shuffle_fail: Any = behind.stream_handlers["shuffle-fail"]
+            behind.stream_handlers["shuffle-fail"] = lambda **message: late.append(partial(shuffle_fail, **message))
+
+            def arrive() -> None:
+                behind.stream_handlers["shuffle-fail"] = shuffle_fail
+                while late:
+                    late.pop()()
+
+            def get(id: str, worker: str) -> Any:  # noqa: A002
+                if worker == behind.address and late:
+                    arrive()
+                return plugin.get(id, worker)
+
+            cluster.scheduler.handlers["shuffle_get"] = get
+            source = dd.from_pandas(data, npartitions=8, sort=False).map_partitions(hold, meta=data.iloc[:0])
+            future = cluster.client.compute(source.shuffle("key", npartitions=4, shuffle_method="p2p"))
+            try:
+                while not (runs := list(cluster.part(behind)._runs.values())):  # noqa: ASYNC110 - sets no event
+                    await asyncio.sleep(0.01)
+                (run,) = runs
+                await plugin.barrier(run.id, run.run_id, consistent=False)
+                while not late:  # noqa: ASYNC110 - of a stream, which tells nobody
+                    await asyncio.sleep(0.001)
+                await go_on.set()
+                pd.testing.assert_frame_equal((await future).sort_index(), data)
+            finally:
+                await go_on.set()
+                arrive()
+            del future
+            await cluster.at_rest()
+
+    run(main)
+
+
 def test_types_that_do_not_go_together_are_named_with_their_column() -> None:
     def make(number: int) -> pd.DataFrame:
         return pd.DataFrame({"key": range(4), "price": ["dear"] * 4 if number % 2 else [1.5] * 4})
