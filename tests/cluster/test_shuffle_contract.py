@@ -17,6 +17,7 @@ from distributed import Client, Event, LocalCluster, Worker
 
 from dask_gpurt.config import ShuffleSettings
 from dask_gpurt.memory.store import DictBufferStore
+from dask_gpurt.seams import ShuffleClosedError
 from dask_gpurt.shuffle.run import Run
 from dask_gpurt.shuffle.scheduler import ShuffleScheduler, supports
 from dask_gpurt.shuffle.shelves import Shelves
@@ -284,46 +285,39 @@ def test_a_barrier_that_fails_before_it_hears_of_the_restart_is_run_again() -> N
     run(main)
 
 
-def test_a_transfer_that_a_peer_refuses_before_the_restart_is_known_is_run_again() -> None:
+def test_a_peer_that_knows_of_a_restart_first_does_not_fail_a_transfer() -> None:
     async def main() -> None:
         async with parts() as cluster:
             data = frame()
-            plugin, behind = cluster.scheduler.plugins["shuffle"], cluster.workers[0]
+            plugin, (behind, peer) = cluster.scheduler.plugins["shuffle"], cluster.workers
             late: list[Callable[[], None]] = []
-            go_on = Event("refused-go-on")
+            go_on = Event("restart-go-on")
 
             def hold(part: pd.DataFrame, partition_info: Any = None) -> pd.DataFrame:
-                assert not partition_info or partition_info["number"] < 4 or Event("refused-go-on").wait(30)
+                assert not partition_info or partition_info["number"] < 4 or Event("restart-go-on").wait(30)
                 return part
 
             shuffle_fail: Any = behind.stream_handlers["shuffle-fail"]
             behind.stream_handlers["shuffle-fail"] = lambda **message: late.append(partial(shuffle_fail, **message))
-
-            def arrive() -> None:
-                behind.stream_handlers["shuffle-fail"] = shuffle_fail
-                while late:
-                    late.pop()()
-
-            def get(id: str, worker: str) -> Any:  # noqa: A002
-                if worker == behind.address and late:
-                    arrive()
-                return plugin.get(id, worker)
-
-            cluster.scheduler.handlers["shuffle_get"] = get
             source = dd.from_pandas(data, npartitions=8, sort=False).map_partitions(hold, meta=data.iloc[:0])
             future = cluster.client.compute(source.shuffle("key", npartitions=4, shuffle_method="p2p"))
             try:
                 while not (runs := list(cluster.part(behind)._runs.values())):  # noqa: ASYNC110 - sets no event
-                    await asyncio.sleep(0.01)
+                    await asyncio.sleep(0.001)
                 (run,) = runs
                 await plugin.barrier(run.id, run.run_id, consistent=False)
-                while not late:  # noqa: ASYNC110 - of a stream, which tells nobody
+                # One has heard of the restart, the other is about to.
+                while not late or (run.id, run.run_id) in cluster.part(peer)._runs:  # noqa: ASYNC110 - of a stream
                     await asyncio.sleep(0.001)
-                await go_on.set()
-                pd.testing.assert_frame_equal((await future).sort_index(), data)
+                with pytest.raises(ShuffleClosedError):
+                    await run._deliver(peer.address, [b"head", b"body"])
+                assert not run.closed
             finally:
+                behind.stream_handlers["shuffle-fail"] = shuffle_fail
+                while late:
+                    late.pop()()
                 await go_on.set()
-                arrive()
+            pd.testing.assert_frame_equal((await future).sort_index(), data)
             del future
             await cluster.at_rest()
 
