@@ -95,6 +95,14 @@ def _folder(value: object) -> str | None:
     return os.path.abspath(os.path.expanduser(value))
 
 
+def _url(value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not all(value.partition("://")):
+        raise _RefusedError
+    return value
+
+
 def _duration(value: object) -> float | None:
     """Parse seconds, or null for never."""
     if value is None:
@@ -196,6 +204,12 @@ class MemorySettings(_Section):
     disk_limit: int | None = _key(None, lambda v: None if v is None else _size(v), 'a size such as "100 GiB", or null')
     #: Folder for spilled data; None: the worker's own local directory.
     directory: str | None = _key(None, _folder, "the path of a folder that can be written, or null")
+    #: What the OBJECT tier lies below, which takes what DISK does not; None: there is no such tier.
+    object_url: str | None = _key(None, _url, 'a URL that fsspec opens, such as "s3://bucket/folder", or null')
+    #: Bytes that OBJECT may hold; None: any number.
+    object_limit: int | None = _key(
+        None, lambda v: None if v is None else _size(v), 'a size such as "100 GiB", or null'
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,9 @@ from typing import Any
 
 from dask_gpurt.errors import CorruptDataError
 from dask_gpurt.memory import codec
-from dask_gpurt.memory.mover import Copy, Mover, RawName
+from dask_gpurt.memory.ledger import Tier
+from dask_gpurt.memory.lower import Copy, RawName
+from dask_gpurt.memory.mover import Mover
 
 __all__ = ["DeviceFrames", "HostFrames", "device_total_nbytes", "on_device"]
 
@@ -79,6 +81,8 @@ class DeviceFrames(RawName):
 
 class _CopyOnHost:
     __slots__ = ("_header", "_host", "_name", "nbytes")
+
+    tier = Tier.HOST
 
     def __init__(self, header: bytes, host: Mover, name: DeviceFrames, nbytes: int) -> None:
         self._header = header

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from dask_gpurt.memory.ledger import Reservation
+from dask_gpurt.memory.ledger import Reservation, Tier
 
 __all__ = [
     "Adopted",
@@ -135,7 +135,7 @@ class WriteFailed:
 
     name: Name
     epoch: int
-    #: Whether the value itself cannot be written, rather than the disk be full or broken.
+    #: Whether the value itself cannot be written, rather than the tier below be full or broken.
     value_is_to_blame: bool
 
 
@@ -170,10 +170,12 @@ Event = (
 
 @dataclass(slots=True, frozen=True)
 class Write:
-    """Copy a value to the tier below; answer with Written or WriteFailed."""
+    """Copy a value to a tier below; answer with Written or WriteFailed."""
 
     name: Name
     epoch: int
+    #: Which tier; None: the only one there is, whose books are kept elsewhere.
+    tier: Tier | None
 
 
 @dataclass(slots=True, frozen=True)

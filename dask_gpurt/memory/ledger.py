@@ -35,6 +35,7 @@ class Tier(enum.StrEnum):
     DEVICE = "device"
     HOST = "host"
     DISK = "disk"
+    OBJECT = "object"
 
 
 class Reservation:

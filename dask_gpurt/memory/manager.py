@@ -50,8 +50,10 @@ from dask_gpurt.memory.device import DeviceFrames, HostFrames, device_total_nbyt
 from dask_gpurt.memory.disk import SpillFolder, remove_leftovers
 from dask_gpurt.memory.horizon import DYING, IDLE, RECENT, Priority, Snapshot, Use, Word, next_use
 from dask_gpurt.memory.ledger import Ledger, Tier
+from dask_gpurt.memory.lower import DiskStore, ObjectStore
 from dask_gpurt.memory.mapping import Ruined, RuinedForClient, TieredMapping, serving
-from dask_gpurt.memory.mover import DiskStore, Mover
+from dask_gpurt.memory.mover import Mover
+from dask_gpurt.memory.objects import ObjectFolder
 from dask_gpurt.memory.shards import DeviceChunkName, DeviceShardStore, ShardStore
 from dask_gpurt.memory.spiller import Spiller
 from dask_gpurt.memory.store import BufferStore, DictBufferStore
@@ -152,6 +154,9 @@ class _StockCopy:
     """A value that lies in stock's own store, as a copy below."""
 
     __slots__ = ("_stock", "key", "nbytes")
+
+    #: Where it is counted.
+    tier = Tier.DISK
 
     def __init__(self, stock: _Stock, key: Hashable, nbytes: int) -> None:
         self._stock = stock
@@ -291,7 +296,14 @@ class MemoryManager:
         device_nbytes = self._device_limit()
         disk_nbytes = min((n for n in (settings.disk_limit, limits.disk_nbytes) if n is not None), default=None)
         #: The books. What has no limit is not spilled.
-        self.ledger = Ledger({Tier.HOST: host_nbytes, Tier.DEVICE: device_nbytes, Tier.DISK: disk_nbytes})
+        self.ledger = Ledger(
+            {
+                Tier.HOST: host_nbytes,
+                Tier.DEVICE: device_nbytes,
+                Tier.DISK: disk_nbytes,
+                Tier.OBJECT: settings.object_limit,
+            }
+        )
         #: Where shuffles keep their shards, those on the host and those on a device.
         self.store: BufferStore = DictBufferStore()
         self.device_store: BufferStore = DictBufferStore()
@@ -300,6 +312,7 @@ class MemoryManager:
         self._device: Mover | None = None
         self._mapping: TieredMapping | None = None
         self._folder: SpillFolder | None = None
+        self._objects: ObjectFolder | None = None
         #: Lends host memory to whatever is read back, and to shuffles.
         self._idle_nbytes_max = min(IDLE_NBYTES_MAX, int((host_nbytes or IDLE_NBYTES_MAX) * IDLE_FRACTION))
         self.pool = BlockPool(self._idle_nbytes_max)
@@ -336,10 +349,20 @@ class MemoryManager:
         parent = self._settings.directory or os.path.join(self._worker.local_directory, "gpurt")
         # What others had no time to remove is there.
         await loop.run_in_executor(None, remove_leftovers, os.path.dirname(self._worker.local_directory))
+        if self._settings.object_url is not None:
+            self._objects = await loop.run_in_executor(None, ObjectFolder, self._settings.object_url, self.pool)
         self._folder = await loop.run_in_executor(None, SpillFolder, parent, self.pool)
+        if self._objects is not None:
+            await loop.run_in_executor(None, _begin, self._objects)
         horizon = self._horizon = WorkerHorizon(self._worker)
         self._watch = Watch(self._worker, self._tell)
-        host = self._host = Mover(Spiller(self.ledger, horizon), DiskStore(self._folder), loop, self._on_lost)
+        host = self._host = Mover(
+            Spiller(self.ledger, horizon, overflow=Tier.OBJECT if self._objects else None),
+            DiskStore(self._folder),
+            loop,
+            self._on_lost,
+            overflow=ObjectStore(self._objects) if self._objects else None,
+        )
         if self.ledger.limit(Tier.DEVICE) is not None:
             # The bytes of the copies are counted by the HOST mover, which holds them.
             spiller = Spiller(self.ledger, horizon, upper=Tier.DEVICE, lower=None)
@@ -503,6 +526,9 @@ class MemoryManager:
         if self._folder is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._folder.close, aside)
             self._folder = None
+        if self._objects is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._objects.close)
+            self._objects = None
         self.pool.trim()
 
     def _adapt(self, nbytes_max: int) -> None:
@@ -533,6 +559,8 @@ class MemoryManager:
                 self._horizon.forget()
         if self._folder is not None and self._folder.idle_nbytes:
             await asyncio.get_running_loop().run_in_executor(None, self._folder.decay)
+        if self._objects is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._objects.renew)
 
     def _movers(self) -> list[Mover]:
         # From the top down: what is above may still need what is below.
@@ -649,8 +677,7 @@ class MemoryManager:
                     pinned.append((mover, await mover.ensure([key])))
             if as_they_lie and self._host is not None:
                 # For all at once: to hold some while waiting for more would hold up others that do the same.
-                copies = [mover.copy_of(key) for mover, key in as_they_lie]
-                reservation = await self._host.reserve(sum(copy.nbytes for copy in copies if copy is not None))
+                reservation = await self._host.reserve(sum(mover.raised_nbytes(key) for mover, key in as_they_lie))
                 for mover, key in as_they_lie:
                     with self._reporting(mover, key, who):
                         frames = await mover.frames(key)
@@ -742,6 +769,14 @@ def _limit(configured: float | None, total: int | None) -> int | None:
     if isinstance(configured, int) or configured is None:
         return configured
     return None if total is None else int(total * configured)
+
+
+def _begin(objects: ObjectFolder) -> None:
+    try:
+        objects.begin()
+    except SpillError as error:
+        # The store may be back when it is needed, which is asked then. A worker is not left without tiers for that.
+        logger.warning("The OBJECT tier is not there yet: %s", error)
 
 
 async def _fetch(movers: list[Mover], names: list[Hashable]) -> None:

@@ -17,7 +17,8 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 from dask_gpurt.errors import CorruptDataError, GpurtError
-from dask_gpurt.memory.mover import Mover, RawName
+from dask_gpurt.memory.lower import RawName
+from dask_gpurt.memory.mover import Mover
 
 __all__ = ["Ruined", "RuinedForClient", "Spilled", "TieredMapping", "serving"]
 

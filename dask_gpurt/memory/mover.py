@@ -1,11 +1,12 @@
-"""Moves values between memory and the tier below, as the spiller says.
+"""Moves values between memory and the tiers below, as the spiller says.
 
 Theory of operation
 -------------------
 The :class:`Mover` holds what the spiller only knows by name: the values in memory, and the copies below. Each event goes
 to the spiller under one lock, and the instructions that come out are carried out: cheap ones at once, reads and writes
 (with serialization and checksums) by a few threads of its own. Their answers return through the event loop, so the
-loop never waits for a disk, and the horizon is asked on the loop only.
+loop never waits for a disk, and the horizon is asked on the loop only. The overflow, if there is one, has threads to
+itself: a server that takes its time does not hold up the disk.
 
 A reader who cannot wait (:meth:`Mover.get` for a value that is below) reads in its own thread. Whoever can wait calls
 :meth:`Mover.ensure`, which reserves room first, and pins.
@@ -14,8 +15,8 @@ Nothing that a thread raises is lost: the failure of a write is logged, and the 
 a read is raised to whoever waits, and told to ``lost``.
 
 Covers: values, copies, threads, waiting.
-Does not cover: what moves and when (:mod:`dask_gpurt.memory.spiller`); what the values are to Dask
-(:mod:`dask_gpurt.memory.manager`).
+Does not cover: what moves and when (:mod:`dask_gpurt.memory.spiller`); how a value becomes a copy
+(:mod:`dask_gpurt.memory.lower`); what the values are to Dask (:mod:`dask_gpurt.memory.manager`).
 """
 
 from __future__ import annotations
@@ -26,85 +27,28 @@ import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from dask_gpurt.errors import CorruptDataError, SpillError
 from dask_gpurt.memory import codec
 from dask_gpurt.memory import events as ev
-from dask_gpurt.memory.disk import DiskCopy, SpillFolder
 from dask_gpurt.memory.ledger import Reservation, Tier
+from dask_gpurt.memory.lower import Copy, Lower, RawName
 from dask_gpurt.memory.spiller import Spiller, State
 
-__all__ = ["Copy", "DiskStore", "Lower", "Mover", "RawName"]
+__all__ = ["Mover"]
 
 logger = logging.getLogger(__name__)
 
-#: Seconds until a disk that refused a write is tried again.
+#: Seconds until a tier that refused a write is tried again.
 RETRY_S = 1.0
 
+#: Operations of the overflow at a time: most of what each takes is waiting for a server.
+OVERFLOW_THREADS = 4
 
 #: Seconds without any grant, read or write after which a request is granted although another forced one is
 #: outstanding. Whoever holds that one may be waiting behind it.
 PATIENCE_S = 0.25
-
-
-class RawName:
-    """Base of names whose values are lists of buffers, kept as they are."""
-
-    __slots__ = ()
-
-
-class Copy(Protocol):
-    """A copy below. All methods block."""
-
-    nbytes: int
-
-    def load(self) -> object:
-        """Make the value of it; raises SpillError if it cannot be read."""
-
-    def frames(self) -> tuple[bytes, list[Any]] | None:
-        """Header and frames as they lie; None if it has none."""
-
-    def remove(self) -> None:
-        """Remove it."""
-
-
-class Lower(Protocol):
-    """The tier below."""
-
-    def store(self, name: Hashable, value: object) -> Copy:
-        """Copy ``value``; blocks. SpillError: the tier refused; anything else: the value cannot be copied."""
-
-
-class _ValueOnDisk:
-    __slots__ = ("_copy", "_header", "nbytes")
-
-    def __init__(self, header: bytes | None, copy: DiskCopy) -> None:
-        self._header = header
-        self._copy = copy
-        self.nbytes = copy.nbytes
-
-    def load(self) -> object:
-        frames = self._copy.read()
-        return frames if self._header is None else codec.decode(self._header, frames)
-
-    def frames(self) -> tuple[bytes, list[Any]] | None:
-        return None if self._header is None else (self._header, list(self._copy.read()))
-
-    def remove(self) -> None:
-        self._copy.remove()
-
-
-class DiskStore:
-    """The DISK tier as :class:`Lower`."""
-
-    def __init__(self, folder: SpillFolder) -> None:
-        self.folder = folder
-
-    def store(self, name: Hashable, value: Any) -> Copy:
-        """Serialize and write."""
-        header, frames = (None, value) if isinstance(name, RawName) else codec.encode(value)
-        return _ValueOnDisk(header, self.folder.write(frames))
 
 
 class Mover:
@@ -122,6 +66,8 @@ class Mover:
         Called on the loop with the name and the error of a value that cannot be read back, after it was forgotten.
     threads
         How many operations run at a time. Two keep a disk busy while one of them serializes.
+    overflow
+        The tier that the spiller knows as the overflow.
     """
 
     def __init__(
@@ -130,12 +76,15 @@ class Mover:
         lower: Lower,
         loop: asyncio.AbstractEventLoop,
         lost: Callable[[Hashable, Exception], None],
+        *,
         threads: int = 2,
+        overflow: Lower | None = None,
     ) -> None:
         self.spiller = spiller
         self.ledger = spiller.ledger
         self.tier: Tier = spiller.upper
         self.lower = lower
+        self.overflow = overflow
         #: Ever-increasing totals.
         self.written_nbytes = 0
         self.read_nbytes = 0
@@ -149,10 +98,12 @@ class Mover:
         self._copies: dict[Hashable, Copy] = {}
         self._arrivals: dict[Hashable, list[asyncio.Future[Exception | None]]] = {}
         self._own_buffers = 0
-        self._warned = False
+        #: Tiers whose refusal was logged.
+        self._warned: set[Tier | None] = set()
         self._retry: asyncio.TimerHandle | None = None
         self._pending: set[Future[Any]] = set()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix=f"gpurt-{self.tier}-io")
+        self._overflow_threads = ThreadPoolExecutor(OVERFLOW_THREADS, thread_name_prefix="gpurt-overflow-io")
         self._closed = False
 
     def __repr__(self) -> str:
@@ -184,6 +135,11 @@ class Mover:
     def copy_of(self, name: Hashable) -> Copy | None:
         """The copy of ``name`` below, if there is one."""
         return self._copies.get(name)
+
+    def raised_nbytes(self, name: Hashable) -> int:
+        """Bytes of memory that reading the copy of ``name`` takes; 0 if it is gone."""
+        block = self.spiller.blocks.get(name)
+        return 0 if block is None else max(block.nbytes, block.copy_nbytes)
 
     # Putting and getting
 
@@ -342,7 +298,7 @@ class Mover:
 
     async def _raise_all(self, names: list[Hashable], *, forceable: bool) -> None:
         blocks = self.spiller.blocks
-        sizes = {n: max(blocks[n].nbytes, blocks[n].copy_nbytes) for n in names if blocks[n].state is State.SPILLED}
+        sizes = {n: self.raised_nbytes(n) for n in names if blocks[n].state is State.SPILLED}
         reservation = await self.reserve(sum(sizes.values()), forceable=forceable)
         arrivals: list[asyncio.Future[Exception | None]] = []
         try:
@@ -377,7 +333,7 @@ class Mover:
                 return None
             epoch = block.epoch
         try:
-            found: tuple[bytes, list[Any]] | None = await asyncio.wrap_future(self._submit(copy.frames))
+            found: tuple[bytes, list[Any]] | None = await asyncio.wrap_future(self._submit(copy.tier, copy.frames))
         except SpillError as error:
             with self._acting() as garbage:
                 if not self.spiller.current(name, epoch):
@@ -421,7 +377,8 @@ class Mover:
         if self._retry is not None:
             self._retry.cancel()
         await self.settle()
-        await self._loop.run_in_executor(None, self._threads.shutdown)
+        for threads in (self._threads, self._overflow_threads):
+            await self._loop.run_in_executor(None, threads.shutdown)
         with self._acting() as garbage:
             garbage.extend(self._values.values())
             self._values.clear()
@@ -442,14 +399,16 @@ class Mover:
             if isinstance(instruction, ev.Drop):
                 garbage.append(self._values.pop(name))
             elif isinstance(instruction, ev.Write):
-                self._submit(self._write, name, instruction.epoch, self._values[name])
+                tier = instruction.tier
+                self._submit(tier, self._write, name, instruction.epoch, self._values[name], tier)
             elif isinstance(instruction, ev.Read):
                 if read or name != getattr(event, "name", None):
-                    self._submit(self._read, name, instruction.epoch, self._copies.get(name))
+                    copy = self._copies.get(name)
+                    self._submit(None if copy is None else copy.tier, self._read, name, instruction.epoch, copy)
             else:
                 copy = self._copies.pop(name, None)
                 if copy is not None and not self._closed:
-                    self._submit(self._remove, copy)
+                    self._submit(copy.tier, self._remove, copy)
 
     def _named(self, buffer: Hashable) -> Hashable:
         """Give a buffer that is known to be nobody else's an identity that no other has."""
@@ -458,12 +417,16 @@ class Mover:
         self._own_buffers -= 1
         return self._own_buffers
 
-    def _submit(self, function: Callable[..., Any], *args: object) -> Future[Any]:
-        future = self._threads.submit(function, *args)
+    def _submit(self, tier: Tier | None, function: Callable[..., Any], *args: object) -> Future[Any]:
+        """Run an operation of a tier below, by its threads."""
+        future = (self._overflow_threads if self._overflows(tier) else self._threads).submit(function, *args)
         self._pending.add(future)
         # Its answer comes by way of the loop; only behind that is it over.
         future.add_done_callback(lambda future: self._call(self._pending.discard, future))
         return future
+
+    def _overflows(self, tier: Tier | None) -> bool:
+        return tier is not None and tier is self.spiller.overflow
 
     def _call(self, function: Callable[..., None], *args: object) -> None:
         try:
@@ -472,25 +435,27 @@ class Mover:
             # The loop is closed: there is nobody left to tell.
             logger.debug("%r: the event loop is closed", self)
 
-    def _write(self, name: Hashable, epoch: int, value: object) -> None:
+    def _write(self, name: Hashable, epoch: int, value: object, tier: Tier | None) -> None:
+        lower = self.overflow if self._overflows(tier) else self.lower
+        assert lower is not None
         try:
-            copy = self.lower.store(name, value)
+            copy = lower.store(name, value)
         except Exception as error:  # noqa: BLE001 - whatever a value's serialization raises; it is logged on the loop
-            self._call(self._end_write, name, epoch, error)
+            self._call(self._end_write, name, epoch, error, tier)
         else:
-            self._call(self._end_write, name, epoch, copy)
+            self._call(self._end_write, name, epoch, copy, tier)
 
-    def _end_write(self, name: Hashable, epoch: int, outcome: Copy | Exception) -> None:
+    def _end_write(self, name: Hashable, epoch: int, outcome: Copy | Exception, tier: Tier | None) -> None:
         with self._acting() as garbage:
             if not self.spiller.current(name, epoch):
                 if not isinstance(outcome, Exception):
                     self.written_nbytes += outcome.nbytes
-                    self._submit(self._remove, outcome)
+                    self._submit(tier, self._remove, outcome)
                 return
             if not isinstance(outcome, Exception):
                 self.written_nbytes += outcome.nbytes
                 self._copies[name] = outcome
-                self._warned = False
+                self._warned.discard(tier)
                 self._handle(ev.Written(name, epoch, outcome.nbytes), garbage)
                 return
             self.write_failures += 1
@@ -499,9 +464,15 @@ class Mover:
         if to_blame:
             logger.error("Failed to serialize %r; it stays in memory", name, exc_info=outcome)
             return
-        if not self._warned:
-            self._warned = True
-            logger.warning("Cannot spill, data stays in memory; will be tried again every %g s: %s", RETRY_S, outcome)
+        if tier not in self._warned:
+            self._warned.add(tier)
+            logger.warning(
+                "Cannot spill%s, data stays in memory%s; will be tried again every %g s: %s",
+                "" if tier is None else f" to {tier}",
+                "" if self.overflow is None or self._overflows(tier) else ", or overflows",
+                RETRY_S,
+                outcome,
+            )
         if self._retry is None and not self._closed:
             self._retry = self._loop.call_later(RETRY_S, self._retry_now)
 

@@ -21,7 +21,8 @@ from collections.abc import Iterable, Sequence
 
 from dask_gpurt.memory.horizon import Kind, Use
 from dask_gpurt.memory.ledger import Reservation as LedgerReservation
-from dask_gpurt.memory.mover import Mover, RawName
+from dask_gpurt.memory.lower import RawName
+from dask_gpurt.memory.mover import Mover
 from dask_gpurt.memory.store import Buffer, DeviceBuffer, Reservation, buffer_nbytes
 
 __all__ = ["ChunkName", "DeviceChunkName", "DeviceShardStore", "ShardStore"]

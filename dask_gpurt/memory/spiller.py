@@ -24,8 +24,11 @@ if it is not pinned and the room is still needed, otherwise it is CLEAN, and may
 What cannot happen: a block is in memory and not in the ledger, or the other way round; a pinned block is dropped; a
 block without a copy is dropped (unless it is dying); two operations run on one block at a time.
 
+There may be two tiers below. A block goes to the first of them as long as that has room for it, if need be by removing
+copies of what is in memory, and to the *overflow* when it has none, or when it is blocked. It never moves between them.
+
 When nothing more can be moved, and nothing is on its way, the oldest waiting request is forced through. When a write
-fails for the sake of the disk, writing stops (``blocked``) until the shell says :class:`Retried`.
+fails for the sake of a tier below, nothing is written there (it is ``blocked``) until the shell says :class:`Retried`.
 
 Pure: no I/O, no clock, no dask, no threads. The caller serializes the calls.
 """
@@ -74,8 +77,9 @@ class Block:
     #: The buffer that it lies in while it is in memory, and its bytes.
     buffer: Hashable = None
     buffer_nbytes: int = 0
-    #: Bytes of the copy below.
+    #: Bytes of the copy below, and where that is, or is on its way to.
     copy_nbytes: int = 0
+    tier: Tier | None = None
     #: How many want it to stay.
     pins: int = 0
     #: Higher: used more recently.
@@ -99,6 +103,8 @@ class Spiller:
         Tells the next uses.
     upper, lower
         The two tiers. A lower tier of None: whoever keeps the copies counts them.
+    overflow
+        Where copies go that the lower tier has no room for, or does not take; None: nowhere.
     writes_max
         Writes under way at a time. Further ones are started as these complete, so that they are chosen late.
     """
@@ -110,12 +116,15 @@ class Spiller:
         *,
         upper: Tier = Tier.HOST,
         lower: Tier | None = Tier.DISK,
+        overflow: Tier | None = None,
         writes_max: int = 4,
     ) -> None:
         self.ledger = ledger
         self.horizon = horizon
         self.upper = upper
         self.lower = lower
+        self.overflow = overflow
+        self._below: tuple[Tier | None, ...] = (lower,) if overflow is None else (lower, overflow)
         self.writes_max = writes_max
         #: Name -> block.
         self.blocks: dict[Hashable, Block] = {}
@@ -124,8 +133,8 @@ class Spiller:
         #: Bytes of the values that are not in memory, and of their copies.
         self.absent_nbytes = 0
         self.absent_copy_nbytes = 0
-        #: Whether writing has stopped because the tier below cannot take more.
-        self.blocked = False
+        #: Tiers below that nothing is written to for the time being, because they refused a write.
+        self.blocked: set[Tier | None] = set()
         #: Bytes that were dropped without ever having been written, and those whose older copy was still good.
         self.dropped_unwritten_nbytes = 0
         self.dropped_clean_nbytes = 0
@@ -156,7 +165,7 @@ class Spiller:
     def __repr__(self) -> str:
         return (
             f"<Spiller {self.upper}->{self.lower}: {len(self.blocks)} blocks, {len(self.absent)} below, "
-            f"{self._writing} being written{', blocked' if self.blocked else ''}>"
+            f"{self._writing} being written{''.join(f', {tier} is blocked' for tier in self.blocked)}>"
         )
 
     # For the shell
@@ -203,6 +212,7 @@ class Spiller:
             self._forget(self.blocks[event.name], instructions)
         epoch = next(self._clock)
         block = Block(event.name, epoch, State.SPILLED, event.nbytes, copy_nbytes=event.copy_nbytes, recency=epoch)
+        block.tier = self.lower
         self.blocks[event.name] = block
         self._hold_copy(block)
         self._absent(block)
@@ -276,13 +286,14 @@ class Spiller:
         if event.value_is_to_blame:
             block.unwritable = True
         else:
-            self.blocked = True
+            self.blocked.add(block.tier)
+        block.tier = None
 
     def _pressed(self, event: ev.Pressed, instructions: list[ev.Instruction]) -> None:  # noqa: ARG002
         self._pressed_nbytes = max(self._pressed_nbytes, event.nbytes)
 
     def _retried(self, event: ev.Retried, instructions: list[ev.Instruction]) -> None:  # noqa: ARG002
-        self.blocked = False
+        self.blocked.clear()
         self._skip = 0
 
     # Making room
@@ -327,7 +338,7 @@ class Spiller:
                 continue
             dirty = [block for block in blocks if block.state is State.RESIDENT]
             if dirty:
-                if self.blocked:
+                if len(self.blocked) == len(self._below):
                     continue
                 if self._writing and self._writing + len(dirty) > self.writes_max:
                     # Rather wait for a slot than give up what is needed sooner.
@@ -375,30 +386,42 @@ class Spiller:
         )
 
     def _begin_write(self, block: Block, leaving_nbytes: int, instructions: list[ev.Instruction]) -> bool:
-        if self.lower is not None:
-            reservation = self.ledger.try_reserve(self.lower, block.nbytes)
-            if reservation is None:
-                self._reclaim(self.lower, block.nbytes, instructions)
-                reservation = self.ledger.try_reserve(self.lower, block.nbytes)
-            if reservation is None:
-                return False
-            block.reservation = reservation
+        for tier in self._below:
+            if tier in self.blocked:
+                continue
+            reservation = None if tier is None else self._reserve_below(tier, block.nbytes, instructions)
+            if reservation is not None or tier is None:
+                break
+        else:
+            return False
+        block.tier = tier
+        block.reservation = reservation
         block.state = State.WRITING
         block.leaving_nbytes = leaving_nbytes
         self._writing += 1
         self._leaving_nbytes += leaving_nbytes
-        instructions.append(ev.Write(block.name, block.epoch))
+        instructions.append(ev.Write(block.name, block.epoch, tier))
         return True
 
-    def _reclaim(self, lower: Tier, nbytes: int, instructions: list[ev.Instruction]) -> None:
-        """Make room below: copies of what is in memory are the least that can be given up."""
-        limit = self.ledger.limit(lower)
-        assert limit is not None
+    def _reserve_below(self, tier: Tier, nbytes: int, instructions: list[ev.Instruction]) -> Reservation | None:
+        """Reserve room in a tier below. Copies of what is in memory are the least that can be given up for it."""
+        reservation = self.ledger.try_reserve(tier, nbytes)
+        if reservation is not None:
+            return reservation
+        lacking = self.ledger.wanted(tier) + nbytes
+        spare = []
         for block in self.blocks.values():
-            if self.ledger.used(lower) + nbytes <= limit:
-                return
-            if block.state is State.CLEAN:
-                self._remove_copy(block, instructions)
+            if block.state is State.CLEAN and block.tier is tier:
+                spare.append(block)
+                lacking -= block.copy_nbytes
+                if lacking <= 0:
+                    break
+        else:
+            # Not enough of them: they stay.
+            return None
+        for block in spare:
+            self._remove_copy(block, instructions)
+        return self.ledger.try_reserve(tier, nbytes)
 
     def _end_write(self, block: Block) -> None:
         self._writing -= 1
@@ -461,13 +484,14 @@ class Spiller:
         instructions.append(ev.Drop(block.name))
 
     def _hold_copy(self, block: Block) -> None:
-        if self.lower is not None:
-            self.ledger.hold(self.lower, (self.upper, block.epoch), block.copy_nbytes)
+        if block.tier is not None:
+            self.ledger.hold(block.tier, (self.upper, block.epoch), block.copy_nbytes)
 
     def _remove_copy(self, block: Block, instructions: list[ev.Instruction]) -> None:
-        if self.lower is not None:
-            self.ledger.drop(self.lower, (self.upper, block.epoch))
+        if block.tier is not None:
+            self.ledger.drop(block.tier, (self.upper, block.epoch))
         block.copy_nbytes = 0
+        block.tier = None
         if block.state is State.CLEAN:
             block.state = State.RESIDENT
         instructions.append(ev.RemoveCopy(block.name))

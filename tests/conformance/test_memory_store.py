@@ -15,7 +15,8 @@ from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.disk import SpillFolder
 from dask_gpurt.memory.horizon import IDLE, Use
 from dask_gpurt.memory.ledger import Ledger, Tier
-from dask_gpurt.memory.mover import DiskStore, Mover
+from dask_gpurt.memory.lower import DiskStore
+from dask_gpurt.memory.mover import Mover
 from dask_gpurt.memory.shards import ChunkName, ShardStore
 from dask_gpurt.memory.spiller import Spiller
 from dask_gpurt.memory.store import Buffer, BufferStore, DictBufferStore

@@ -33,7 +33,8 @@ from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.disk import SpillFolder
 from dask_gpurt.memory.horizon import IDLE, Use
 from dask_gpurt.memory.ledger import Ledger, Tier
-from dask_gpurt.memory.mover import DiskStore, Mover
+from dask_gpurt.memory.lower import DiskStore
+from dask_gpurt.memory.mover import Mover
 from dask_gpurt.memory.shards import ChunkName, ShardStore
 from dask_gpurt.memory.spiller import Spiller
 from dask_gpurt.memory.store import Buffer, Reservation
@@ -280,7 +281,7 @@ class Endpoint:
 
     def check_empty(self) -> None:
         """See that nothing is held or reserved."""
-        assert [self.ledger.used(tier) for tier in Tier] == [0, 0, 0], self.ledger
+        assert not any(self.ledger.used(tier) for tier in Tier), self.ledger
         assert not self.store._chunks
         assert not self.part._runs
         assert not self.run._credits

@@ -24,8 +24,9 @@ from dask_gpurt.memory.device import HostFrames, on_device
 from dask_gpurt.memory.disk import SpillFolder
 from dask_gpurt.memory.horizon import FAR, IDLE, RUNNING, Kind, Snapshot, Use, Word, next_use
 from dask_gpurt.memory.ledger import Ledger, Tier
+from dask_gpurt.memory.lower import DiskStore
 from dask_gpurt.memory.mapping import TieredMapping, serving
-from dask_gpurt.memory.mover import DiskStore, Mover
+from dask_gpurt.memory.mover import Mover
 from dask_gpurt.memory.policy import Candidate, order
 from dask_gpurt.memory.spiller import Spiller, State
 

@@ -1,0 +1,299 @@
+"""The OBJECT tier: objects of a store that fsspec opens, such as S3, checked when they are read.
+
+Theory of operation
+-------------------
+An :class:`ObjectFolder` has a prefix of its own below the configured URL, under a name that nobody can guess and no key has a
+part in, with one object a copy. An object holds the frames of a copy, one behind the other. Their lengths and a digest stay in
+memory with the :class:`ObjectCopy`. The digest is a keyed one (BLAKE2b, with a key of this process): others may write to
+the store, and what is deserialized must be what was written, not what somebody made to look like it.
+
+A store is far away and now and then busy. What fails is tried again, :data:`PAUSES_S` apart, until the time is up that
+an operation of its size may take; that a store says no (no such object, no permission) is final. An object that does not match
+its digest is fetched again, too: it may have been damaged on its way. Failures are :class:`~dask_gpurt.errors.SpillError`.
+
+Beside the prefix lies an *owner*, an empty object that :meth:`ObjectFolder.renew` writes anew every minute. An owner that was not
+renewed for :data:`STALE_S` is dead, and is removed with all its objects when the next worker starts. The times are those that
+the store gives, of the other owner and of one's own, so that no clock of a worker matters. A worker that was stopped so long
+and goes on finds its objects gone, as if they were lost.
+
+Covers: objects, digests, errors, left-overs.
+Does not cover: credentials and options, which fsspec and its file systems read from their own configuration
+(https://filesystem-spec.readthedocs.io/en/latest/features.html#configuration), in each worker; who else may read.
+See also: :mod:`dask_gpurt.memory.disk`.
+
+Every method blocks. They may be called from several threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from dask_gpurt.errors import CorruptDataError, SpillError
+
+if TYPE_CHECKING:
+    from dask_gpurt.memory.blocks import BlockPool
+    from dask_gpurt.memory.store import Buffer
+
+__all__ = ["ObjectCopy", "ObjectFolder"]
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "gpurt-spill-"
+_OWNER = ".owner"
+
+#: Seconds between one try and the next.
+PAUSES_S = (0.1, 0.5, 2.0)
+#: What an operation may take in all: so many seconds, and those that its bytes take at so many bytes per second.
+DEADLINE_S = 30.0
+RATE_MIN = 2**20
+#: Seconds for the removal of everything. A nanny gives its worker four for all that there is to close.
+CLOSE_S = 2.0
+#: Seconds after which an owner that was not renewed is dead. It is renewed every minute.
+STALE_S = 3600.0
+_DIGEST_NBYTES = 16
+
+T = TypeVar("T")
+
+
+class ObjectCopy:
+    """A copy in an object: where it lies, and what it has to be."""
+
+    __slots__ = ("digest", "folder", "lengths", "nbytes", "path")
+
+    def __init__(self, folder: ObjectFolder, path: str, lengths: tuple[int, ...], digest: bytes) -> None:
+        self.folder = folder
+        self.path = path
+        self.lengths = lengths
+        self.digest = digest
+        #: Size of the object.
+        self.nbytes = sum(lengths)
+
+    def __repr__(self) -> str:
+        return f"<ObjectCopy {self.path} {len(self.lengths)} frames, {self.nbytes} bytes>"
+
+    def read(self) -> list[memoryview]:
+        """Read and check; see :meth:`ObjectFolder.read`."""
+        return self.folder.read(self)
+
+    def remove(self) -> None:
+        """Remove the object; it may be gone already."""
+        self.folder.remove(self)
+
+
+class ObjectFolder:
+    """A prefix for the copies of this process.
+
+    Parameters
+    ----------
+    url
+        What it lies below: a bucket or folder that exists. Nothing is done there before :meth:`begin`.
+    pool
+        Lends the memory that is read into.
+
+    Raises
+    ------
+    SpillError
+        If fsspec has no file system for the URL.
+    """
+
+    def __init__(self, url: str, pool: BlockPool) -> None:
+        import fsspec
+
+        try:
+            self._fs, self._base = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            # The URL is not told: there may be a password in it.
+            raise SpillError(errno.EINVAL, f"cannot keep spilled data at the configured URL: {error}") from error
+        self.path = f"{self._base.rstrip('/')}/{_PREFIX}{secrets.token_hex(16)}"
+        self._owner = self.path + _OWNER
+        self._pool = pool
+        self._key = secrets.token_bytes(32)
+        self._numbers = itertools.count()
+        self._guard = threading.Lock()
+        self._begun = False
+        self._closing = threading.Event()
+
+    def __repr__(self) -> str:
+        return f"<ObjectFolder {self.path}>"
+
+    # The beginning and the end
+
+    def begin(self) -> None:
+        """Make the prefix, and remove what dead owners have left; calling it again does nothing.
+
+        Raises
+        ------
+        SpillError
+            If the store cannot be written.
+        """
+        with self._guard:
+            if self._begun:
+                return
+            if self._closing.is_set():
+                raise SpillError(errno.EBADF, f"{self.path} is closed")
+            self._try(f"cannot keep spilled data in {self._base}", self._make, 0)
+            self._begun = True
+        self._remove_leftovers()
+
+    def _make(self, **options: Any) -> None:
+        # For a store that has folders. It does not make what the URL names: a bucket would cost, and belong to somebody.
+        with contextlib.suppress(FileExistsError):
+            self._fs.mkdir(self.path, create_parents=False, **options)
+        self._fs.pipe_file(self._owner, b"", **options)
+
+    def renew(self) -> None:
+        """Tell others that this process lives."""
+        if not self._begun:
+            return
+        try:
+            self._try(
+                f"cannot renew {self._owner}", lambda **options: self._fs.pipe_file(self._owner, b"", **options), 0
+            )
+        except SpillError as error:
+            # Whoever reads or writes hears of it, and many more renewals come before it matters.
+            logger.debug("%s", error)
+
+    def _remove_leftovers(self) -> None:
+        try:
+            self._fs.invalidate_cache()
+            now = self._fs.modified(self._owner)
+            for path in self._fs.ls(self._base, detail=False):
+                name = path.rstrip("/").rpartition("/")[2]
+                if not (name.startswith(_PREFIX) and name.endswith(_OWNER)) or path.endswith(self._owner):
+                    continue
+                with contextlib.suppress(FileNotFoundError):  # another one removes it, too
+                    if (now - self._fs.modified(path)).total_seconds() > STALE_S:
+                        logger.info("%s has left objects behind, they are removed", path)
+                        self._remove_all(path.removesuffix(_OWNER))
+        except Exception as error:  # noqa: BLE001 - each store has errors of its own; NotImplementedError: no times
+            logger.warning("What dead workers may have left in %s is not removed: %r", self._base, error)
+
+    def _remove_all(self, path: str, **options: Any) -> None:
+        # The owner last: what has none would never be found.
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm(path, recursive=True, **options)
+        self._fs.rm_file(path + _OWNER, **options)
+
+    def close(self) -> None:
+        """Remove everything; calling it again does nothing. Operations under way are not tried again."""
+        with self._guard:
+            begun, self._begun = self._begun, False
+            self._closing.set()
+        if not begun:
+            return
+        try:
+            self._fs.invalidate_cache()
+            self._remove_all(self.path, **self._timeout(CLOSE_S))
+        except Exception as error:  # noqa: BLE001 - each store has errors of its own
+            logger.warning("%s is left for a worker that starts in an hour or later: %r", self.path, error)
+
+    # Copies
+
+    def write(self, frames: Sequence[Buffer]) -> ObjectCopy:
+        """Write ``frames`` to a new object.
+
+        Raises
+        ------
+        SpillError
+            If the store does not take them.
+        """
+        self.begin()
+        views = [memoryview(frame).cast("B") for frame in frames]
+        body = b"".join(views)
+        path = f"{self.path}/{next(self._numbers)}.blk"
+        copy = ObjectCopy(self, path, tuple(view.nbytes for view in views), self._digest(body))
+        self._try(
+            f"cannot write {copy.nbytes} bytes to {path}",
+            lambda **options: self._fs.pipe_file(path, body, **options),
+            copy.nbytes,
+        )
+        return copy
+
+    def read(self, copy: ObjectCopy) -> list[memoryview]:
+        """Read the frames back, into memory that can be written to.
+
+        Raises
+        ------
+        CorruptDataError
+            If the object is not there, or does not match its digest.
+        SpillError
+            If the store fails.
+        """
+        try:
+            body = self._try(
+                f"cannot read {copy.nbytes} bytes from {copy.path}",
+                lambda **options: self._checked(copy, self._fs.cat_file(copy.path, **options)),
+                copy.nbytes,
+            )
+        except SpillError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            raise CorruptDataError(error.errno, f"{copy.path}: the object is gone") from error
+        frames = []
+        begin = 0
+        for length in copy.lengths:
+            frame = self._pool.lease(length)
+            frame[:] = body[begin : begin + length]
+            frames.append(frame)
+            begin += length
+        return frames
+
+    def _checked(self, copy: ObjectCopy, body: bytes) -> memoryview:
+        if len(body) != copy.nbytes:
+            raise CorruptDataError(f"{copy.path}: {len(body)} bytes, {copy.nbytes} were written")
+        if self._digest(body) != copy.digest:
+            raise CorruptDataError(f"{copy.path}: does not match its digest")
+        return memoryview(body)
+
+    def _digest(self, body: bytes) -> bytes:
+        return hashlib.blake2b(body, digest_size=_DIGEST_NBYTES, key=self._key).digest()
+
+    def remove(self, copy: ObjectCopy) -> None:
+        """Remove the object of ``copy``; it may be gone already.
+
+        Raises
+        ------
+        SpillError
+            If the store fails. It goes with the rest then, when the folder is closed.
+        """
+        try:
+            self._try(f"cannot remove {copy.path}", lambda **options: self._fs.rm_file(copy.path, **options), 0)
+        except SpillError as error:
+            if error.errno != errno.ENOENT:
+                raise
+
+    # Trying again
+
+    def _try(self, story: str, operation: Callable[..., T], nbytes: int) -> T:
+        deadline = time.monotonic() + DEADLINE_S + nbytes / RATE_MIN
+        for pause_s in (*PAUSES_S, None):
+            try:
+                return operation(**self._timeout(deadline - time.monotonic()))
+            except Exception as error:
+                # Each file system of fsspec has errors of its own, most of which are OSErrors, and some are not.
+                no = isinstance(error, FileNotFoundError | PermissionError)
+                if no or pause_s is None or self._closing.is_set() or time.monotonic() + pause_s > deadline:
+                    if isinstance(error, CorruptDataError):
+                        raise
+                    raise SpillError(_errno(error), f"{story}: {error!r}") from error
+            self._closing.wait(pause_s)
+        raise AssertionError  # the last try returns or raises
+
+    def _timeout(self, seconds: float) -> dict[str, float]:
+        # Those that are asynchronous inside take it with any operation. Others have to see for themselves.
+        return {"timeout": max(seconds, 0.001)} if self._fs.async_impl else {}
+
+
+def _errno(error: Exception) -> int:
+    if isinstance(error, FileNotFoundError):
+        return errno.ENOENT
+    return getattr(error, "errno", None) or errno.EIO
