@@ -5,13 +5,17 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import dask
 import pytest
 from distributed import Client, LocalCluster
 
+if TYPE_CHECKING:
+    from s3_server import S3Server
+
 #: Imported by tests, under its own name; to look for examples in it, pytest would import it once more under another.
-collect_ignore = ["device_standin.py"]
+collect_ignore = ["device_standin.py", "s3_server.py"]
 
 
 def _gpus() -> int:
@@ -49,3 +53,24 @@ def cluster() -> Iterator[LocalCluster]:
 def client(cluster: LocalCluster) -> Iterator[Client]:
     with Client(cluster) as client:
         yield client
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """A real S3 server with one bucket, which this process and its children find."""
+    pytest.importorskip("moto", reason="moto brings the S3 server")
+    import s3fs
+    from s3_server import S3Server
+
+    server = S3Server()
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    # Its own retries are not what is tested, and each takes a while.
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    # Of a server that is there no more.
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        s3fs.S3FileSystem().mkdir(server.bucket)
+        yield server
+    finally:
+        server.stop()

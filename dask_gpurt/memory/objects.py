@@ -211,11 +211,17 @@ class ObjectFolder:
         body = b"".join(views)
         path = f"{self.path}/{next(self._numbers)}.blk"
         copy = ObjectCopy(self, path, tuple(view.nbytes for view in views), self._digest(body))
-        self._try(
-            f"cannot write {copy.nbytes} bytes to {path}",
-            lambda **options: self._fs.pipe_file(path, body, **options),
-            copy.nbytes,
-        )
+        try:
+            self._try(
+                f"cannot write {copy.nbytes} bytes to {path}",
+                lambda **options: self._fs.pipe_file(path, body, **options),
+                copy.nbytes,
+            )
+        except SpillError as error:
+            if error.errno == errno.ENOENT:
+                # Somebody has removed the prefix. The next one makes it anew.
+                self._begun = False
+            raise
         return copy
 
     def read(self, copy: ObjectCopy) -> list[memoryview]:
