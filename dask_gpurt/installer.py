@@ -1,6 +1,7 @@
 """``install``, ``uninstall`` and ``status``: what a user calls, on a running cluster.
 
-Covers: the checks before anything is touched (configuration, versions, spill folders), the order of the steps, the
+Covers: the checks before anything is touched (configuration, versions, places for spilled data), the
+order of the steps, the
 answer. Does not cover: the parts themselves; the same by preload, see :mod:`dask_gpurt.preload`.
 
 Order of an installation: (1) the configuration is parsed on the client; (2) scheduler and workers look at themselves
@@ -10,10 +11,11 @@ is wrong in (1) or (2) is raised, and the cluster is as it was; a part that fail
 
 from __future__ import annotations
 
+import asyncio
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +24,10 @@ from packaging.version import Version
 import dask_gpurt
 from dask_gpurt import seams
 from dask_gpurt.config import Settings
-from dask_gpurt.errors import ConfigError, InstallError
+from dask_gpurt.errors import ConfigError, InstallError, SpillError
 from dask_gpurt.installation import Installation, PartStatus
+from dask_gpurt.memory.blocks import BlockPool
+from dask_gpurt.memory.objects import ObjectFolder
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -61,7 +65,7 @@ def install(
     Raises
     ------
     ConfigError
-        A key is unknown, a value is not allowed, or a folder cannot be written on some worker.
+        A key is unknown, a value is not allowed, or a place for spilled data cannot be written by some worker.
     InstallError
         The scheduler or all workers lack dask-gpurt, or their Dask is out of the supported range.
         In both cases the cluster is left as it was.
@@ -144,6 +148,8 @@ class _Look:
     distributed: str
     #: The spill folder that cannot be used and why, or None.
     directory: tuple[str, str] | None = None
+    #: The same for the URL of the OBJECT tier.
+    object_url: tuple[str, str] | None = None
 
 
 async def _look_at_cluster(client: Client, settings: Settings) -> dict[str, _Look | Exception]:
@@ -151,9 +157,36 @@ async def _look_at_cluster(client: Client, settings: Settings) -> dict[str, _Loo
         looks: dict[str, _Look | Exception] = {"the scheduler": await client.run_on_scheduler(_look, None)}
     except ImportError as error:
         raise InstallError(f"the scheduler cannot import dask_gpurt: {error}") from error
-    directory = settings.memory.directory if settings.memory.enabled else None
-    looks.update(await client.run(_look, directory, on_error="return"))
+    memory = settings.memory
+    places = (memory.directory, memory.object_url) if memory.enabled else (None, None)
+    looks.update(await client.run(_look_with_places, *places, on_error="return"))
     return looks
+
+
+async def _look_with_places(directory: str | None, object_url: str | None) -> _Look:
+    look = _look(directory)
+    if object_url is None:
+        return look
+    # A store may take its time to say no, which must not hold up the worker's event loop.
+    reason = await asyncio.to_thread(_refusal, object_url)
+    return look if reason is None else replace(look, object_url=(_without_password(object_url), reason))
+
+
+def _refusal(object_url: str) -> str | None:
+    """Say why nothing can be written to ``object_url``, if so."""
+    try:
+        folder = ObjectFolder(object_url, BlockPool(0))
+        folder.begin()
+    except SpillError as error:
+        return str(error)
+    folder.close()
+    return None
+
+
+def _without_password(url: str) -> str:
+    scheme, mark, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    return scheme + mark + host.rpartition("@")[2] + slash + path
 
 
 def _look(directory: str | None) -> _Look:
@@ -186,6 +219,9 @@ def _raise_if_unfit(looks: Mapping[str, _Look | Exception]) -> None:
         if look.directory is not None:
             folder, reason = look.directory
             raise ConfigError("gpurt.memory.directory", folder, f"a folder that {server} can write ({reason})")
+        if look.object_url is not None:
+            url, reason = look.object_url
+            raise ConfigError("gpurt.memory.object-url", url, f"a URL that {server} can write ({reason})")
     workers = len(looks) - 1
     if lacking and len(lacking) == workers:
         server, error = next(iter(lacking.items()))

@@ -56,21 +56,10 @@ def client(cluster: LocalCluster) -> Iterator[Client]:
 
 
 @pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+def s3() -> Iterator[S3Server]:
     """A real S3 server with one bucket, which this process and its children find."""
     pytest.importorskip("moto", reason="moto brings the S3 server")
-    import s3fs
-    from s3_server import S3Server
+    from s3_server import serving
 
-    server = S3Server()
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    # Its own retries are not what is tested, and each takes a while.
-    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
-    # Of a server that is there no more.
-    s3fs.S3FileSystem.clear_instance_cache()
-    try:
-        s3fs.S3FileSystem().mkdir(server.bucket)
+    with serving() as server:
         yield server
-    finally:
-        server.stop()

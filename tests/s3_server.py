@@ -9,14 +9,17 @@ from __future__ import annotations
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import pytest
+import s3fs
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-__all__ = ["Fault", "S3Server"]
+__all__ = ["Fault", "S3Server", "serving"]
 
 
 @dataclass
@@ -64,8 +67,7 @@ class S3Server:
 
     @property
     def endpoint(self) -> str:
-        host, port = self._server.server_address[:2]
-        return f"http://{host}:{port}"
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -139,3 +141,21 @@ class S3Server:
 class _Quiet(WSGIRequestHandler):
     def log(self, *args: Any, **kwargs: Any) -> None:
         """Say nothing."""
+
+
+@contextmanager
+def serving() -> Iterator[S3Server]:
+    """Run a server with one bucket, which this process and its children find."""
+    server = S3Server()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        # Its own retries are not what is tested, and each takes a while.
+        patch.setattr(s3fs.S3FileSystem, "retries", 1)
+        # Of a server that is there no more.
+        s3fs.S3FileSystem.clear_instance_cache()
+        try:
+            s3fs.S3FileSystem().mkdir(server.bucket)
+            yield server
+        finally:
+            server.stop()

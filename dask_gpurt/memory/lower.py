@@ -1,5 +1,12 @@
 """Tiers below memory, as the mover sees them: a value goes in, a copy of it comes out.
 
+Theory of operation
+-------------------
+What cannot be read back is lost, and computed again. If it went to the same place again, and could not be read again, that
+would never end, and scattered data would all be lost there. So a store that failed to read something is *distrusted*: what
+is written to it is read back at once, while the value is still in memory, until that has succeeded. What cannot be read back
+was not written.
+
 Covers: the protocols :class:`Lower` and :class:`Copy`; :class:`FrameStore`, which makes frames of values, and puts them into
 a folder of files (:mod:`dask_gpurt.memory.disk`) or of objects (:mod:`dask_gpurt.memory.objects`).
 Does not cover: copies of what lies on a device (:mod:`dask_gpurt.memory.device`).
@@ -9,9 +16,11 @@ All methods block, and may be called from several threads.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
+from dask_gpurt.errors import SpillError
 from dask_gpurt.memory import codec
 from dask_gpurt.memory.ledger import Tier
 from dask_gpurt.memory.store import Buffer
@@ -71,20 +80,28 @@ class Folder(Protocol):
 
 
 class _FrameCopy:
-    __slots__ = ("_header", "_kept", "nbytes", "tier")
+    __slots__ = ("_header", "_kept", "_store", "nbytes", "tier")
 
-    def __init__(self, tier: Tier, header: bytes | None, kept: _Kept) -> None:
-        self.tier = tier
+    def __init__(self, store: FrameStore, header: bytes | None, kept: _Kept) -> None:
+        self.tier = store.tier
         self.nbytes = kept.nbytes
+        self._store = store
         self._header = header
         self._kept = kept
 
     def load(self) -> object:
-        frames = self._kept.read()
+        frames = self._read()
         return frames if self._header is None else codec.decode(self._header, frames)
 
     def frames(self) -> tuple[bytes, list[Any]] | None:
-        return None if self._header is None else (self._header, list(self._kept.read()))
+        return None if self._header is None else (self._header, self._read())
+
+    def _read(self) -> list[Any]:
+        try:
+            return list(self._kept.read())
+        except SpillError:
+            self._store.distrusted = True
+            raise
 
     def remove(self) -> None:
         self._kept.remove()
@@ -103,11 +120,22 @@ class FrameStore:
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
+        #: Whether what is written is read back.
+        self.distrusted = False
 
     def store(self, name: Hashable, value: Any) -> Copy:
         """Serialize and write."""
         header, frames = (None, value) if isinstance(name, RawName) else codec.encode(value)
-        return _FrameCopy(self.tier, header, self.folder.write(frames))
+        kept = self.folder.write(frames)
+        if self.distrusted:
+            try:
+                kept.read()
+            except SpillError:
+                with contextlib.suppress(SpillError):
+                    kept.remove()
+                raise
+            self.distrusted = False
+        return _FrameCopy(self, header, kept)
 
 
 class DiskStore(FrameStore):

@@ -9,7 +9,7 @@ the store, and what is deserialized must be what was written, not what somebody 
 
 A store is far away and now and then busy. What fails is tried again, :data:`PAUSES_S` apart, until the time is up that
 an operation of its size may take; that a store says no (no such object, no permission) is final. An object that does not match
-its digest is fetched again, too: it may have been damaged on its way. Failures are :class:`~dask_gpurt.errors.SpillError`.
+its digest is fetched once more: it may have been damaged on its way. Failures are :class:`~dask_gpurt.errors.SpillError`.
 
 Beside the prefix lies an *owner*, an empty object that :meth:`ObjectFolder.renew` writes anew every minute. An owner that was not
 renewed for :data:`STALE_S` is dead, and is removed with all its objects when the next worker starts. The times are those that
@@ -234,31 +234,35 @@ class ObjectFolder:
         SpillError
             If the store fails.
         """
+        body = self._fetch(copy)
+        if self._flaw(copy, body) and (flaw := self._flaw(copy, body := self._fetch(copy))):
+            raise CorruptDataError(f"{copy.path}: {flaw}")
+        frames = []
+        begin = 0
+        for length in copy.lengths:
+            frame = self._pool.lease(length)
+            frame[:] = memoryview(body)[begin : begin + length]
+            frames.append(frame)
+            begin += length
+        return frames
+
+    def _fetch(self, copy: ObjectCopy) -> bytes:
         try:
-            body = self._try(
+            body: bytes = self._try(
                 f"cannot read {copy.nbytes} bytes from {copy.path}",
-                lambda **options: self._checked(copy, self._fs.cat_file(copy.path, **options)),
+                lambda **options: self._fs.cat_file(copy.path, **options),
                 copy.nbytes,
             )
         except SpillError as error:
             if error.errno != errno.ENOENT:
                 raise
             raise CorruptDataError(error.errno, f"{copy.path}: the object is gone") from error
-        frames = []
-        begin = 0
-        for length in copy.lengths:
-            frame = self._pool.lease(length)
-            frame[:] = body[begin : begin + length]
-            frames.append(frame)
-            begin += length
-        return frames
+        return body
 
-    def _checked(self, copy: ObjectCopy, body: bytes) -> memoryview:
+    def _flaw(self, copy: ObjectCopy, body: bytes) -> str | None:
         if len(body) != copy.nbytes:
-            raise CorruptDataError(f"{copy.path}: {len(body)} bytes, {copy.nbytes} were written")
-        if self._digest(body) != copy.digest:
-            raise CorruptDataError(f"{copy.path}: does not match its digest")
-        return memoryview(body)
+            return f"{len(body)} bytes, {copy.nbytes} were written"
+        return None if self._digest(body) == copy.digest else "does not match its digest"
 
     def _digest(self, body: bytes) -> bytes:
         return hashlib.blake2b(body, digest_size=_DIGEST_NBYTES, key=self._key).digest()
@@ -288,8 +292,6 @@ class ObjectFolder:
                 # Each file system of fsspec has errors of its own, most of which are OSErrors, and some are not.
                 no = isinstance(error, FileNotFoundError | PermissionError)
                 if no or pause_s is None or self._closing.is_set() or time.monotonic() + pause_s > deadline:
-                    if isinstance(error, CorruptDataError):
-                        raise
                     raise SpillError(_errno(error), f"{story}: {error!r}") from error
             self._closing.wait(pause_s)
         raise AssertionError  # the last try returns or raises

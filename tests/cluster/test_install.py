@@ -178,6 +178,9 @@ def test_restart_keeps_it(client: Client) -> None:
         ({"memory.host-limt": 1}, "gpurt.memory.host-limt"),
         ({"memory.host-limit": "plenty"}, "'plenty'"),
         ({"memory.directory": "/proc/no/such/folder"}, "/proc/no/such/folder"),
+        ({"memory.object-url": "file:///proc/no/such/folder"}, "object-url: 'file:///proc/no/such/folder'"),
+        ({"memory.object-url": "nosuch://bucket"}, "a URL that tcp://.* can write"),
+        ({"memory.object-url": "/no/url"}, "a URL that fsspec opens"),
     ],
 )
 def test_bad_configuration_is_refused_and_the_cluster_left_as_it_was(

@@ -1,4 +1,4 @@
-"""What every BufferStore does: the fake, and the tiers with room, without room, and with hardly any."""
+"""What every BufferStore does: the fake, and the tiers with room, without room, with hardly any, and with more of them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.disk import SpillFolder
 from dask_gpurt.memory.horizon import IDLE, Use
 from dask_gpurt.memory.ledger import Ledger, Tier
-from dask_gpurt.memory.lower import DiskStore
+from dask_gpurt.memory.lower import DiskStore, ObjectStore
 from dask_gpurt.memory.mover import Mover
+from dask_gpurt.memory.objects import ObjectFolder
 from dask_gpurt.memory.shards import ChunkName, ShardStore
 from dask_gpurt.memory.spiller import Spiller
 from dask_gpurt.memory.store import Buffer, BufferStore, DictBufferStore
@@ -30,27 +31,48 @@ class Ranks:
         return [name.use if isinstance(name, ChunkName) else IDLE for name in names]
 
 
-@pytest.fixture(params=["dict", *LIMITS])
+#: What DISK may hold where there is an OBJECT tier, and where that is.
+BELOW = {"objects": (1, "file"), "disk and objects": (150_000, "memory"), "s3": (1, "s3")}
+
+
+@pytest.fixture(params=["dict", *LIMITS, *BELOW])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
+    server = request.getfixturevalue("s3") if request.param == "s3" else None
+
     @asynccontextmanager
     async def opened() -> Any:
         if request.param == "dict":
             yield DictBufferStore()
             return
-        folder = SpillFolder(str(tmp_path), BlockPool(2**20))
-        ledger = Ledger({Tier.HOST: LIMITS[request.param]})
+        pool = BlockPool(2**20)
+        folder = SpillFolder(str(tmp_path), pool)
+        disk_nbytes, protocol = BELOW.get(request.param, (None, ""))
+        objects = None
+        if protocol:
+            place = {"file": tmp_path, "memory": "spilled", "s3": f"{getattr(server, 'bucket', '')}/folder"}[protocol]
+            objects = ObjectFolder(f"{protocol}://{place}", pool)
+        ledger = Ledger({Tier.HOST: LIMITS.get(request.param, LIMITS["tight"]), Tier.DISK: disk_nbytes})
         lost: list[object] = []
         loop = asyncio.get_running_loop()
-        mover = Mover(Spiller(ledger, Ranks()), DiskStore(folder), loop, lambda *a: lost.append(a))
+        mover = Mover(
+            Spiller(ledger, Ranks(), overflow=Tier.OBJECT if objects else None),
+            DiskStore(folder),
+            loop,
+            lambda *a: lost.append(a),
+            overflow=ObjectStore(objects) if objects else None,
+        )
         try:
             yield ShardStore(mover)
             assert not lost
             await mover.settle()
             assert ledger.used(Tier.HOST) == 0, "everything was taken or discarded"
             assert ledger.used(Tier.DISK) == 0
+            assert ledger.used(Tier.OBJECT) == 0
         finally:
             await mover.close()
             folder.close()
+            if objects is not None:
+                objects.close()
         assert os.listdir(tmp_path) == []
 
     return opened

@@ -16,6 +16,7 @@ from dask_gpurt.memory.spiller import Spiller, State
 
 LIMIT = 100
 DISK_LIMIT = 150
+OBJECT_LIMIT = 100
 NAMES = st.integers(0, 12)
 USES = st.one_of(
     st.just(IDLE), st.just(RUNNING), st.just(DYING), st.integers(0, 20).map(lambda d: Use(Kind.NEXT, float(d)))
@@ -31,13 +32,17 @@ class Oracle:
 
 
 class Shell(RuleBasedStateMachine):
+    overflow: Tier | None = None
+
     def __init__(self) -> None:
         super().__init__()
         self.oracle = Oracle()
-        self.ledger = Ledger({Tier.HOST: LIMIT, Tier.DISK: DISK_LIMIT})
-        self.spiller = Spiller(self.ledger, self.oracle, writes_max=2)
+        self.ledger = Ledger({Tier.HOST: LIMIT, Tier.DISK: DISK_LIMIT, Tier.OBJECT: OBJECT_LIMIT})
+        self.spiller = Spiller(self.ledger, self.oracle, overflow=self.overflow, writes_max=2)
         self.memory: dict[Hashable, tuple[Hashable, int]] = {}
+        #: Copies below, and in which tier they are.
         self.disk: dict[Hashable, int] = {}
+        self.tiers: dict[Hashable, Tier | None] = {}
         self.writing: dict[Hashable, int] = {}
         self.reading: dict[Hashable, int] = {}
         self.pins: dict[Hashable, int] = {}
@@ -66,10 +71,13 @@ class Shell(RuleBasedStateMachine):
                         assert name in self.memory, "the only copy was removed"
                 case ev.Write():
                     assert self.ledger.used(Tier.DISK) <= DISK_LIMIT, "more than the disk may hold"
+                    assert self.ledger.used(Tier.OBJECT) <= OBJECT_LIMIT, "more than the overflow may hold"
                     assert name in self.memory
                     assert name not in self.disk
                     assert name not in self.writing
-                    assert not self.spiller.blocked
+                    assert instruction.tier in (Tier.DISK, self.overflow)
+                    assert instruction.tier not in self.spiller.blocked
+                    self.tiers[name] = instruction.tier
                     self.writing[name] = instruction.epoch
                 case ev.Read():
                     assert name not in self.memory
@@ -105,6 +113,7 @@ class Shell(RuleBasedStateMachine):
         if name in self.spiller.blocks:
             self.handle(ev.Deleted(name))
         self.disk[name] = nbytes
+        self.tiers[name] = Tier.DISK
         self.sizes[name] = nbytes
         self.handle(ev.Adopted(name, nbytes, nbytes))
 
@@ -204,7 +213,8 @@ class Shell(RuleBasedStateMachine):
     @invariant()
     def the_books_agree_with_what_is_there(self) -> None:
         assert self.ledger.held(Tier.HOST) == sum(dict(self.memory.values()).values())
-        assert self.ledger.held(Tier.DISK) == sum(self.disk.values())
+        for tier in (Tier.DISK, Tier.OBJECT):
+            assert self.ledger.held(tier) == sum(n for name, n in self.disk.items() if self.tiers[name] is tier)
         assert self.spiller.absent == set(self.spiller.blocks) - set(self.memory)
         assert self.spiller.absent_nbytes == sum(self.sizes[n] for n in self.spiller.absent)
         assert self.spiller.absent_copy_nbytes == sum(self.disk.get(n, 0) for n in self.spiller.absent)
@@ -236,8 +246,13 @@ class Shell(RuleBasedStateMachine):
             assert self.granted or self.writing
 
 
+class OverflowingShell(Shell):
+    overflow = Tier.OBJECT
+
+
 TestShell = Shell.TestCase
-TestShell.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestOverflowingShell = OverflowingShell.TestCase
+TestShell.settings = TestOverflowingShell.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
 def test_a_planted_bug_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

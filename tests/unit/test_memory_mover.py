@@ -6,16 +6,18 @@ import asyncio
 import errno
 import os
 import threading
-from collections.abc import AsyncIterator, Coroutine, Hashable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Hashable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pandas as pd
 import pytest
 from distributed.protocol.serialize import dask_deserialize, dask_serialize
+from fsspec.implementations.memory import MemoryFileSystem
 
 from dask_gpurt.errors import CorruptDataError, SpillError
 from dask_gpurt.memory import codec
@@ -24,9 +26,10 @@ from dask_gpurt.memory.device import HostFrames, on_device
 from dask_gpurt.memory.disk import SpillFolder
 from dask_gpurt.memory.horizon import FAR, IDLE, RUNNING, Kind, Snapshot, Use, Word, next_use
 from dask_gpurt.memory.ledger import Ledger, Tier
-from dask_gpurt.memory.lower import DiskStore
+from dask_gpurt.memory.lower import DiskStore, ObjectStore
 from dask_gpurt.memory.mapping import TieredMapping, serving
 from dask_gpurt.memory.mover import Mover
+from dask_gpurt.memory.objects import ObjectFolder
 from dask_gpurt.memory.policy import Candidate, order
 from dask_gpurt.memory.spiller import Spiller, State
 
@@ -62,20 +65,35 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig(path: Path, limit: int | None = 3 * CHUNK, disk: int | None = None) -> AsyncIterator[Rig]:
+async def rig(
+    path: Path, limit: int | None = 3 * CHUNK, disk: int | None = None, url: str | None = None
+) -> AsyncIterator[Rig]:
     folder = SpillFolder(str(path), BlockPool(2**24))
+    objects = None if url is None else ObjectFolder(url, BlockPool(2**24))
     horizon = Seen()
     lost: list[tuple[Hashable, Exception]] = []
     ledger = Ledger({Tier.HOST: limit, Tier.DISK: disk})
     mover = Mover(
-        Spiller(ledger, horizon), DiskStore(folder), asyncio.get_running_loop(), lambda n, e: lost.append((n, e))
+        Spiller(ledger, horizon, overflow=Tier.OBJECT if objects else None),
+        DiskStore(folder),
+        asyncio.get_running_loop(),
+        lambda n, e: lost.append((n, e)),
+        overflow=ObjectStore(objects) if objects else None,
     )
     try:
         yield Rig(mover, folder, horizon, lost)
     finally:
         await mover.close()
         folder.close()
+        if objects is not None:
+            objects.close()
     assert os.listdir(path) == []
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    yield "memory://overflow"
+    fsspec.filesystem("memory").store.clear()
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
@@ -322,6 +340,15 @@ def test_a_full_disk_leaves_everything_in_memory(
     run(main())
 
 
+async def ask(r: Rig, name: Hashable, how: str) -> None:
+    if how == "get":
+        r.mover.get(name)
+    elif how == "ensure":
+        await r.mover.ensure([name, "unknown"])
+    else:
+        await r.mover.frames(name)
+
+
 def flip(path: str) -> None:
     with open(path, "r+b") as file:
         file.seek(500)
@@ -338,22 +365,51 @@ def test_a_damaged_copy_is_never_returned(tmp_path: Path, damage: Any, how: str)
             for path in r.files():
                 damage(path)
 
-            async def ask(name: Hashable) -> None:
-                if how == "get":
-                    r.mover.get(name)
-                elif how == "ensure":
-                    await r.mover.ensure([name, "unknown"])
-                else:
-                    await r.mover.frames(name)
-
             for name in victims:
                 with pytest.raises(CorruptDataError):
-                    await ask(name)
+                    await ask(r, name, how)
             await asyncio.sleep(0)
             assert sorted((n for n, _ in r.lost), key=str) == victims
             assert not any(name in r.mover for name in victims)
             for name in r.mover.names():
                 assert (np.asarray(r.mover.get(name)) == name).all()
+
+    run(main())
+
+
+@pytest.mark.parametrize("tier", [Tier.DISK, Tier.OBJECT])
+def test_a_tier_that_cannot_be_read_is_given_nothing_more(
+    tmp_path: Path, url: str, tier: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("dask_gpurt.memory.objects.PAUSES_S", ())
+    monkeypatch.setattr("dask_gpurt.memory.mover.RETRY_S", 60.0)
+
+    async def main() -> None:
+        async with rig(
+            tmp_path, disk=1 if tier is Tier.OBJECT else None, url=url if tier is Tier.OBJECT else None
+        ) as r:
+            await filled(r, 4)
+            (name,) = r.mover.absent
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "preadv", refuse)
+                patch.setattr(MemoryFileSystem, "cat_file", refuse)
+                with pytest.raises(SpillError):
+                    await r.mover.ensure([name])
+                # What was moved away for it to come.
+                below = set(r.mover.absent)
+                for number in range(10, 14):
+                    r.mover.put(number, chunk(number))
+                    await r.mover.settle()
+                assert r.mover.absent == below
+            r.mover._retry_now()
+            await r.mover.settle()
+            assert r.held <= 3 * CHUNK
+            for kept in r.mover.names():
+                assert (np.asarray(r.mover.get(kept)) == kept).all()
+            assert [n for n, _ in r.lost] == [name]
 
     run(main())
 
@@ -382,6 +438,169 @@ def test_what_does_not_deserialize_is_reported(tmp_path: Path) -> None:
             assert r.mover.absent == {"bomb"}
             with pytest.raises(CorruptDataError, match="ZeroDivisionError"):
                 await r.mover.ensure(["bomb"])
+
+    run(main())
+
+
+# The overflow
+
+
+def objects_of(r: Rig) -> list[str]:
+    lower = r.mover.overflow
+    assert isinstance(lower, ObjectStore)
+    assert isinstance(lower.folder, ObjectFolder)
+    fs = fsspec.filesystem("memory")
+    return [path for path in fs.find(lower.folder.path) if path.endswith(".blk")]
+
+
+def test_what_the_disk_may_not_hold_overflows(tmp_path: Path, url: str) -> None:
+    async def main() -> None:
+        async with rig(tmp_path, disk=2 * CHUNK, url=url) as r:
+            await filled(r, 10)
+            assert (len(r.files()), len(objects_of(r))) == (2, 5)
+            assert r.mover.ledger.held(Tier.DISK) == 2 * CHUNK
+            assert r.mover.ledger.held(Tier.OBJECT) == 5 * CHUNK
+            for number in range(10):
+                pinned = await r.mover.ensure([number])
+                value: Any = r.mover.get(number)
+                r.mover.unpin(pinned)
+                assert (value == number).all()
+                assert value.flags.writeable
+            name = next(n for n in sorted(r.mover.absent, key=str) if r.mover.spiller.blocks[n].tier is Tier.OBJECT)
+            found = await r.mover.frames(name)
+            assert found is not None
+            assert [bytes(frame) for frame in found[1]] == [bytes([int(str(name))]) * CHUNK]
+            for number in range(10):
+                r.mover.delete(number)
+            await r.mover.settle()
+            assert not any(r.mover.ledger.used(tier) for tier in Tier)
+            assert (r.files(), objects_of(r)) == ([], [])
+            assert not r.lost
+
+    run(main())
+
+
+def test_both_below_are_full(tmp_path: Path, url: str) -> None:
+    async def main() -> None:
+        async with rig(tmp_path, disk=2 * CHUNK, url=url) as r:
+            r.mover.ledger.set_limit(Tier.OBJECT, CHUNK)
+            await filled(r, 10)
+            assert (len(r.files()), len(objects_of(r)), r.held) == (2, 1, 7 * CHUNK)
+            for number in range(10):
+                assert (np.asarray(r.mover.get(number)) == number).all()
+
+    run(main())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_what_the_disk_refuses_overflows(
+    tmp_path: Path, url: str, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    monkeypatch.setattr("dask_gpurt.memory.mover.RETRY_S", 60.0)
+
+    async def main() -> None:
+        async with rig(tmp_path, url=url) as r:
+            await filled(r, 10)
+            assert r.files() == []
+            assert len(objects_of(r)) == 7
+            assert r.mover.write_failures == 1
+            for n in range(10):
+                assert (np.asarray(r.mover.get(n)) == n).all()
+
+    run(main())
+    assert "Cannot spill to disk, data stays in memory, or overflows" in caplog.text
+
+
+def test_nothing_is_lost_while_no_tier_takes_anything(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("dask_gpurt.memory.mover.RETRY_S", 60.0)
+    monkeypatch.setattr("dask_gpurt.memory.objects.PAUSES_S", ())
+
+    async def main() -> None:
+        async with rig(tmp_path, url=url) as r:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "pwrite", refuse)
+                patch.setattr(MemoryFileSystem, "pipe_file", refuse)
+                await filled(r, 8)
+                assert not r.mover.absent
+                assert r.mover.spiller.blocked == {Tier.DISK, Tier.OBJECT}
+                (await asyncio.wait_for(r.mover.reserve(CHUNK), 5)).release()
+            r.mover._retry_now()
+            await r.mover.settle()
+            assert r.held <= 3 * CHUNK
+            for n in range(8):
+                assert (np.asarray(r.mover.get(n)) == n).all()
+
+    run(main())
+    assert sum("Cannot spill" in message for message in caplog.messages) == 2
+
+
+@pytest.mark.parametrize("how", ["ensure", "get", "frames"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_object_is_never_returned(
+    tmp_path: Path, url: str, damage: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dask_gpurt.memory.objects.PAUSES_S", ())
+
+    async def main() -> None:
+        async with rig(tmp_path, disk=CHUNK, url=url) as r:
+            await filled(r, 6)
+            blocks = r.mover.spiller.blocks
+            victims = [n for n in sorted(r.mover.absent, key=str) if blocks[n].tier is Tier.OBJECT]
+            assert len(victims) == 2
+            fs = fsspec.filesystem("memory")
+            for path in objects_of(r):
+                body = fs.cat_file(path)
+                if damage == "remove":
+                    fs.rm_file(path)
+                else:
+                    fs.pipe_file(path, body[:-1] + bytes([body[-1] ^ 1]) if damage == "flip" else body[:-1])
+            for name in victims:
+                with pytest.raises(CorruptDataError):
+                    await ask(r, name, how)
+            await asyncio.sleep(0)
+            assert [n for n, _ in r.lost] == victims
+            assert not any(name in r.mover for name in victims)
+            for name in r.mover.names():
+                assert (np.asarray(r.mover.get(name)) == name).all()
+
+    run(main())
+
+
+def test_a_slow_overflow_does_not_hold_up_the_disk(tmp_path: Path, url: str) -> None:
+    async def main() -> None:
+        async with rig(tmp_path, disk=CHUNK, url=url) as r:
+            go = threading.Event()
+            overflow = r.mover.overflow
+            assert overflow is not None
+            honest = overflow.store
+
+            def slow(name: Hashable, value: object) -> Any:
+                go.wait(10)
+                return honest(name, value)
+
+            overflow.store = slow  # type: ignore[method-assign]
+            # More writes under way there than it has threads, and than the disk has.
+            for number in range(4 + 3):
+                r.mover.put(number, chunk(number))
+            on_disk = next(n for n, block in r.mover.spiller.blocks.items() if block.tier is Tier.DISK)
+            while r.state(on_disk) is State.WRITING:
+                await asyncio.wait([asyncio.wrap_future(f) for f in r.mover._pending], return_when="FIRST_COMPLETED")
+                await asyncio.sleep(0)
+            assert r.state(on_disk) is State.SPILLED
+            assert any(block.state is State.WRITING for block in r.mover.spiller.blocks.values())
+            assert await asyncio.wait_for(r.mover.frames(on_disk), 5)
+            assert not go.is_set()
+            go.set()
+            await r.mover.settle()
 
     run(main())
 
