@@ -3,7 +3,7 @@
 Covers: :class:`Link`, which learns latency and bandwidth of one way between two places; :class:`Gauge`, which says what
 a transfer among others tells about its link; :class:`Topology`, all the links that a worker or the scheduler knows.
 Does not cover: measuring. Whoever moves bytes looks at its clock, and says what it saw. Pure: no I/O, no clock, no Dask.
-See also: :mod:`dask_gpurt.shuffle.paths` and :mod:`dask_gpurt.shuffle.compression`, which decide by these prices.
+See also: :mod:`dask_gpurt.shuffle.paths` and :mod:`dask_gpurt.compression`, which decide by these prices.
 
 Theory of operation
     A *place* is a worker and a tier. A *link* is one way from a place to another; two places may be joined by several,

@@ -26,9 +26,9 @@ Theory of operation
     *Measuring.* Every delivery says what its way is worth: by UCX the receiver tells how long the bytes took once it had
     the credit; by Dask's comms it is the time of the call, without what the receiver spent on the message after it had
     it. By these prices the path is chosen (:mod:`dask_gpurt.shuffle.paths`), and whether to compress
-    (:mod:`dask_gpurt.shuffle.compression`). For a compressed buffer the receiver reserves the raw size beside the other,
+    (:mod:`dask_gpurt.compression`). For a compressed buffer the receiver reserves the raw size beside the other,
     gives up the other when it has decompressed it, and believes no size that it is told
-    (:mod:`dask_gpurt.shuffle.codecs`).
+    (:mod:`dask_gpurt.codecs`).
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ from distributed.core import ErrorMessage, OKMessage, Status, error_message
 from distributed.metrics import context_meter
 from distributed.protocol.serialize import to_serialize
 
-from dask_gpurt import seams
+from dask_gpurt import codecs, seams
+from dask_gpurt.codecs import Compressed, Packed, plain
 from dask_gpurt.memory.store import Buffer, DeviceBuffer, Reservation, buffer_nbytes
 from dask_gpurt.seams import P2PConsistencyError, ShuffleClosedError
-from dask_gpurt.shuffle import codecs, paths
-from dask_gpurt.shuffle.codecs import Compressed, Packed, plain
+from dask_gpurt.shuffle import paths
 from dask_gpurt.shuffle.device import DeviceBody, allocate, library_named
 from dask_gpurt.shuffle.shelves import TieredReservation
 from dask_gpurt.shuffle.transport.ucx import MIN_FRAME_NBYTES, TransportError, TransportUnavailable, UCXTransport
 from dask_gpurt.shuffle.ways import Way, Ways
-from dask_gpurt.shuffle.wire import WireError
+from dask_gpurt.shuffle.wire import WireError, pack_list
 from dask_gpurt.topology import Gauge, Place, Topology
 
 if TYPE_CHECKING:
@@ -363,7 +363,7 @@ class Carrier:
         """Take in a message. Handler for peers."""
         try:
             run = await seams.shuffle_run(self._worker, shuffle_id, run_id)
-            told = codecs.pack_list(packed, len(buffers))
+            told = pack_list(packed, len(buffers))
             if sizes is None:
                 return await run.attend(self._take_by_comm(run, list(buffers), told, credit))
             if told and libraries is not None:
@@ -458,6 +458,9 @@ class Carrier:
             buffers[:] = await loop.run_in_executor(
                 run.executor, codecs.decompress, buffers, packed, self._part.pool.lease
             )
+        except codecs.CodecError as error:
+            reservation.release()
+            raise WireError(str(error)) from error
         except BaseException:
             reservation.release()
             raise

@@ -2,7 +2,7 @@
 
 Covers: :class:`Way`, a path to a peer with all that is known about it, and :class:`Ways`, all of them; running codecs in
 threads.
-Does not cover: the decisions themselves (:mod:`dask_gpurt.shuffle.paths`, :mod:`dask_gpurt.shuffle.compression`); the
+Does not cover: the decisions themselves (:mod:`dask_gpurt.shuffle.paths`, :mod:`dask_gpurt.compression`); the
 sending (:mod:`dask_gpurt.shuffle.carrier`). Used on one event loop.
 """
 
@@ -14,10 +14,10 @@ from concurrent.futures import Executor
 
 from distributed.comm.addressing import get_address_host
 
+from dask_gpurt import codecs
+from dask_gpurt.codecs import Compressed
+from dask_gpurt.compression import LinkCompression
 from dask_gpurt.memory.store import Buffer
-from dask_gpurt.shuffle import codecs
-from dask_gpurt.shuffle.codecs import Compressed
-from dask_gpurt.shuffle.compression import LinkCompression
 from dask_gpurt.shuffle.paths import COMM, UCX, PathChooser
 from dask_gpurt.topology import Gauge, Link, Place, Topology
 

@@ -1,6 +1,6 @@
-"""The header that goes before every body of shards, on the wire and in the store.
+"""The header that goes before every body of shards, on the wire and in the store, and what goes with compressed buffers.
 
-Covers: encoding and decoding of :class:`Header`. Decoding checks every length against the buffer and against limits;
+Covers: encoding and decoding of :class:`Header`; :func:`pack_list`. Decoding checks every length against the buffer and against limits;
 nothing that a peer can put into a header makes it allocate more than the header's own size.
 Does not cover: what the segments and the body mean; see :mod:`dask_gpurt.shuffle.frames` and
 :mod:`dask_gpurt.shuffle.bricks`. Bodies are never pickled.
@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dask_gpurt import codecs
+from dask_gpurt.codecs import Packed
 from dask_gpurt.errors import GpurtError
 from dask_gpurt.memory.store import Buffer, DeviceBuffer, buffer_nbytes
 
@@ -32,6 +34,7 @@ __all__ = [
     "WireError",
     "decode",
     "encode",
+    "pack_list",
 ]
 
 _MAGIC = b"GPSH"
@@ -157,3 +160,28 @@ def decode(buffer: Buffer, body: Buffer | DeviceBuffer) -> Header:
     if segments.size and int(segments.min()) < 0:
         raise WireError("a segment has a negative number")
     return Header(Kind(kind), input_id, segments.reshape(rows, columns), body_nbytes, bytes(view[segments_end:]))
+
+
+def pack_list(message: object, buffers: int) -> list[Packed]:
+    """Read what a peer says about its compressed buffers, of so many ``buffers``.
+
+    Raises
+    ------
+    WireError
+        If that cannot be so.
+    """
+    if not isinstance(message, list | tuple):
+        raise WireError(f"a list of compressed buffers was expected, got {type(message).__name__}")
+    packed = []
+    for entry in message:
+        if not isinstance(entry, list | tuple) or [type(item) for item in entry] != [int, str, int, int]:
+            raise WireError(f"this does not describe a compressed buffer: {str(entry)[:100]}")
+        number, codec, nbytes, digest = entry
+        if codec not in codecs.CODECS:
+            raise WireError(f"buffers compressed by {codec[:20]!r} are not known here")
+        if not 0 <= number < buffers or not codecs.MIN_NBYTES <= nbytes <= codecs.RAW_NBYTES_MAX:
+            raise WireError(f"buffer {number} of {buffers}, of {nbytes} bytes, cannot be a compressed one")
+        packed.append(Packed(number, codec, nbytes, digest))
+    if len({each.number for each in packed}) != len(packed):
+        raise WireError("a buffer is described as compressed twice")
+    return packed

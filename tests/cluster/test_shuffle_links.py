@@ -93,7 +93,7 @@ def throttle(rates: dict[str, float]) -> None:
 
 def damage() -> None:
     """Flip a bit of what is compressed."""
-    from dask_gpurt.shuffle import codecs
+    from dask_gpurt import codecs
 
     compress = codecs.compress
 

@@ -26,6 +26,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from dask_gpurt import codecs
+from dask_gpurt.codecs import Compressed
 from dask_gpurt.config import ShuffleSettings
 from dask_gpurt.memory import mover as mover_module
 from dask_gpurt.memory import shards as shards_module
@@ -40,11 +42,9 @@ from dask_gpurt.memory.spiller import Spiller
 from dask_gpurt.memory.store import Buffer, Reservation
 from dask_gpurt.seams import ShuffleClosedError
 from dask_gpurt.shuffle import carrier as carrier_module
-from dask_gpurt.shuffle import codecs
 from dask_gpurt.shuffle import outbox as outbox_module
 from dask_gpurt.shuffle import run as run_module
 from dask_gpurt.shuffle import shelf as shelf_module
-from dask_gpurt.shuffle.codecs import Compressed
 from dask_gpurt.shuffle.run import Run, Shards
 from dask_gpurt.shuffle.shelf import Parcel
 from dask_gpurt.shuffle.ways import Way, Ways

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from dask_gpurt import codecs
+from dask_gpurt.codecs import Compressed
 from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.store import DictBufferStore
-from dask_gpurt.shuffle import codecs
 from dask_gpurt.shuffle.carrier import Carrier, nbytes_of
-from dask_gpurt.shuffle.codecs import Compressed
 from dask_gpurt.shuffle.paths import COMM, UCX
 from dask_gpurt.shuffle.ways import Ways
 from dask_gpurt.shuffle.wire import WireError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dask_gpurt.shuffle.compression import (
+from dask_gpurt.compression import (
     FAST_BANDWIDTH,
     KINDS_MAX,
     KNOWN_TRANSFERS,

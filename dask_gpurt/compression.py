@@ -1,7 +1,7 @@
 """Whether a message is compressed, and how: where it pays on its link, for data of its kind.
 
 Covers: :class:`LinkCompression`, one for each peer and path: when to sample, and which codec to use. Pure.
-Does not cover: the codecs and the form on the wire (:mod:`dask_gpurt.shuffle.codecs`); the bandwidth of a link
+Does not cover: the codecs and the form on the wire (:mod:`dask_gpurt.codecs`); the bandwidth of a link
 (:mod:`dask_gpurt.topology`).
 
 Theory of operation

@@ -1,16 +1,16 @@
-"""Compressed buffers: how they are made, what is told of them, and how they are read without trusting who sent them.
+"""Compressed buffers: how they are made, what is told of them, and how they are read without trusting where they were.
 
 Covers: :func:`compress`, :func:`decompress`, :func:`sample`, and :class:`Packed`, which goes with each compressed buffer.
 All functions are called in threads, and give up the GIL while they compress.
-Does not cover: whether to compress (:mod:`dask_gpurt.shuffle.compression`).
+Does not cover: whether to compress (:mod:`dask_gpurt.compression`).
 
 Theory of operation
     Buffers are compressed one by one, by the codecs of pyarrow's wheel: LZ4, and Zstandard at its fastest level. One
     that is small, or does not become smaller by a tenth, stays as it is. With a compressed buffer go its number in the
     message, the codec, the raw size, and a checksum of the compressed bytes, for neither codec notices all damage.
 
-    A receiver reserves memory for the raw sizes before it decompresses, and decompresses right into memory of that size.
-    So a peer that names a size that is not true gets :class:`WireError`, whatever the stream would have grown to.
+    Who decompresses has memory for the raw sizes, and decompresses right into it. So a size that is not true is a
+    :class:`CodecError`, whatever the stream would have grown to.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from dask_gpurt.compression import Figures
+from dask_gpurt.errors import GpurtError
 from dask_gpurt.memory.store import Buffer
-from dask_gpurt.shuffle.compression import Figures
-from dask_gpurt.shuffle.wire import WireError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,13 +35,13 @@ __all__ = [
     "MIN_NBYTES",
     "RAW_NBYTES_MAX",
     "SAMPLE_NBYTES",
+    "CodecError",
     "Compressed",
     "Packed",
     "available",
     "compress",
     "compressible",
     "decompress",
-    "pack_list",
     "plain",
     "sample",
 ]
@@ -56,6 +56,10 @@ RAW_NBYTES_MAX = 2**30
 SAMPLE_NBYTES, _PIECES = 64 * 2**10, 8
 #: What does not become smaller than this stays as it is.
 _RATIO_MAX = 0.9
+
+
+class CodecError(GpurtError, ValueError):
+    """A compressed buffer was damaged, or is not what was told of it."""
 
 
 @dataclass(frozen=True)
@@ -183,31 +187,6 @@ def compress(buffers: Sequence[Buffer], name: str) -> Compressed:
     return Compressed(message, packed, raw_nbytes, wire_nbytes, max(time.perf_counter() - started_s, 1e-9))
 
 
-def pack_list(message: object, buffers: int) -> list[Packed]:
-    """Read what a peer says about its compressed buffers, of so many ``buffers``.
-
-    Raises
-    ------
-    WireError
-        If that cannot be so.
-    """
-    if not isinstance(message, list | tuple):
-        raise WireError(f"a list of compressed buffers was expected, got {type(message).__name__}")
-    packed = []
-    for entry in message:
-        if not isinstance(entry, list | tuple) or [type(item) for item in entry] != [int, str, int, int]:
-            raise WireError(f"this does not describe a compressed buffer: {str(entry)[:100]}")
-        number, codec, nbytes, digest = entry
-        if codec not in CODECS:
-            raise WireError(f"buffers compressed by {codec[:20]!r} are not known here")
-        if not 0 <= number < buffers or not MIN_NBYTES <= nbytes <= RAW_NBYTES_MAX:
-            raise WireError(f"buffer {number} of {buffers}, of {nbytes} bytes, cannot be a compressed one")
-        packed.append(Packed(number, codec, nbytes, digest))
-    if len({each.number for each in packed}) != len(packed):
-        raise WireError("a buffer is described as compressed twice")
-    return packed
-
-
 def decompress(
     buffers: Sequence[Buffer], packed: Sequence[Packed], allocate: Callable[[int], memoryview]
 ) -> list[Buffer]:
@@ -215,7 +194,7 @@ def decompress(
 
     Raises
     ------
-    WireError
+    CodecError
         If a buffer was damaged, or is not of the size that was told.
     """
     import pyarrow as pa
@@ -224,7 +203,7 @@ def decompress(
     for each in packed:
         wire: Any = message[each.number]
         if xxhash.xxh3_64_intdigest(wire) != each.digest:
-            raise WireError(f"buffer {each.number} of a message was damaged on its way: its checksum is another one")
+            raise CodecError(f"buffer {each.number} of a message was damaged on its way: its checksum is another one")
         raw = allocate(each.nbytes)
         try:
             with pa.CompressedInputStream(pa.BufferReader(pa.py_buffer(wire)), each.codec) as stream:
@@ -232,9 +211,9 @@ def decompress(
                 more = stream.read(1) if found_nbytes == each.nbytes else b""
         except OSError as error:
             # Arrow's way to say that it is no such stream. As an OSError it would be taken for a broken connection.
-            raise WireError(f"buffer {each.number} of a message cannot be decompressed: {error}") from error
+            raise CodecError(f"buffer {each.number} of a message cannot be decompressed: {error}") from error
         if found_nbytes != each.nbytes or more:
-            raise WireError(
+            raise CodecError(
                 f"buffer {each.number} of a message has {'more than ' if more else ''}{found_nbytes} bytes, "
                 f"{each.nbytes} were announced"
             )
