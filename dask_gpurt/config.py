@@ -204,6 +204,8 @@ class MemorySettings(_Section):
     disk_limit: int | None = _key(None, lambda v: None if v is None else _size(v), 'a size such as "100 GiB", or null')
     #: Folder for spilled data; None: the worker's own local directory.
     directory: str | None = _key(None, _folder, "the path of a folder that can be written, or null")
+    #: ``"auto"``: copies on DISK and OBJECT are compressed where that pays; ``"off"``: never.
+    compression: str = _key("auto", _compression, '"auto" or "off"')
     #: What the OBJECT tier lies below, which takes what DISK does not; None: there is no such tier.
     object_url: str | None = _key(None, _url, 'a URL that fsspec opens, such as "s3://bucket/folder", or null')
     #: Bytes that OBJECT may hold; None: any number.

@@ -50,6 +50,7 @@ import xxhash
 from dask_gpurt.errors import CorruptDataError, SpillError
 from dask_gpurt.memory import files
 from dask_gpurt.memory.files import Layout
+from dask_gpurt.memory.packing import Meter
 
 if TYPE_CHECKING:
     from dask_gpurt.memory.blocks import BlockPool
@@ -147,6 +148,8 @@ class SpillFolder:
             os.unlink(lock)
             raise _refused(error, f"cannot keep spilled data in {parent}") from error
         self._pace = _Pace(_takes_direct(self.path))
+        #: The price of the disk, as far as files go past the page cache.
+        self.meter = Meter()
         self._guard = threading.Lock()
         self._closed = False
         #: Idle files: (bytes, path), the smallest first; their bytes, and the least of these since the last decay.
@@ -186,7 +189,9 @@ class SpillFolder:
             fd = os.open(path, flags | (os.O_DIRECT if copy.direct else 0), 0o600)
             try:
                 started = time.perf_counter()
-                files.write(fd, views, copy.layout)
+                # What goes to the page cache says nothing about the disk.
+                with self.meter.transfer(copy.nbytes) if copy.direct else contextlib.nullcontext():
+                    files.write(fd, views, copy.layout)
                 if copy.direct:
                     self._pace.note(copy.nbytes, time.perf_counter() - started)
             finally:

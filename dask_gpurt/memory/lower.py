@@ -9,7 +9,7 @@ was not written.
 
 Covers: the protocols :class:`Lower` and :class:`Copy`; :class:`FrameStore`, which makes frames of values, and puts them into
 a folder of files (:mod:`dask_gpurt.memory.disk`) or of objects (:mod:`dask_gpurt.memory.objects`).
-Does not cover: copies of what lies on a device (:mod:`dask_gpurt.memory.device`).
+Does not cover: whether they are compressed (:mod:`dask_gpurt.memory.packing`); copies of what lies on a device (:mod:`dask_gpurt.memory.device`).
 
 All methods block, and may be called from several threads.
 """
@@ -20,9 +20,11 @@ import contextlib
 from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
+from dask_gpurt.codecs import Packed
 from dask_gpurt.errors import SpillError
 from dask_gpurt.memory import codec
 from dask_gpurt.memory.ledger import Tier
+from dask_gpurt.memory.packing import Packer, kind_of
 from dask_gpurt.memory.store import Buffer
 
 __all__ = ["Copy", "DiskStore", "Folder", "FrameStore", "Lower", "ObjectStore", "RawName"]
@@ -80,14 +82,15 @@ class Folder(Protocol):
 
 
 class _FrameCopy:
-    __slots__ = ("_header", "_kept", "_store", "nbytes", "tier")
+    __slots__ = ("_header", "_kept", "_packed", "_store", "nbytes", "tier")
 
-    def __init__(self, store: FrameStore, header: bytes | None, kept: _Kept) -> None:
+    def __init__(self, store: FrameStore, header: bytes | None, kept: _Kept, packed: Sequence[Packed]) -> None:
         self.tier = store.tier
         self.nbytes = kept.nbytes
         self._store = store
         self._header = header
         self._kept = kept
+        self._packed = packed
 
     def load(self) -> object:
         frames = self._read()
@@ -98,7 +101,7 @@ class _FrameCopy:
 
     def _read(self) -> list[Any]:
         try:
-            return list(self._kept.read())
+            return self._store.unpack(self._kept.read(), self._packed)
         except SpillError:
             self._store.distrusted = True
             raise
@@ -114,19 +117,28 @@ class FrameStore:
     ----------
     folder
         Where.
+    packer
+        Compresses what goes there; None: nothing is compressed.
     """
 
     tier: Tier
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: Folder, packer: Packer | None = None) -> None:
         self.folder = folder
+        self.packer = packer
         #: Whether what is written is read back.
         self.distrusted = False
 
     def store(self, name: Hashable, value: Any) -> Copy:
-        """Serialize and write."""
-        header, frames = (None, value) if isinstance(name, RawName) else codec.encode(value)
+        """Serialize, compress if that pays, and write."""
+        raw = isinstance(name, RawName)
+        header, frames = (None, value) if raw else codec.encode(value)
+        packed: Sequence[Packed] = ()
+        if self.packer is not None:
+            frames, packed = self.packer.pack(kind_of(name, value, raw=raw), frames)
         kept = self.folder.write(frames)
+        if self.packer is not None:
+            self.packer.wrote(kept.nbytes)
         if self.distrusted:
             try:
                 kept.read()
@@ -135,7 +147,14 @@ class FrameStore:
                     kept.remove()
                 raise
             self.distrusted = False
-        return _FrameCopy(self, header, kept)
+        return _FrameCopy(self, header, kept, packed)
+
+    def unpack(self, frames: Sequence[Buffer], packed: Sequence[Packed]) -> list[Any]:
+        """Return frames as they were before they were compressed; raises CorruptDataError."""
+        if not packed:
+            return list(frames)
+        assert self.packer is not None
+        return self.packer.unpack(frames, packed)
 
 
 class DiskStore(FrameStore):

@@ -54,6 +54,7 @@ from dask_gpurt.memory.lower import DiskStore, ObjectStore
 from dask_gpurt.memory.mapping import Ruined, RuinedForClient, TieredMapping, serving
 from dask_gpurt.memory.mover import Mover
 from dask_gpurt.memory.objects import ObjectFolder
+from dask_gpurt.memory.packing import Packer
 from dask_gpurt.memory.shards import DeviceChunkName, DeviceShardStore, ShardStore
 from dask_gpurt.memory.spiller import Spiller
 from dask_gpurt.memory.store import BufferStore, DictBufferStore
@@ -313,6 +314,7 @@ class MemoryManager:
         self._mapping: TieredMapping | None = None
         self._folder: SpillFolder | None = None
         self._objects: ObjectFolder | None = None
+        self._packers: dict[Tier, Packer] = {}
         #: Lends host memory to whatever is read back, and to shuffles.
         self._idle_nbytes_max = min(IDLE_NBYTES_MAX, int((host_nbytes or IDLE_NBYTES_MAX) * IDLE_FRACTION))
         self.pool = BlockPool(self._idle_nbytes_max)
@@ -358,10 +360,10 @@ class MemoryManager:
         self._watch = Watch(self._worker, self._tell)
         host = self._host = Mover(
             Spiller(self.ledger, horizon, overflow=Tier.OBJECT if self._objects else None),
-            DiskStore(self._folder),
+            DiskStore(self._folder, self._packer(Tier.DISK, self._folder)),
             loop,
             self._on_lost,
-            overflow=ObjectStore(self._objects) if self._objects else None,
+            overflow=ObjectStore(self._objects, self._packer(Tier.OBJECT, self._objects)) if self._objects else None,
         )
         if self.ledger.limit(Tier.DEVICE) is not None:
             # The bytes of the copies are counted by the HOST mover, which holds them.
@@ -562,6 +564,12 @@ class MemoryManager:
         if self._objects is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._objects.renew)
 
+    def _packer(self, tier: Tier, folder: SpillFolder | ObjectFolder) -> Packer | None:
+        if self._settings.compression == "off":
+            return None
+        packer = self._packers[tier] = Packer(folder.meter, self.pool.lease)
+        return packer
+
     def _movers(self) -> list[Mover]:
         # From the top down: what is above may still need what is below.
         return [mover for mover in (self._device, self._host) if mover is not None]
@@ -761,6 +769,11 @@ class MemoryManager:
                 f"{tier}_waits": mover.waits,
                 f"{tier}_write_failures": mover.write_failures,
                 f"{tier}_corrupt_blocks": mover.lost_blocks,
+            }
+        for tier, packer in self._packers.items():
+            figures |= {
+                f"{tier}_compressed_nbytes": packer.raw_nbytes,
+                f"{tier}_compressed_to_nbytes": packer.packed_nbytes,
             }
         return figures
 

@@ -38,6 +38,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dask_gpurt.errors import CorruptDataError, SpillError
+from dask_gpurt.memory.packing import Meter
 
 if TYPE_CHECKING:
     from dask_gpurt.memory.blocks import BlockPool
@@ -116,6 +117,8 @@ class ObjectFolder:
         self.path = f"{self._base.rstrip('/')}/{_PREFIX}{secrets.token_hex(16)}"
         self._owner = self.path + _OWNER
         self._pool = pool
+        #: The price of the store.
+        self.meter = Meter()
         self._key = secrets.token_bytes(32)
         self._numbers = itertools.count()
         self._guard = threading.Lock()
@@ -214,7 +217,7 @@ class ObjectFolder:
         try:
             self._try(
                 f"cannot write {copy.nbytes} bytes to {path}",
-                lambda **options: self._fs.pipe_file(path, body, **options),
+                lambda **options: self._put(path, body, **options),
                 copy.nbytes,
             )
         except SpillError as error:
@@ -223,6 +226,10 @@ class ObjectFolder:
                 self._begun = False
             raise
         return copy
+
+    def _put(self, path: str, body: bytes, **options: Any) -> None:
+        with self.meter.transfer(len(body)):
+            self._fs.pipe_file(path, body, **options)
 
     def read(self, copy: ObjectCopy) -> list[memoryview]:
         """Read the frames back, into memory that can be written to.

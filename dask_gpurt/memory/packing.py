@@ -102,7 +102,8 @@ class Packer:
         """Return the frames to be written, and what is to be told of those that were compressed."""
         if not self._possible or not self._decide.slow:
             return frames, []
-        nbytes = sum(memoryview(frame).nbytes for frame in frames if codecs.compressible(frame))
+        frames = [memoryview(frame).cast("B") for frame in frames]
+        nbytes = sum(frame.nbytes for frame in frames if codecs.compressible(frame))
         if not nbytes:
             return frames, []
         with self._lock:
