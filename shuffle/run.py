@@ -44,7 +44,7 @@ from distributed.utils import sync
 from distributed.utils_comm import retry
 
 from dask_gpurt import seams
-from dask_gpurt.errors import CorruptDataError, SpillError
+from dask_gpurt.errors import SpillError
 from dask_gpurt.memory.store import Reservation
 from dask_gpurt.seams import P2PConsistencyError, P2POutOfDiskError, ShuffleClosedError, ShuffleRun
 from dask_gpurt.shuffle.carrier import nbytes_of
@@ -496,7 +496,8 @@ class Run(ShuffleRun[Any, Any]):
         try:
             await self._shelf.flush()
             buffers = await self._shelf.take(partition_id)
-        except CorruptDataError as error:
+        except SpillError as error:
+            # Damaged, gone, or out of reach: whichever it is, they can be made again.
             await self._restart(key, str(error))
         except Exception as error:
             self.raise_if_closed()
