@@ -12,7 +12,7 @@ an operation of its size may take; that a store says no (no such object, no perm
 its digest is fetched once more: it may have been damaged on its way. Failures are :class:`~dask_gpurt.errors.SpillError`.
 
 Beside the prefix lies an *owner*, an empty object that :meth:`ObjectFolder.renew` writes anew every minute. An owner that was not
-renewed for :data:`STALE_S` is dead, and is removed with all its objects when the next worker starts. The times are those that
+renewed for :data:`STALE_S` is dead, and is removed with all its objects: by who begins, and by who lives, once in that time. The times are those that
 the store gives, of the other owner and of one's own, so that no clock of a worker matters. A worker that was stopped so long
 and goes on finds its objects gone, as if they were lost.
 
@@ -123,6 +123,8 @@ class ObjectFolder:
         self._numbers = itertools.count()
         self._guard = threading.Lock()
         self._begun = False
+        #: When it was last looked for left-overs.
+        self._looked_s = 0.0
         self._closing = threading.Event()
 
     def __repr__(self) -> str:
@@ -154,7 +156,7 @@ class ObjectFolder:
         self._fs.pipe_file(self._owner, b"", **options)
 
     def renew(self) -> None:
-        """Tell others that this process lives."""
+        """Tell others that this process lives, and now and then remove what dead ones have left."""
         if not self._begun:
             return
         try:
@@ -164,8 +166,12 @@ class ObjectFolder:
         except SpillError as error:
             # Whoever reads or writes hears of it, and many more renewals come before it matters.
             logger.debug("%s", error)
+            return
+        if time.monotonic() - self._looked_s > STALE_S:
+            self._remove_leftovers()
 
     def _remove_leftovers(self) -> None:
+        self._looked_s = time.monotonic()
         try:
             self._fs.invalidate_cache()
             now = self._fs.modified(self._owner)

@@ -99,7 +99,7 @@ def test_left_overs_of_the_dead_are_removed(url: str, monkeypatch: pytest.Monkey
     assert [found.rpartition("/")[2] for found in listed(url)] == ["somebody-elses"]
 
 
-def test_who_is_renewed_is_alive(tmp_path: Path) -> None:
+def test_who_is_renewed_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = [ObjectFolder(f"file://{tmp_path}", BlockPool(0)) for _ in range(2)]
     copies = [folder.write([b"x"]) for folder in folders]
     for folder in folders:
@@ -111,6 +111,13 @@ def test_who_is_renewed_is_alive(tmp_path: Path) -> None:
     with pytest.raises(CorruptDataError, match="gone"):
         copies[1].read()
     assert not os.path.exists(folders[1].path)
+    # Nor need anybody begin for it: who lives looks, too, once in a while.
+    os.utime(folders[0].path + ".owner", (time.time() - 2 * objects.STALE_S,) * 2)
+    third.renew()
+    assert copies[0].read()
+    monkeypatch.setattr(third, "_looked_s", time.monotonic() - 2 * objects.STALE_S)
+    third.renew()
+    assert not os.path.exists(folders[0].path)
     for folder in (*folders, third):
         folder.close()
     assert list(tmp_path.iterdir()) == []
