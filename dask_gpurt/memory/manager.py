@@ -355,7 +355,8 @@ class MemoryManager:
             self._objects = await loop.run_in_executor(None, ObjectFolder, self._settings.object_url, self.pool)
         self._folder = await loop.run_in_executor(None, SpillFolder, parent, self.pool)
         if self._objects is not None:
-            await loop.run_in_executor(None, _begin, self._objects)
+            # Not waited for: a store may take its time, and what dead workers have left there may be much.
+            loop.run_in_executor(None, _begin, self._objects)
         horizon = self._horizon = WorkerHorizon(self._worker)
         self._watch = Watch(self._worker, self._tell)
         host = self._host = Mover(
@@ -787,6 +788,7 @@ def _limit(configured: float | None, total: int | None) -> int | None:
 def _begin(objects: ObjectFolder) -> None:
     try:
         objects.begin()
+        objects.renew()
     except SpillError as error:
         # The store may be back when it is needed, which is asked then. A worker is not left without tiers for that.
         logger.warning("The OBJECT tier is not there yet: %s", error)

@@ -11,10 +11,11 @@ A store is far away and now and then busy. What fails is tried again, :data:`PAU
 an operation of its size may take; that a store says no (no such object, no permission) is final. An object that does not match
 its digest is fetched once more: it may have been damaged on its way. Failures are :class:`~dask_gpurt.errors.SpillError`.
 
-Beside the prefix lies an *owner*, an empty object that :meth:`ObjectFolder.renew` writes anew every minute. An owner that was not
-renewed for :data:`STALE_S` is dead, and is removed with all its objects: by who begins, and by who lives, once in that time. The times are those that
-the store gives, of the other owner and of one's own, so that no clock of a worker matters. A worker that was stopped so long
-and goes on finds its objects gone, as if they were lost.
+Beside the prefix lies an *owner*, an empty object that :meth:`ObjectFolder.renew` writes anew every minute. An owner that was
+not renewed for :data:`STALE_S` is dead, and is removed with all its objects: by whoever lives, when that begins and once in
+that time. The times are those that the store gives, of the other owner and of one's own, so that no clock of a worker
+matters. A worker that was stopped so long and goes on finds its objects gone, as if they were lost. One that closes while the
+store does not answer is killed by its nanny, and its objects wait for another one, too.
 
 Covers: objects, digests, errors, left-overs.
 Does not cover: credentials and options, which fsspec and its file systems read from their own configuration
@@ -31,6 +32,7 @@ import errno
 import hashlib
 import itertools
 import logging
+import math
 import secrets
 import threading
 import time
@@ -124,7 +126,7 @@ class ObjectFolder:
         self._guard = threading.Lock()
         self._begun = False
         #: When it was last looked for left-overs.
-        self._looked_s = 0.0
+        self._looked_s = -math.inf
         self._closing = threading.Event()
 
     def __repr__(self) -> str:
@@ -133,7 +135,7 @@ class ObjectFolder:
     # The beginning and the end
 
     def begin(self) -> None:
-        """Make the prefix, and remove what dead owners have left; calling it again does nothing.
+        """Make the prefix; calling it again does nothing.
 
         Raises
         ------
@@ -147,7 +149,6 @@ class ObjectFolder:
                 raise SpillError(errno.EBADF, f"{self.path} is closed")
             self._try(f"cannot keep spilled data in {self._base}", self._make, 0)
             self._begun = True
-        self._remove_leftovers()
 
     def _make(self, **options: Any) -> None:
         # For a store that has folders. It does not make what the URL names: a bucket would cost, and belong to somebody.
@@ -156,7 +157,7 @@ class ObjectFolder:
         self._fs.pipe_file(self._owner, b"", **options)
 
     def renew(self) -> None:
-        """Tell others that this process lives, and now and then remove what dead ones have left."""
+        """Tell others that this process lives, and at first, and once in a while, remove what dead ones have left."""
         if not self._begun:
             return
         try:
@@ -203,7 +204,7 @@ class ObjectFolder:
             self._fs.invalidate_cache()
             self._remove_all(self.path, **self._timeout(CLOSE_S))
         except Exception as error:  # noqa: BLE001 - each store has errors of its own
-            logger.warning("%s is left for a worker that starts in an hour or later: %r", self.path, error)
+            logger.warning("%s is left for another worker, which removes it in an hour or later: %r", self.path, error)
 
     # Copies
 

@@ -77,15 +77,21 @@ def total(client: Client, figure: str) -> int:
     return sum(client.run(metrics).values())
 
 
-def persisted() -> Any:
+async def settle(dask_worker: Any = None) -> None:
+    """Wait until what is on its way down has arrived."""
+    await dask_worker.extensions["gpurt"].memory._host.settle()
+
+
+def persisted(client: Client) -> Any:
     x = da.arange(500_000, dtype="f8", chunks=25_000).persist()
     wait(x)
+    client.run(settle)
     return x
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_a_disk_that_takes_nothing(client: Client, number: int) -> None:
-    x = persisted()
+    x = persisted(client)
     scattered = client.scatter(np.arange(100_000.0))
     client.run(break_disk, "pwrite", number)
     y = (x + 1).persist()
@@ -101,7 +107,7 @@ def test_a_disk_that_takes_nothing(client: Client, number: int) -> None:
 
 
 def test_a_disk_that_gives_nothing_back(client: Client) -> None:
-    x = persisted()
+    x = persisted(client)
     client.run(break_disk, "preadv", errno.EIO)
     np.testing.assert_array_equal(x.compute(), np.arange(500_000.0))
     np.testing.assert_array_equal((x * 2).compute(), np.arange(500_000.0) * 2)
@@ -113,6 +119,7 @@ def test_a_disk_that_gives_nothing_back(client: Client) -> None:
 def test_scattered_data_on_a_disk_that_gives_nothing_back_fails_clearly(client: Client) -> None:
     futures = client.scatter([np.full(50_000, n, dtype="f8") for n in range(10)])
     wait(futures)
+    client.run(settle)
     client.run(break_disk, "preadv", errno.EIO)
     results = [client.submit(np.sum, future, pure=False) for future in futures]
     wait(results, timeout=30)

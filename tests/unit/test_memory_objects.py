@@ -83,11 +83,13 @@ def test_left_overs_of_the_dead_are_removed(url: str, monkeypatch: pytest.Monkey
     fs.pipe_file(f"{path}/somebody-elses", b"")
     young = ObjectFolder(url, BlockPool(0))
     young.begin()
+    young.renew()
     assert len(listed(url)) == 4, "nobody was silent for long enough"
     # As if all that was there were older than that.
     monkeypatch.setattr(objects, "STALE_S", -10.0)
     last = ObjectFolder(url, BlockPool(0))
     last.begin()
+    last.renew()
     names = [found.rpartition("/")[2] for found in listed(url)]
     assert names == [os.path.basename(last.path) + ".owner", "somebody-elses"]
     # Who was taken for dead, and is not, finds nothing, and can go on, at the second try where there are folders.
@@ -107,6 +109,7 @@ def test_who_is_renewed_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     folders[0].renew()
     third = ObjectFolder(f"file://{tmp_path}", BlockPool(0))
     third.begin()
+    third.renew()
     assert copies[0].read()
     with pytest.raises(CorruptDataError, match="gone"):
         copies[1].read()
@@ -206,7 +209,7 @@ def test_a_store_that_is_not_there(s3: S3Server, caplog: pytest.LogCaptureFixtur
             operation()
     folder.renew()
     folder.close()
-    assert "is left for a worker" in caplog.text
+    assert "is left for another worker" in caplog.text
 
 
 @pytest.mark.usefixtures("quick")
