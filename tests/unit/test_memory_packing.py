@@ -27,12 +27,14 @@ from dask_gpurt.memory.packing import Meter, Packer
 pytest.importorskip("pyarrow", reason="pyarrow brings the codecs")
 
 POOL = BlockPool(2**26)
+#: Bytes per second at which no other load on this machine makes a codec seem to be too slow.
+SLOW = 1e6
 NUMBERS = np.arange(100_000)
 NOISE = np.frombuffer(np.random.default_rng(0).bytes(800_000), dtype="i8")
 
 
 def known(meter: Meter, bandwidth: float) -> None:
-    """Let it have seen 20 MB/s, say, for a few seconds."""
+    """Let it have seen so many bytes per second for a while."""
     for _ in range(20):
         meter.link.observe(8 * 2**20, 8 * 2**20 / bandwidth)
 
@@ -49,7 +51,7 @@ def store(tmp_path: Path) -> Iterator[DiskStore]:
 
 def slow(store: DiskStore) -> None:
     assert isinstance(store.folder, SpillFolder)
-    known(store.folder.meter, 20e6)
+    known(store.folder.meter, SLOW)
     for _ in range(20):
         assert store.packer is not None
         store.packer.wrote(8 * 2**20)
@@ -161,7 +163,7 @@ def test_a_damaged_copy_is_never_returned(store: DiskStore) -> None:
 @pytest.mark.parametrize("nbytes", [-1, 1])
 def test_what_decompresses_to_something_else_is_never_returned(nbytes: int) -> None:
     packer = Packer(Meter(), POOL.lease)
-    known(packer._meter, 20e6)
+    known(packer._meter, SLOW)
     packer.wrote(2**30)
     frames, (packed,) = packer.pack("numbers", [NUMBERS.data])
     assert bytes(packer.unpack(frames, [packed])[0]) == NUMBERS.tobytes()
