@@ -110,6 +110,7 @@ SHUFFLE: tuple[Seam, ...] = (
     ),
     Seam("scheduler", "distributed.shuffle:ShuffleSchedulerPlugin._calculate_worker_for", ("spec",)),
     Seam("scheduler", "distributed.shuffle:ShuffleSchedulerPlugin.get_or_create", ("shuffle_id", "key", "worker")),
+    Seam("scheduler", "distributed.shuffle:ShuffleSchedulerPlugin.heartbeat", ("ws", "data")),
     Seam("scheduler", "distributed.shuffle:ShuffleSchedulerPlugin.active_shuffles"),
     Seam("scheduler", "distributed.shuffle._core:barrier_key", ("shuffle_id",)),
     Seam("scheduler", "distributed.shuffle._core:id_from_key", ("key",)),
@@ -117,6 +118,7 @@ SHUFFLE: tuple[Seam, ...] = (
     Seam("scheduler", "distributed.shuffle._rechunk:ArrayRechunkSpec.create_run_on_worker"),
     Seam("scheduler", ".plugins"),
     Seam("worker", "distributed.shuffle:ShuffleWorkerPlugin.setup", ("worker",)),
+    Seam("worker", "distributed.shuffle:ShuffleWorkerPlugin.heartbeat", ()),
     Seam("worker", "distributed.shuffle:ShuffleWorkerPlugin.shuffle_receive", ("shuffle_id", "run_id", "data")),
     Seam(
         "worker",
@@ -672,6 +674,32 @@ def override_shuffle_hooks(plugin: Any, hooks: ShuffleHooks) -> Callable[[], Non
             restore_one()
 
     return restore
+
+
+#: Beside the ids of shuffles in the heartbeats of workers. Stock's scheduler passes over ids that it does not know.
+_HEARTBEAT_ID = "gpurt"
+
+
+def add_to_shuffle_heartbeat(plugin: Any, more: Callable[[], Any]) -> Callable[[], None]:
+    """Send what ``more`` returns with each heartbeat of a worker's shuffle plugin; returns how to undo it."""
+    stock = plugin.heartbeat
+
+    def heartbeat() -> dict[Any, Any]:
+        return {**stock(), _HEARTBEAT_ID: more()}
+
+    return _override(plugin, "heartbeat", heartbeat)
+
+
+def hear_shuffle_heartbeat(plugin: Any, hear: Callable[[str, Any], None]) -> Callable[[], None]:
+    """Give ``hear`` the address of a worker and what it adds to its heartbeats; returns how to undo it."""
+    stock = plugin.heartbeat
+
+    def heartbeat(ws: Any, data: dict[Any, Any]) -> None:
+        if _HEARTBEAT_ID in data:
+            hear(ws.address, data[_HEARTBEAT_ID])
+        stock(ws, data)
+
+    return _override(plugin, "heartbeat", heartbeat)
 
 
 def has_shuffle_run(plugin: Any, shuffle_id: str) -> bool:

@@ -1,9 +1,11 @@
 """What moving bytes costs on this cluster: places, the links between them, and prices learned from transfers.
 
 Covers: :class:`Link`, which learns latency and bandwidth of one way between two places; :class:`Gauge`, which says what
-a transfer among others tells about its link; :class:`Topology`, all the links that a worker or the scheduler knows.
+a transfer among others tells about its link; :class:`Topology`, all the links that a worker or the scheduler knows;
+:class:`News`, what of that is worth telling.
 Does not cover: measuring. Whoever moves bytes looks at its clock, and says what it saw. Pure: no I/O, no clock, no Dask.
-See also: :mod:`dask_gpurt.shuffle.paths` and :mod:`dask_gpurt.compression`, which decide by these prices.
+See also: :mod:`dask_gpurt.shuffle.paths`, :mod:`dask_gpurt.compression` and :mod:`dask_gpurt.shuffle.assignment`, which
+decide by these prices; :mod:`dask_gpurt.shuffle.links`, which carries them to the scheduler.
 
 Theory of operation
     A *place* is a worker and a tier. A *link* is one way from a place to another; two places may be joined by several,
@@ -26,17 +28,35 @@ Theory of operation
     link stays busy. Load that others put on the same wire is part of the price, as the next transfer will meet it too.
 
     *Reports.* A link is measured by one worker, which may send :meth:`Topology.report` to others (some ten numbers a
-    link, for a heartbeat). There the newest report counts, but for links that were measured on the spot.
+    link, for a heartbeat). There the newest report counts, but for links that were measured on the spot. :class:`News`
+    keeps that small: a link is told anew once its price has changed by :data:`NEWS_FACTOR`, and so many links at a time,
+    whoever was told longest ago first. A report that is lost on the way is made up for by the next change.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["LARGE_NBYTES", "LINKS_MAX", "PRIOR", "WINDOW", "Gauge", "Link", "Place", "Rate", "Report", "Topology"]
+__all__ = [
+    "LARGE_NBYTES",
+    "LINKS_MAX",
+    "MESSAGE_NBYTES",
+    "NEWS_FACTOR",
+    "PRIOR",
+    "TRANSFERS_MIN",
+    "WINDOW",
+    "Gauge",
+    "Link",
+    "News",
+    "Place",
+    "Rate",
+    "Report",
+    "Topology",
+]
 
 #: Transfers that a link remembers, of either kind. Enough for a quartile, and 128 MiB of a shuffle's messages.
 WINDOW = 16
@@ -44,6 +64,12 @@ WINDOW = 16
 LARGE_NBYTES = 2**18
 #: Links that are remembered; those that were asked for longest ago go first. 64 workers have 4,032 pairs.
 LINKS_MAX = 8192
+#: A link is news when its price has changed by this factor: less is within what one link does from one moment to the next.
+NEWS_FACTOR = 1.25
+#: Large transfers before the price of a link is believed by those who plan: the first ones meet a process that just began.
+TRANSFERS_MIN = 4
+#: By the price of so many bytes links are compared, where nothing else is known: a message of a shuffle.
+MESSAGE_NBYTES = 2**23
 
 
 class Place(NamedTuple):
@@ -214,6 +240,24 @@ class Topology:
         known = [link for path in paths if (link := self._links.get((source, target, path))) is not None]
         return min((link.price(nbytes) for link in known), default=PRIOR.price(nbytes))
 
+    def prices(self, nbytes: int = MESSAGE_NBYTES) -> dict[tuple[str, str], float]:
+        """Seconds that ``nbytes`` take from the host of one worker to that of another, where :data:`TRANSFERS_MIN` were seen.
+
+        Examples
+        --------
+        >>> topology = Topology()
+        >>> for _ in range(TRANSFERS_MIN):
+        ...     topology.link(Place("a"), Place("b"), "ucx").observe(10**7, 0.01)
+        >>> list(topology.prices())
+        [('a', 'b')]
+        """
+        found: dict[tuple[str, str], float] = {}
+        for (source, target, _), link in self._links.items():
+            if link.transfers >= TRANSFERS_MIN and source.tier == target.tier == "host":
+                pair, price_s = (source.worker, target.worker), link.price(nbytes)
+                found[pair] = min(price_s, found.get(pair, price_s))
+        return found
+
     def forget(self, worker: str) -> None:
         """Forget the links from and to a worker."""
         for key in [key for key in self._links if worker in (key[0].worker, key[1].worker)]:
@@ -228,8 +272,56 @@ class Topology:
         ]
 
     def learn(self, reports: Iterable[Report]) -> None:
-        """Take over what others have measured."""
+        """Take over what others have measured. What cannot be the rate of a link is passed over."""
         for worker, tier, to_worker, to_tier, path, latency_s, bandwidth, transfers in reports:
+            if not (0 <= latency_s < math.inf and 0 < bandwidth < math.inf):
+                continue
             source, target = Place(worker, tier), Place(to_worker, to_tier)
             if not self.link(source, target, path).observed:
                 self._links[source, target, path] = Link(Rate(latency_s, bandwidth), transfers)
+
+
+class News:
+    """What has not been told yet of the links that were measured here.
+
+    Parameters
+    ----------
+    topology
+        Their topology.
+    """
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+        #: What was told of a link by its ends and path; what was told last stands last.
+        self._told: dict[tuple[str, ...], float] = {}
+
+    def take(self, limit: int) -> list[Report]:
+        """Return at most ``limit`` reports, which count as told from now on.
+
+        Examples
+        --------
+        >>> topology = Topology()
+        >>> news = News(topology)
+        >>> for _ in range(TRANSFERS_MIN):
+        ...     topology.link(Place("a"), Place("b"), "ucx").observe(10**7, 0.01)
+        >>> len(news.take(10)), len(news.take(10))
+        (1, 0)
+        """
+        reports = {report[:5]: report for report in self._topology.report() if report[7] >= TRANSFERS_MIN}
+        for gone in self._told.keys() - reports.keys():
+            del self._told[gone]
+        changed = [key for key, report in reports.items() if self._is_news(key, report)]
+        order = {key: place for place, key in enumerate(self._told)}
+        taken = sorted(changed, key=lambda key: order.get(key, -1))[:limit]
+        for key in taken:
+            self._told.pop(key, None)
+            self._told[key] = _price_s(reports[key])
+        return [reports[key] for key in taken]
+
+    def _is_news(self, key: tuple[str, ...], report: Report) -> bool:
+        told_s, price_s = self._told.get(key), _price_s(report)
+        return told_s is None or max(told_s, price_s) > NEWS_FACTOR * min(told_s, price_s)
+
+
+def _price_s(report: Report) -> float:
+    return Rate(report[5], report[6]).price(MESSAGE_NBYTES)

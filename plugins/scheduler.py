@@ -16,6 +16,7 @@ from distributed.protocol.pickle import dumps
 from dask_gpurt.installation import PartStatus
 from dask_gpurt.plugins.parts import Parts
 from dask_gpurt.plugins.worker import GpurtWorkerPlugin
+from dask_gpurt.topology import Topology
 
 if TYPE_CHECKING:
     from distributed.scheduler import Scheduler
@@ -41,6 +42,8 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
         Part to its status on the scheduler.
     workers
         Address of a worker to its parts, as the worker reported them.
+    topology
+        What workers have measured of the links between them. The shuffle fills it.
     """
 
     name = NAME
@@ -49,6 +52,7 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
         self.settings = settings
         self.parts: dict[str, PartStatus] = {}
         self.workers: dict[str, dict[str, PartStatus]] = {}
+        self.topology = Topology()
         self.placement: Placement | None = None
         self.horizon: HorizonScheduler | None = None
         self.shuffle: ShuffleScheduler | None = None
@@ -73,7 +77,7 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
                 self.horizon = horizon
         if parts.startable("shuffle"):
             with parts.starting("shuffle"):
-                shuffle = ShuffleScheduler(scheduler, self.settings.shuffle)
+                shuffle = ShuffleScheduler(scheduler, self.settings.shuffle, self.topology)
                 shuffle.start()
                 self.shuffle = shuffle
         if parts.startable("placement"):

@@ -1,6 +1,6 @@
 """The scheduler's side of the assignment: what is known of sizes, workers and consumers when a run begins.
 
-Covers: samples of inputs, and how long they are waited for; the room of workers; the answer to stock's question which
+Covers: samples of inputs, and how long they are waited for; the room of workers and their links; the answer to stock's question which
 worker makes which output.
 Does not cover: the decision itself, which is :mod:`dask_gpurt.shuffle.assignment`, and the estimate of sizes, which is
 :mod:`dask_gpurt.shuffle.sizes`.
@@ -19,12 +19,14 @@ Theory of operation
     more than :data:`PATIENCE_S`. A worker that asks without a sample ends the waiting, because it creates the run.
 
     The second side of a join takes over the first one's assignment, which is stock's rule, so what is there of both
-    lies together. It is the first side's sizes that count.
+    lies together. So what both sides bring counts, as far as it is known by then: the other side's samples, where its
+    question waits at that moment; else it is taken for even, and its inputs for as large as those that were seen
+    (:func:`~dask_gpurt.shuffle.sizes.joint_sizes`). It is not waited for; whoever waits on its side may go on.
 
     Interleavings that matter:
 
     1. A's question waits; A dies. Its answer goes nowhere; its sample is as true as before.
-    2. A's question waits; B's creates the run. A is woken, and is given that run.
+    2. A's question waits; B's creates the run, or that of the other side of a join. A is woken, and is given its run.
     3. A's question waits; the shuffle is forgotten or cancelled. A is woken by the clock, and told so by stock's checks.
     4. A's question waits; dask-gpurt is uninstalled. A is woken, and gets a run of stock's.
 """
@@ -33,7 +35,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -41,15 +43,16 @@ import numpy as np
 import numpy.typing as npt
 
 from dask_gpurt import seams
-from dask_gpurt.shuffle.assignment import Host, assign, fullness, ranges, targets
+from dask_gpurt.shuffle.assignment import WORK_NBYTES_S, Host, assign, fullness, link_prices, ranges, targets
 from dask_gpurt.shuffle.consumers import wanted_on
 from dask_gpurt.shuffle.dataframe import FrameSpec
 from dask_gpurt.shuffle.rechunk import BrickSpec
-from dask_gpurt.shuffle.sizes import Sample, expected_sizes
+from dask_gpurt.shuffle.sizes import Sample, expected_sizes, joint_sizes
+from dask_gpurt.topology import MESSAGE_NBYTES, Topology
 
 if TYPE_CHECKING:
     from distributed import Scheduler
-    from distributed.scheduler import WorkerState
+    from distributed.scheduler import TaskState, WorkerState
     from distributed.shuffle import ShuffleSchedulerPlugin
 
 __all__ = ["PATIENCE_S", "SAMPLES_WANTED", "Assigner"]
@@ -59,11 +62,8 @@ Floats = npt.NDArray[np.float64]
 #: From so many workers a sample is wanted. Two tell a hot key from sorted data; with some more, neighbouring inputs that
 #: happen to be alike are not taken for all.
 SAMPLES_WANTED = 4
-#: Samples are waited for no longer than this, ...
+#: Samples are waited for no longer than this, and no longer than the fullest worker needs for what others could take.
 PATIENCE_S = 0.5
-#: ... and no longer than the fullest worker needs for what others could take from it, at this rate: about what a worker
-#: splits, receives and joins in a second.
-RATE_NBYTES_S = 1e9
 
 #: What a worker may hold before it spills, of its limit; Dask's own default.
 ROOM_FRACTION = 0.6
@@ -90,13 +90,16 @@ class Assigner:
     ----------
     scheduler
         The scheduler.
+    topology
+        What workers have measured of the links between them.
     """
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, topology: Topology) -> None:
         self.scheduler = scheduler
+        self.topology = topology
         #: At most so long a question waits, and no longer than what could be won takes at this rate.
         self.patience_s = PATIENCE_S
-        self.rate_nbytes_s = RATE_NBYTES_S
+        self.rate_nbytes_s = WORK_NBYTES_S
         #: Shuffle to its samples.
         self._polls: dict[str, _Poll] = {}
 
@@ -132,35 +135,39 @@ class Assigner:
         if shuffle_id in self._plugin.active_shuffles:
             return 0.0
         spec = seams.shuffle_spec(self._plugin, shuffle_id)
-        if not isinstance(spec, FrameSpec) or self._joined(spec):
-            return 0.0
         barrier = seams.shuffle_barrier(self.scheduler, shuffle_id)
-        hosts = self._candidates(barrier)
+        others = _others(barrier)
+        if not isinstance(spec, FrameSpec) or self._begun(others):
+            return 0.0
+        workers = self._workers(barrier)
         inputs = len(barrier.dependencies)
-        if len(poll.samples) >= min(SAMPLES_WANTED, inputs, len(hosts)):
+        if len(poll.samples) >= min(SAMPLES_WANTED, inputs, len(workers)):
             return 0.0
         outputs = np.array(list(spec.output_partitions), dtype=np.int64)
         # As if all inputs were like those that were seen.
         seen = [sample for sample in poll.samples.values() if sample.column == spec.column]
-        sizes = expected_sizes(seen, outputs, len(seen)) * (inputs / max(len(seen), 1)) if seen else np.zeros(0)
-        total = float(sizes.sum())
-        if not total:
+        like_seen = expected_sizes(seen, outputs, len(seen)) * (inputs / len(seen)) if seen else None
+        # What others bring is no reason to wait for samples of this one: they are taken for even.
+        sizes = joint_sizes([(like_seen, inputs), *[(None, self._side(other)[1]) for other in others]], len(outputs))
+        if sizes is None:
             return 0.0
-        shares = targets(hosts, total)
-        stock = ranges(len(outputs), len(hosts))
+        total = float(sizes.sum())
+        shares = self._targets(workers, total)
+        stock = ranges(len(outputs), len(workers))
         surplus = fullness(stock, sizes, shares) - fullness(assign(stock, sizes, shares), sizes, shares)
-        return min(surplus * total / len(hosts) / self.rate_nbytes_s, self.patience_s)
+        return min(surplus * total / len(workers) / self.rate_nbytes_s, self.patience_s)
 
     # The assignment
 
     def assign(self, spec: Any, stock: dict[Any, str]) -> Mapping[Any, str]:
         """Say which worker makes which output of a new run; ``stock`` is Dask's own answer."""
-        poll = self._polls.get(str(spec.id))
-        if poll is not None:
-            poll.over.set()
-        if not isinstance(spec, FrameSpec | BrickSpec) or self._joined(spec) or not stock:
-            return stock
         barrier = seams.shuffle_barrier(self.scheduler, str(spec.id))
+        others = _others(barrier)
+        for shuffle_id in (str(spec.id), *others):
+            if (poll := self._polls.get(shuffle_id)) is not None:
+                poll.over.set()
+        if not isinstance(spec, FrameSpec | BrickSpec) or self._begun(others) or not stock:
+            return stock
         workers = self._workers(barrier)
         addresses = list(workers)
         if len(addresses) == 1:
@@ -172,11 +179,10 @@ class Assigner:
             # Where tasks were meant for a worker that has left, and may run elsewhere, Dask's own answer is that worker.
             dealt = ranges(len(stock), len(addresses))
         wanted = wanted_on(barrier, list(stock), self._worker_for)
-        sizes = self._sizes(spec, poll, len(barrier.dependencies))
-        shares = targets(
-            [_host(workers[address]) for address in addresses], None if sizes is None else float(sizes.sum())
-        )
-        if sizes is None or not sizes.any():
+        sides = [(self._sizes(spec), len(barrier.dependencies)), *map(self._side, others)]
+        sizes = joint_sizes(sides, len(stock))
+        shares = self._targets(workers, None if sizes is None else float(sizes.sum()))
+        if sizes is None:
             sizes = np.ones(len(stock))
         owners = assign(
             dealt,
@@ -186,7 +192,8 @@ class Assigner:
         )
         return {output: addresses[owner] for output, owner in zip(stock, owners.tolist(), strict=True)}
 
-    def _sizes(self, spec: FrameSpec | BrickSpec, poll: _Poll | None, inputs: int) -> Floats | None:
+    def _sizes(self, spec: Any) -> Floats | None:
+        """Return the expected bytes of a shuffle's outputs, as far as something is known of them."""
         if isinstance(spec, BrickSpec):
             sizes = np.full(1, float(ITEM_NBYTES))
             for axis in spec.new:
@@ -194,16 +201,24 @@ class Assigner:
                 lengths = np.nan_to_num(np.array(axis, dtype=np.float64), nan=1.0)
                 sizes = np.multiply.outer(sizes, lengths).ravel()
             return sizes
-        samples = [] if poll is None else [sample for sample in poll.samples.values() if sample.column == spec.column]
+        poll = self._polls.get(str(spec.id))
+        if poll is None or not isinstance(spec, FrameSpec):
+            return None
+        samples = [sample for sample in poll.samples.values() if sample.column == spec.column]
         if not samples:
             return None
+        inputs = len(seams.shuffle_barrier(self.scheduler, str(spec.id)).dependencies)
         return expected_sizes(samples, np.array(list(spec.output_partitions), dtype=np.int64), inputs)
 
-    def _joined(self, spec: Any) -> bool:
-        """Whether another shuffle, which has been assigned already, shares output tasks with this one."""
-        barrier = seams.shuffle_barrier(self.scheduler, str(spec.id))
-        others = {other for task in barrier.dependents for other in task.dependencies if other is not barrier}
-        return any(seams.barrier_shuffle(other) in self._plugin.active_shuffles for other in others)
+    def _side(self, shuffle_id: str) -> tuple[Floats | None, int]:
+        """Return what another shuffle brings: the expected bytes of its outputs, if they are known, and its inputs."""
+        spec = seams.shuffle_spec(self._plugin, shuffle_id)
+        inputs = len(seams.shuffle_barrier(self.scheduler, shuffle_id).dependencies)
+        return (None if spec is None else self._sizes(spec)), inputs
+
+    def _begun(self, shuffle_ids: Iterable[str]) -> bool:
+        """Whether one of these shuffles has been assigned already."""
+        return any(shuffle_id in self._plugin.active_shuffles for shuffle_id in shuffle_ids)
 
     def _worker_for(self, shuffle_id: str) -> Mapping[Any, str] | None:
         active = self._plugin.active_shuffles.get(shuffle_id)  # type: ignore[call-overload]
@@ -215,8 +230,17 @@ class Assigner:
         allowed = set(barrier.worker_restrictions or ()) & workers.keys() or workers.keys()
         return {address: ws for address, ws in workers.items() if address in allowed}
 
-    def _candidates(self, barrier: Any) -> list[Host]:
-        return [_host(ws) for ws in self._workers(barrier).values()]
+    def _targets(self, workers: Mapping[str, WorkerState], total_nbytes: float | None) -> Floats:
+        """Say how much of a shuffle each worker should get."""
+        known = self.topology.prices(MESSAGE_NBYTES)
+        prices = link_prices(list(workers), {pair: price_s / MESSAGE_NBYTES for pair, price_s in known.items()})
+        return targets([_host(ws) for ws in workers.values()], total_nbytes, prices)
+
+
+def _others(barrier: TaskState) -> list[str]:
+    """Return the ids of the shuffles that share output tasks with this one."""
+    tasks = {other for task in barrier.dependents for other in task.dependencies if other is not barrier}
+    return sorted(shuffle_id for task in tasks if (shuffle_id := seams.barrier_shuffle(task)) is not None)
 
 
 def _host(ws: WorkerState) -> Host:

@@ -1,6 +1,7 @@
 """Which worker makes which output partition: a pure decision over arrays.
 
-Covers: how much each worker should get (:func:`targets`), and who gets what (:func:`assign`).
+Covers: how much each worker should get (:func:`targets`), of which links are a part (:func:`link_prices`), and who gets
+what (:func:`assign`).
 Does not cover: where sizes come from (:mod:`dask_gpurt.shuffle.sizes`), and what the scheduler knows of workers and of
 consumers (:mod:`dask_gpurt.shuffle.assigner`).
 
@@ -18,6 +19,14 @@ Theory of operation
     An output whose consumer has its other inputs on some worker had better be there. That is tried first, and taken as far as
     the balance allows: ties are decided for it, and up to :data:`TOLERANCE` is paid for it.
 
+    *Links.* Inputs are taken to be where the threads are. So a part ``inputs[s] * shares[w]`` of the bytes goes from s to w,
+    all links at a time, and the shuffle is over when the last of them has carried its part, or the last worker has done its
+    work. A worker to which most of the others' links are slow gets less, in proportion, if by that account it makes the
+    shuffle quicker by :data:`GAIN_MIN`. It does where a worker *receives* slowly. It does not where its link is slow both
+    ways: what it holds has to leave by that link anyway, and outputs that went elsewhere would make that more. One slow
+    link among many does not count: mostly it is an error of measurement. What nobody has measured is as the (geometric)
+    mean of what was.
+
     All is deterministic: same arguments, same answer. Stock gives the first range to another worker each time, for the sake of
     many small shuffles. What is dealt here begins with the first worker each time: the same shuffle again, as in a loop, gives
     each worker the same again, and so what its memory pool has kept from the last time fits.
@@ -25,13 +34,13 @@ Theory of operation
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["TOLERANCE", "Host", "assign", "fullness", "ranges", "targets"]
+__all__ = ["GAIN_MIN", "TOLERANCE", "WORK_NBYTES_S", "Host", "assign", "fullness", "link_prices", "ranges", "targets"]
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.intp]
@@ -39,6 +48,17 @@ Ints = npt.NDArray[np.intp]
 #: How much fuller the fullest worker may be than it need be. A sample of some ten thousand rows, or memory that is
 #: measured twice a second, is wrong by some percent; neighbours are not torn apart for that.
 TOLERANCE = 0.15
+
+#: Links are looked at where a shuffle takes this times as long without. As measured, two that are alike may differ by as
+#: much.
+GAIN_MIN = 1.5
+
+#: A worker whose links are said to be slower than the best by more than this gets as much as if they were not, which is an
+#: output where there are ten a worker: who gets nothing is not measured, and what was wrong about it stays so.
+SLOWEST = 10
+
+#: About what a thread splits, receives and joins in a second. A quicker link makes nothing quicker.
+WORK_NBYTES_S = 1e9
 
 #: From this part of a worker's mean share on, an output is large.
 LARGE = 0.25
@@ -63,11 +83,39 @@ class Host:
     room_nbytes: float | None = None
 
 
-def targets(hosts: Sequence[Host], total_nbytes: float | None) -> Floats:
+def link_prices(workers: Sequence[str], prices: Mapping[tuple[str, str], float]) -> Floats | None:
+    """Return what a byte costs from each of ``workers`` (row) to each (column), in seconds; None if nothing is known.
+
+    Parameters
+    ----------
+    workers
+        Their names.
+    prices
+        Seconds a byte, by names of sender and receiver.
+
+    Examples
+    --------
+    >>> link_prices(["a", "b", "c"], {("a", "b"): 4.0, ("b", "a"): 1.0}).tolist()
+    [[0.0, 4.0, 2.0], [1.0, 0.0, 2.0], [2.0, 2.0, 0.0]]
+    """
+    number = {worker: i for i, worker in enumerate(workers)}
+    known = {pair: price_s for pair, price_s in prices.items() if pair[0] in number and pair[1] in number}
+    if not known:
+        return None
+    found = np.full((len(workers), len(workers)), np.exp(np.mean(np.log(list(known.values())))))
+    for (source, target), price_s in known.items():
+        found[number[source], number[target]] = price_s
+    # What stays takes no link.
+    np.fill_diagonal(found, 0.0)
+    return found
+
+
+def targets(hosts: Sequence[Host], total_nbytes: float | None, prices: Floats | None = None) -> Floats:
     """Say how much of a shuffle each worker should get, as parts of 1.
 
-    By threads; where all of it fits into the workers' room, nobody gets more than its room, within :data:`ROOM_MIN`. Where
-    it does not fit, somebody has to spill, and it may be everybody alike.
+    By threads, and by the ``prices`` of links (see :func:`link_prices`) where they differ enough; where all of it fits into
+    the workers' room, nobody gets more than its room, within :data:`ROOM_MIN`. Where it does not fit, somebody has to spill,
+    and it may be everybody alike.
 
     Examples
     --------
@@ -76,8 +124,7 @@ def targets(hosts: Sequence[Host], total_nbytes: float | None) -> Floats:
     >>> targets([Host(1, 300), Host(1, 600)], 1000).tolist()
     [0.5, 0.5]
     """
-    threads = np.array([host.threads for host in hosts], dtype=np.float64)
-    even: Floats = threads / threads.sum()
+    even = _by_links(np.array([host.threads for host in hosts], dtype=np.float64), prices)
     if not total_nbytes:
         return even
     room = np.array([np.inf if host.room_nbytes is None else host.room_nbytes for host in hosts]) / total_nbytes
@@ -89,8 +136,22 @@ def targets(hosts: Sequence[Host], total_nbytes: float | None) -> Floats:
     while (over := found > caps).any():
         capped = over | (found == caps)
         found[capped] = caps[capped]
-        found[~capped] = (1 - found[capped].sum()) * threads[~capped] / threads[~capped].sum()
+        found[~capped] = (1 - found[capped].sum()) * even[~capped] / even[~capped].sum()
     return found
+
+
+def _by_links(threads: Floats, prices: Floats | None) -> Floats:
+    even: Floats = threads / threads.sum()
+    if prices is None or len(threads) == 1:
+        return even
+    # Of the senders to each worker in the order of their prices for a byte of its outputs; itself, for nothing, comes first.
+    by_price = np.sort(even[:, None] * prices, axis=0)[1:]
+    work_s = 1 / (WORK_NBYTES_S * threads)
+    slowest_s = np.maximum(by_price[-1], work_s)
+    typical_s = np.maximum(by_price[(len(by_price) - 1) // 2], work_s)
+    typical_s = np.minimum(typical_s, SLOWEST * typical_s.min())
+    best: Floats = 1 / typical_s / (1 / typical_s).sum()
+    return best if (even * slowest_s).max() > GAIN_MIN * (best * slowest_s).max() else even
 
 
 def ranges(outputs: int, workers: int) -> Ints:

@@ -17,6 +17,8 @@ from dask_gpurt import seams
 from dask_gpurt.config import ShuffleSettings
 from dask_gpurt.shuffle import dataframe, rechunk
 from dask_gpurt.shuffle.assigner import Assigner
+from dask_gpurt.shuffle.links import LinkBoard
+from dask_gpurt.topology import Topology
 
 if TYPE_CHECKING:
     from distributed import Scheduler
@@ -44,12 +46,15 @@ class ShuffleScheduler:
         The scheduler.
     settings
         Its settings.
+    topology
+        Takes up what workers measure of their links; None: one of its own.
     """
 
-    def __init__(self, scheduler: Scheduler, settings: ShuffleSettings) -> None:
+    def __init__(self, scheduler: Scheduler, settings: ShuffleSettings, topology: Topology | None = None) -> None:
         self.scheduler = scheduler
         self.settings = settings
-        self.assigner = Assigner(scheduler)
+        self.links = LinkBoard(scheduler, Topology() if topology is None else topology)
+        self.assigner = Assigner(scheduler, self.links.topology)
         self._capable: set[str] = set()
         # Ordered, for the oldest to be dropped.
         self._declined: dict[str, str] = {}
@@ -66,6 +71,7 @@ class ShuffleScheduler:
         self._restore = [
             seams.override_shuffle_spec(plugin, self.choose),
             seams.override_shuffle_assignment(plugin, self.assigner.assign),
+            self.links.start(),
         ]
         self.scheduler.handlers["gpurt_shuffle_decline"] = self.decline
         self.scheduler.handlers["gpurt_shuffle_open"] = self.assigner.open
@@ -89,6 +95,7 @@ class ShuffleScheduler:
     def remove_worker(self, address: str) -> None:
         """Forget a worker that has left, and tell the others, whose transport may not notice."""
         self._capable.discard(address)
+        self.links.remove_worker(address)
         message = {"op": "gpurt-shuffle-peer-gone", "address": address}
         # Those that have no part of ours do not know this message.
         self.scheduler.send_all({}, {other: [message] for other in self._capable & self.scheduler.workers.keys()})

@@ -1,7 +1,7 @@
 """How large the outputs of a shuffle will be, by what a few of its inputs hold: a pure estimate over arrays.
 
-Covers: the sample that a worker takes of an input (:func:`sample_of`), and what follows from several of them
-(:func:`expected_sizes`).
+Covers: the sample that a worker takes of an input (:func:`sample_of`), what follows from several of them
+(:func:`expected_sizes`), and from both sides of a join (:func:`joint_sizes`).
 Does not cover: when samples are taken and asked for; :mod:`dask_gpurt.shuffle.sampler` (worker) and
 :mod:`dask_gpurt.shuffle.assigner` (scheduler).
 
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ROWS_MAX", "Sample", "expected_sizes", "sample_of"]
+__all__ = ["ROWS_MAX", "Sample", "expected_sizes", "joint_sizes", "sample_of"]
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -110,3 +110,29 @@ def expected_sizes(samples: Sequence[Sample], outputs: Ints, inputs: int) -> Flo
         common = (sizes / np.maximum(sizes.sum(axis=1, keepdims=True), 1e-9)).min(axis=0)
     expected: Floats = measured + more * (common + (1 - common.sum()) / len(outputs))
     return expected
+
+
+def joint_sizes(sides: Sequence[tuple[Floats | None, int]], outputs: int) -> Floats | None:
+    """Estimate the bytes of each of ``outputs`` partitions that several shuffles make together; None if nothing is known.
+
+    Parameters
+    ----------
+    sides
+        Of each shuffle, the expected bytes of its outputs, or None, and the number of its inputs. One of which nothing is
+        known is taken for even, and its inputs for as large as those of the others. A side with another number of outputs is
+        left out: nobody knows which of them belong together.
+
+    Examples
+    --------
+    A small side with a hot key would by itself keep a worker free for its first output:
+
+    >>> joint_sizes([(np.array([50.0, 10.0, 10.0, 10.0]), 2), (None, 8)], 4).tolist()
+    [130.0, 90.0, 90.0, 90.0]
+    """
+    known = [(sizes, inputs) for sizes, inputs in sides if sizes is not None and len(sizes) == outputs]
+    total: Floats = np.sum([sizes for sizes, _ in known], axis=0, dtype=np.float64)
+    if not known or not total.any():
+        return None
+    unknown = sum(inputs for sizes, inputs in sides if sizes is None)
+    found: Floats = total + total.mean() * unknown / max(sum(inputs for _, inputs in known), 1)
+    return found

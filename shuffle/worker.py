@@ -22,6 +22,7 @@ from dask_gpurt.memory.store import BufferStore, DictBufferStore
 from dask_gpurt.shuffle import hashing
 from dask_gpurt.shuffle.carrier import Carrier
 from dask_gpurt.shuffle.credits import ByteWindow
+from dask_gpurt.shuffle.links import LinkReporter
 from dask_gpurt.shuffle.sampler import Sampler
 from dask_gpurt.shuffle.watchdog import Watchdog, describe, interval_s
 
@@ -81,6 +82,7 @@ class ShuffleWorker:
         self.window = ByteWindow(settings.send_limit)
         self.carrier = Carrier(worker, self, ucx=settings.transport != "dask", compress=settings.compression != "off")
         self.sampler = Sampler(worker)
+        self._reporter = LinkReporter(worker, self.carrier.topology)
         limit = seams.worker_memory_limit(worker)
         #: Whether there is room for compiled kernels.
         self.compiles = limit is None or limit >= COMPILER_MEMORY_LIMIT
@@ -111,6 +113,7 @@ class ShuffleWorker:
         # Where Dask stops them when the worker closes.
         self.carrier.start()
         self.sampler.start()
+        self._reporter.start()
         trim = self.worker.periodic_callbacks[_TRIM] = PeriodicCallback(self.trim, 1000 * TRIM_INTERVAL_S)
         trim.start()
         if self._watchdog is not None:
@@ -122,6 +125,7 @@ class ShuffleWorker:
         """End. Runs that are under way go on to their end with what they hold, in memory, for the store may go now."""
         self.sampler.stop()
         hashing.replacement.detach(self)
+        self._reporter.stop()
         for name in (_TRIM, _WATCH):
             callback = self.worker.periodic_callbacks.pop(name, None)
             if callback is not None:
@@ -172,6 +176,7 @@ class ShuffleWorker:
         self.runs += 1
         self._runs[str(run.id), run.run_id] = run
         self.sampler.attach()
+        self._reporter.attach()
         self.carrier.prepare()
 
     async def ended(self, run: Run) -> None:

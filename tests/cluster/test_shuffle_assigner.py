@@ -47,6 +47,8 @@ def shared() -> Iterator[Client]:
 @pytest.fixture
 def client(shared: Client) -> Iterator[Client]:
     """The cluster with our shuffle alone, whose scheduler waits for samples as long as it takes, and takes notes."""
+    # One that was killed in the test before comes back.
+    shared.wait_for_workers(2, timeout=60)
     dask_gpurt.install(shared, placement=False, memory=False)
     shared.run_on_scheduler(take_notes)
     yield shared
@@ -55,8 +57,11 @@ def client(shared: Client) -> Iterator[Client]:
 
 
 def take_notes(dask_scheduler: Any) -> None:
-    """Note the workers' questions for runs, and what they are told. Events: one has "asked", a run has "begun"."""
-    for name in ("asked", "begun"):
+    """Note the workers' questions for runs, and what they are told.
+
+    Events: one has "asked", two have "asked twice", a run has "begun".
+    """
+    for name in ("asked", "asked twice", "begun"):
         dask_scheduler.extensions["events"].event_clear(name=name)
     assigner = dask_scheduler.plugins["gpurt"].shuffle.assigner
     assigner.patience_s, assigner.rate_nbytes_s = 30.0, 1.0
@@ -68,6 +73,8 @@ def take_notes(dask_scheduler: Any) -> None:
         async def noting(*, name: str = name, handler: Any = handler, **message: Any) -> Any:
             found["questions"].append(name)
             dask_scheduler.extensions["events"].event_set(name="asked")
+            if len(found["questions"]) == 2:
+                dask_scheduler.extensions["events"].event_set(name="asked twice")
             answer = handler(**message)
             answer = await answer if asyncio.iscoroutine(answer) else answer
             if answer["status"] == "OK":
@@ -167,17 +174,37 @@ def hold(part: pd.DataFrame, name: str) -> pd.DataFrame:
     return part
 
 
+def joined(left: Any, right: Any) -> Any:
+    return left.merge(right, on="key", npartitions=OUTPUTS, shuffle_method="p2p", broadcast=False)
+
+
+def check_merged(found: pd.DataFrame, left: pd.DataFrame, right: pd.DataFrame) -> None:
+    reference = left.merge(right, on="key").sort_values("id", ignore_index=True)
+    found = found.sort_values("id", ignore_index=True)
+    pd.testing.assert_frame_equal(found[reference.columns], reference)
+
+
 def test_both_sides_of_a_join_are_together_and_spread_by_size(client: Client) -> None:
     left = source(hot=True).persist()
     wait(left)
     keys = pd.concat([part(0, hot=False)[["key"]], pd.DataFrame({"key": [HOT]})]).assign(other=1)
-    # The sizes of the side that begins count: the other one waits for it.
+    # Of this side nothing is known when the first begins.
     right = dd.from_pandas(keys, npartitions=2, sort=False)
     right = right.map_partitions(hold, "begun", meta=right)
-    merged = left.merge(right, on="key", npartitions=OUTPUTS, shuffle_method="p2p", broadcast=False)
-    found = merged.compute().sort_values("id", ignore_index=True)
-    reference = expected(hot=True).merge(keys, on="key").sort_values("id", ignore_index=True)
-    pd.testing.assert_frame_equal(found[reference.columns], reference)
+    check_merged(joined(left, right).compute(), expected(hot=True), keys)
+    one, other = assignments(client)
+    assert one == other
+    assert max(loads(client)) < 0.6
+
+
+def test_a_small_skewed_side_that_begins_does_not_tear_the_large_even_one_apart(client: Client) -> None:
+    left = source(hot=True, inputs=2).persist()
+    wait(left)
+    keys = expected(hot=False)[["key"]].assign(other=1)
+    right = dd.from_pandas(keys, npartitions=INPUTS, sort=False)
+    right = right.map_partitions(hold, "begun", meta=right)
+    found = joined(left, right).compute()
+    check_merged(found, pd.concat([part(number, hot=True) for number in range(2)]), keys)
     one, other = assignments(client)
     assert one == other
     assert max(loads(client)) < 0.6
@@ -345,3 +372,30 @@ def test_a_worker_that_joins_late_takes_part_in_the_next_run(client: Client) -> 
     assert len(set(one.values())) == 2
     assert len(set(other.values())) == 3
     client.unsubscribe_topic("gpurt")
+
+
+def test_a_skewed_side_that_waits_for_samples_counts_when_the_even_one_begins(client: Client) -> None:
+    assert client.cluster is not None
+    client.cluster.scale(3)
+    client.wait_for_workers(3, timeout=60)
+    client.run_on_scheduler(stop_notes)
+    dask_gpurt.install(client, placement=False, memory=False)
+    client.run_on_scheduler(take_notes)
+    one, other, third = client.scheduler_info()["workers"]
+
+    def placed(worker: str, data: pd.DataFrame, *events: str) -> Any:
+        # A nested function is sent by value.
+        return client.submit(lambda: [data, *[hold(data, name) for name in events]][-1], workers=[worker], pure=False)
+
+    # Two of three samples tell the hot key, and the third is waited for until the even side has begun.
+    parts = [part(number, hot=True) for number in range(3)]
+    inputs = [placed(one, parts[0]), placed(other, parts[1]), placed(third, parts[2], "begun")]
+    keys = pd.concat([part(0, hot=False)[["key"]], pd.DataFrame({"key": [HOT]})]).assign(other=1)
+    right = [placed(third, half, "asked twice") for half in (keys.iloc[: ROWS // 2], keys.iloc[ROWS // 2 :])]
+    merged = joined(dd.from_delayed(inputs, meta=part(0, hot=False)), dd.from_delayed(right, meta=keys))
+    # It would be half a minute if nobody woke who waits.
+    found = client.compute(merged).result(20)
+    check_merged(found, pd.concat(parts), keys)
+    first, second = assignments(client)
+    assert first == second
+    assert max(loads(client)) < 0.5

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ import pytest
 from distributed import Client, Nanny, Scheduler, SpecCluster, wait
 
 import dask_gpurt
+from dask_gpurt.topology import NEWS_FACTOR
 
 pytest.importorskip("ucxx", reason="ucxx is not installed")
 
@@ -136,8 +138,10 @@ def client() -> Iterator[Client]:
 
 
 @contextlib.contextmanager
-def installed(client: Client, rates: dict[str, float], **settings: str) -> Iterator[None]:
-    client.run(throttle, rates)
+def installed(
+    client: Client, rates: dict[str, float], *, workers: list[str] | None = None, **settings: Any
+) -> Iterator[None]:
+    client.run(throttle, rates, workers=workers)
     with dask.config.set({f"gpurt.shuffle.{key}": value for key, value in settings.items()}):
         dask_gpurt.install(client, placement=False)
     try:
@@ -176,7 +180,7 @@ def check(result: Any, make: Callable[[int], Any]) -> None:
 
 def over_slow_links(client: Client, source: Any, **settings: str) -> tuple[Any, float, dict[str, float]]:
     """Shuffle, where there is something to learn three times. Returns the result, the least seconds, and the metrics."""
-    with installed(client, BOTH_SLOW, **settings):
+    with installed(client, BOTH_SLOW, workers=None, **settings):
         shuffles = [shuffle(source, number) for number in ((6, 7, 8) if settings["compression"] == "auto" else (8,))]
         result, found = shuffles[-1][0], metrics(client)
         return result, min(elapsed_s for _, elapsed_s in shuffles), found
@@ -231,6 +235,47 @@ def test_ucx_is_left_where_dasks_comms_are_quicker(client: Client) -> None:
                 break
         assert after["bytes_sent_ucx"] == before["bytes_sent_ucx"] > 0
         assert after["bytes_sent_comm"] > before["bytes_sent_comm"]
+        check(result, incompressible)
+
+
+async def beat(dask_worker: Any) -> None:
+    await dask_worker.heartbeat()
+
+
+def prices_of(dask_worker: Any) -> dict[tuple[str, str], float]:
+    found: dict[tuple[str, str], float] = dask_worker.extensions["gpurt"].shuffle.carrier.topology.prices()
+    return found
+
+
+def prices(dask_scheduler: Any) -> dict[tuple[str, str], float]:
+    found: dict[tuple[str, str], float] = dask_scheduler.plugins["gpurt"].topology.prices()
+    return found
+
+
+def test_the_scheduler_learns_the_links_and_gives_less_to_who_receives_slowly(client: Client) -> None:
+    source = frames(incompressible)
+    a, b = client.scheduler_info()["workers"]
+    with installed(client, {"ucx": 3 * SLOW, "comm": 3 * SLOW}, workers=[a], compression="off"):
+        for _ in range(4):
+            result, _ = shuffle(source, 6)
+            assert Counter(who for (who,) in client.who_has(result).values()) == {a: 3, b: 3}
+            del result
+            client.run(beat)
+            if len(client.run_on_scheduler(prices)) == 2:
+                break
+        known = client.run_on_scheduler(prices)
+        measured = {pair: price_s for each in client.run(prices_of).values() for pair, price_s in each.items()}
+        assert known.keys() == measured.keys() == {(a, b), (b, a)}
+        for pair, price_s in measured.items():
+            assert 1 / NEWS_FACTOR <= known[pair] / price_s <= NEWS_FACTOR
+        assert known[a, b] > 3 * known[b, a]
+        result, _ = shuffle(source, 16)
+        assert Counter(who for (who,) in client.who_has(result).values())[b] <= 2
+        check(result, incompressible)
+        # A scheduler without our part passes over what the workers go on to tell, and they live.
+        client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.plugins["gpurt"].shuffle.stop())
+        result, _ = shuffle(source, 7)
+        client.run(beat)
         check(result, incompressible)
 
 

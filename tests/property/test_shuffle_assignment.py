@@ -6,10 +6,20 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dask_gpurt.shuffle.assignment import TOLERANCE, Host, assign, fullness, ranges, targets
+from dask_gpurt.shuffle.assignment import (
+    GAIN_MIN,
+    TOLERANCE,
+    WORK_NBYTES_S,
+    Host,
+    assign,
+    fullness,
+    link_prices,
+    ranges,
+    targets,
+)
 
 sizes_st = st.lists(st.integers(0, 10**12), min_size=1, max_size=60)
 workers_st = st.integers(1, 7)
@@ -56,6 +66,8 @@ def test_each_output_has_a_worker_and_balance_is_never_worse_than_with_ranges(
 
 
 @given(st.lists(st.integers(1, 100), min_size=4, max_size=9), st.integers(2, 3))
+# All ways are tried, up to 19,683 of them.
+@settings(deadline=None)
 def test_equal_workers_are_within_four_thirds_of_the_best_that_there_is(sizes: list[int], workers: int) -> None:
     of = np.array(sizes, dtype=float)
     found = np.bincount(assign(ranges(len(of), workers), of, even(workers)), of, minlength=workers).max()
@@ -81,6 +93,18 @@ def test_a_hot_output_gets_a_worker_of_its_own_and_neighbours_stay_together(hot:
     assert loads.tolist() in ([15.0, 15.0], [15.0, 15.0][::-1])
     rest = np.delete(found, hot)
     assert np.count_nonzero(np.diff(rest)) == 0
+
+
+@given(st.lists(st.integers(1, 10), min_size=40, max_size=80), workers_st, st.data())
+def test_who_makes_a_hot_output_makes_few_others(others: list[int], workers: int, data: st.DataObject) -> None:
+    """An output cannot be split, so what is more than its worker's share of the others is all that it can be spared."""
+    place = data.draw(st.integers(0, len(others)))
+    hot = sum(others) * data.draw(st.floats(1 / max(workers - 1, 1), 20))
+    sizes = np.array([*others[:place], hot, *others[place:]], dtype=float)
+    found = assign(ranges(len(sizes), workers), sizes, even(workers))
+    beside = np.bincount(found, sizes, minlength=workers)[found[place]] - hot
+    if workers > 1:
+        assert beside <= TOLERANCE * hot + (1 + TOLERANCE) * max(others)
 
 
 def test_outputs_that_differ_a_little_are_not_torn_apart() -> None:
@@ -139,3 +163,119 @@ def test_a_worker_with_little_room_gets_less() -> None:
     counts = np.bincount(found)
     assert counts[0] <= 6
     assert abs(counts[1] - counts[2]) <= 1
+
+
+# Links
+
+WORKERS = ["a", "b", "c", "d"]
+
+
+def linked(prices: dict[tuple[str, str], float], workers: list[str] = WORKERS) -> np.ndarray:
+    """Return what workers with these seconds a byte between them should get."""
+    return targets([Host(1)] * len(workers), None, link_prices(workers, prices))
+
+
+def simulate(owners: np.ndarray, sizes: np.ndarray, prices: dict[tuple[str, str], float]) -> float:
+    """Seconds of a shuffle whose inputs are spread evenly: all links work at a time, and so does every worker."""
+    workers = len(WORKERS)
+    loads: dict[str, float] = dict(zip(WORKERS, np.bincount(owners, sizes, minlength=workers).tolist(), strict=True))
+    link_s: float = max(loads[target] / workers * price_s for (_, target), price_s in prices.items())
+    return max(link_s, max(loads.values()) / WORK_NBYTES_S)
+
+
+def all_links(price_s: float) -> dict[tuple[str, str], float]:
+    return dict.fromkeys(itertools.permutations(WORKERS, 2), price_s)
+
+
+def test_a_worker_that_receives_ten_times_slower_does_not_hold_the_others_up() -> None:
+    prices = all_links(1e-8)
+    prices |= {pair: 1e-7 for pair in prices if pair[1] == "d"}
+    sizes = np.full(64, 1e9 / 64)
+    stock = ranges(64, 4)
+    owners = assign(stock, sizes, linked(prices))
+    without, found = simulate(stock, sizes, prices), simulate(owners, sizes, prices)
+    assert without == pytest.approx(6.25)
+    # 31 parts, of which the slow one has one, would take 0.81 s; an output is half of such a part.
+    assert found < 1.2
+    assert np.bincount(owners)[3] in (2, 3)
+
+
+def test_a_link_that_is_slow_both_ways_is_no_reason_to_give_a_worker_less() -> None:
+    prices = all_links(1e-8)
+    prices |= {pair: 1e-7 for pair in prices if "d" in pair}
+    sizes = np.full(64, 1e9 / 64)
+    stock = ranges(64, 4)
+    assert linked(prices).tolist() == even(4).tolist()
+    # What it would cost to give it less all the same: its inputs have to go to the others by that link.
+    less = assign(stock, sizes, np.array([10, 10, 10, 1]) / 31)
+    assert simulate(less, sizes, prices) > 1.2 * simulate(stock, sizes, prices)
+
+
+def test_links_that_are_quick_enough_or_alike_change_nothing() -> None:
+    quick = all_links(1e-10)
+    quick["a", "b"] = 3.9e-9
+    assert linked(quick).tolist() == even(4).tolist()
+    rough = {pair: 1e-7 * (1 + place % 5 / 10) for place, pair in enumerate(all_links(1))}
+    assert linked(rough).tolist() == even(4).tolist()
+    assert linked({}).tolist() == even(4).tolist()
+
+
+def test_a_worker_that_was_never_measured_is_as_the_mean() -> None:
+    prices = {("a", "b"): 1e-7, ("a", "c"): 1e-7, ("b", "a"): 1e-6, ("c", "a"): 1e-6, ("elsewhere", "d"): 1.0}
+    shares = linked(prices)
+    assert shares[0] == shares.min()
+    assert shares[1] == pytest.approx(shares[3])
+    assert shares[0] < shares[3]
+
+
+prices_st = st.dictionaries(
+    st.sampled_from([*itertools.permutations(WORKERS, 2)]), st.floats(1e-12, 1e300, allow_subnormal=False)
+)
+
+
+def last_s(shares: np.ndarray, threads: np.ndarray, prices: np.ndarray) -> float:
+    """Seconds until a byte of a shuffle is where it belongs."""
+    link_s = (threads / threads.sum())[:, None] * shares * prices
+    return max(float(link_s.max()), float((shares / threads).max()) / WORK_NBYTES_S)
+
+
+threads_st = st.lists(st.integers(1, 64), min_size=4, max_size=4).map(lambda counts: np.array(counts, dtype=float))
+
+
+@given(prices_st, threads_st)
+def test_links_change_nothing_unless_it_is_much_quicker(
+    prices: dict[tuple[str, str], float], threads: np.ndarray
+) -> None:
+    matrix = link_prices(WORKERS, prices)
+    shares = targets([Host(int(count)) for count in threads], None, matrix)
+    assert shares.min() > 0
+    assert shares.sum() == pytest.approx(1)
+    by_threads = threads / threads.sum()
+    if matrix is None:
+        assert not prices
+        assert (shares == by_threads).all()
+    elif (shares != by_threads).any():
+        assert last_s(shares, threads, matrix) * GAIN_MIN <= last_s(by_threads, threads, matrix) * (1 + 1e-9)
+    # An assignment can be made of them.
+    owners = assign(ranges(16, 4), np.ones(16), shares)
+    assert set(owners.tolist()) <= set(range(4))
+
+
+@given(st.lists(st.floats(1e-10, 9e-9), min_size=4, max_size=4), st.lists(st.floats(0.01, 1), min_size=4, max_size=4))
+def test_where_each_worker_receives_at_one_price_no_other_shares_are_much_quicker(
+    inbound: list[float], other: list[float]
+) -> None:
+    prices = {(source, target): inbound[WORKERS.index(target)] for source, target in itertools.permutations(WORKERS, 2)}
+    matrix = link_prices(WORKERS, prices)
+    assert matrix is not None
+    threads = np.ones(4)
+    found = last_s(linked(prices), threads, matrix)
+    assert found <= GAIN_MIN * last_s(np.array(other) / sum(other), threads, matrix) * (1 + 1e-9)
+
+
+def test_one_slow_link_among_many_is_not_believed() -> None:
+    prices = all_links(1e-8)
+    prices["a", "b"] = 1e-6
+    assert linked(prices).tolist() == even(4).tolist()
+    # Two workers have no other.
+    assert linked({("a", "b"): 1e-6, ("b", "a"): 1e-8}, ["a", "b"])[1] == pytest.approx(1 / 11)

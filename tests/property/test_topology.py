@@ -8,7 +8,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dask_gpurt.topology import LARGE_NBYTES, PRIOR, WINDOW, Gauge, Link, Place, Rate, Topology
+from dask_gpurt.topology import (
+    LARGE_NBYTES,
+    NEWS_FACTOR,
+    PRIOR,
+    TRANSFERS_MIN,
+    WINDOW,
+    Gauge,
+    Link,
+    News,
+    Place,
+    Rate,
+    Topology,
+)
 
 rates = st.builds(Rate, latency_s=st.floats(1e-5, 2e-3), bandwidth=st.floats(1e6, 2e10))
 transfers = st.lists(st.tuples(st.integers(1, 2**28), st.floats(1e-6, 100)), max_size=60)
@@ -147,3 +159,65 @@ def test_the_best_known_path_is_the_price() -> None:
     assert topology.price(a, b, ["comm"], 10**7) > 0.1
     topology.forget("b")
     assert len(topology) == 0
+
+
+def test_a_report_that_is_no_rate_is_passed_over() -> None:
+    topology = Topology()
+    nan, inf = float("nan"), float("inf")
+    for latency_s, bandwidth in ((nan, 1.0), (-1.0, 1.0), (inf, 1.0), (0.0, nan), (0.0, 0.0), (0.0, -1.0), (0.0, inf)):
+        topology.learn([("a", "host", "b", "host", "ucx", latency_s, bandwidth, 1)])
+    assert len(topology) == 0
+
+
+def test_prices_are_of_hosts_whose_bandwidth_was_measured_and_of_the_better_path() -> None:
+    topology = Topology()
+    a, b = Place("a"), Place("b")
+    for _ in range(TRANSFERS_MIN - 1):
+        topology.link(b, a, "comm").observe(10**7, 0.1)
+    for _ in range(TRANSFERS_MIN):
+        topology.link(a, b, "ucx").observe(10**7, 0.1)
+        topology.link(a, b, "comm").observe(10**7, 0.01)
+        topology.link(b, a, "ucx").observe(1000, 0.001)
+        topology.link(Place("a", "device"), Place("c", "device"), "ucx").observe(10**7, 0.1)
+    topology.link(a, Place("d"), "ucx")
+    prices = topology.prices(10**7)
+    assert list(prices) == [("a", "b")]
+    assert prices["a", "b"] == topology.price(a, b, ["ucx", "comm"], 10**7)
+
+
+steps_st = st.lists(st.tuples(st.integers(0, 9), st.integers(2**20, 2**24), st.floats(1e-3, 10)), max_size=80)
+
+
+@given(steps=steps_st, limit=st.integers(1, 4))
+def test_news_are_few_and_in_the_end_the_scheduler_knows_all(steps: list[tuple[int, int, float]], limit: int) -> None:
+    here, there = Topology(), Topology()
+    news = News(here)
+    links = [here.link(Place("a"), Place(str(number)), "ucx") for number in range(10)]
+    for number, nbytes, elapsed_s in steps:
+        for _ in range(TRANSFERS_MIN):
+            links[number].observe(nbytes, elapsed_s)
+        told = news.take(limit)
+        assert len(told) <= limit
+        there.learn(told)
+    for _ in range(10 // limit + 1):
+        there.learn(news.take(limit))
+    assert not news.take(limit)
+    mine, theirs = here.prices(), there.prices()
+    assert mine.keys() == theirs.keys()
+    for pair, price_s in mine.items():
+        assert 1 / NEWS_FACTOR <= price_s / theirs[pair] <= NEWS_FACTOR
+
+
+def test_a_link_that_changes_all_the_time_keeps_no_other_from_being_told() -> None:
+    topology = Topology()
+    news = News(topology)
+    restless, calm = (topology.link(Place("a"), Place(name), "ucx") for name in ("restless", "calm"))
+    told = []
+    for step in range(4):
+        for _ in range(WINDOW):
+            restless.observe(10**7, 0.01 * 2**step)
+            calm.observe(10**7, 0.01)
+        told += [report[2] for report in news.take(1)]
+    assert told == ["restless", "calm", "restless", "restless"]
+    topology.forget("restless")
+    assert not news.take(1)

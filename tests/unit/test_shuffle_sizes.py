@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dask_gpurt.shuffle.sizes import ROWS_MAX, Sample, expected_sizes, sample_of
+from dask_gpurt.shuffle.sizes import ROWS_MAX, Sample, expected_sizes, joint_sizes, sample_of
 
 
 def take(values: np.ndarray, nbytes: int = 1000) -> Sample:
@@ -71,3 +71,22 @@ def test_outputs_that_are_not_wanted_do_not_count() -> None:
     sample = take(np.array([0, 0, 0, 1, 7]))
     assert expected_sizes([sample, sample], np.array([1, 7, 9]), 2).tolist() == [400, 400, 0]
     assert expected_sizes([sample], np.array([5]), 3).tolist() == [0]
+
+
+def test_what_both_sides_bring_counts() -> None:
+    one, other = np.array([8.0, 1, 1]), np.array([1.0, 1, 8])
+    found = joint_sizes([(one, 4), (other, 9)], 3)
+    assert found is not None
+    assert found.tolist() == [9, 2, 9]
+
+
+def test_a_side_of_which_nothing_is_known_is_even_and_has_inputs_of_the_same_size() -> None:
+    found = joint_sizes([(np.array([8.0, 1, 1]), 2), (None, 6), (None, 1)], 3)
+    assert found is not None
+    assert found.sum() == pytest.approx(10 / 2 * 9)
+    assert np.ptp(found - [8, 1, 1]) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("sides", [[], [(None, 3)], [(None, 3), (np.zeros(2), 3)], [(np.ones(3), 4)]], ids=str)
+def test_nothing_follows_from_nothing_nor_from_other_outputs(sides: list[tuple[np.ndarray | None, int]]) -> None:
+    assert joint_sizes(sides, 2) is None
