@@ -241,7 +241,8 @@ class Carrier:
         if peer is not None and not libraries:
             path = self.ways.choose(address, nbytes_of(buffers))
         way = self.ways.way(address, path)
-        message = plain(buffers) if libraries else await self.ways.pack(way, str(run.id), buffers, run.executor)
+        with context_meter.meter("compress"):
+            message = plain(buffers) if libraries else await self.ways.pack(way, str(run.id), buffers, run.executor)
         if peer is not None and path == paths.UCX:
             try:
                 return await self._deliver_by_ucx(run, address, peer, message, way)
@@ -295,7 +296,9 @@ class Carrier:
                 nbytes = nbytes_of(large)
                 self.ucx_nbytes += nbytes
                 self.device_nbytes += sum(view.nbytes for view in large if isinstance(view, DeviceBody))
-                self._waited(reply["waited_s"])
+                self.credit_wait_s += reply["waited_s"]
+                context_meter.digest_metric("credit-wait", reply["waited_s"], "seconds")
+                context_meter.digest_metric("send-ucx", nbytes, "bytes")
                 # The memory of a device is another place, at another price.
                 if large and not any(libraries):
                     way.carried(nbytes, (reply["carried_nbytes"], reply["carried_s"]))
@@ -307,20 +310,16 @@ class Carrier:
             await asyncio.gather(call, sending, return_exceptions=True)
         return reply  # type: ignore[no-any-return]
 
-    def _waited(self, credit_s: float) -> None:
-        """Count time that was spent waiting for a credit."""
-        self.credit_wait_s += credit_s
-        context_meter.digest_metric("credit", credit_s, "seconds")
-
     async def _deliver_by_comm(self, run: Run, address: str, message: Compressed, credit: str, way: Way) -> Reply:
         rpc = self._worker.rpc(address)
         nbytes = nbytes_of(message.buffers)
         if nbytes + message.raw_nbytes > EAGER_NBYTES:
             started = asyncio.get_running_loop().time()
-            reply: Reply = await rpc.gpurt_shuffle_credit(
-                shuffle_id=run.id, run_id=run.run_id, credit=credit, nbytes=nbytes + message.raw_nbytes
-            )
-            self._waited(asyncio.get_running_loop().time() - started)
+            with context_meter.meter("credit-wait"):
+                reply: Reply = await rpc.gpurt_shuffle_credit(
+                    shuffle_id=run.id, run_id=run.run_id, credit=credit, nbytes=nbytes + message.raw_nbytes
+                )
+            self.credit_wait_s += asyncio.get_running_loop().time() - started
             if reply["status"] != "OK":
                 return reply
         begun = way.gauge.begin(time.perf_counter())
@@ -334,6 +333,7 @@ class Carrier:
         if answer["status"] == "OK":
             carried_nbytes, elapsed_s = way.gauge.end(begun, nbytes, time.perf_counter())
             self.comm_nbytes += nbytes
+            context_meter.digest_metric("send-comm", nbytes, "bytes")
             way.carried(nbytes, (carried_nbytes, elapsed_s - answer["handled_s"]))
         return answer  # type: ignore[no-any-return]
 
@@ -378,6 +378,7 @@ class Carrier:
         self, run: Run, buffers: list[Buffer], packed: Sequence[Packed], credit: str | None
     ) -> dict[str, Any]:
         began_s = time.perf_counter()
+        run.meter("receive-comm", nbytes_of(buffers), "bytes")
         # Redeemed in the task that answers for it: one that is cancelled before it begins has nothing to give back.
         reservation = run.redeem(credit)
         if packed and reservation is None:
@@ -402,6 +403,8 @@ class Carrier:
             raise TransportError("this worker has no UCX any more")
         if len(sizes) != len(buffers) or (libraries is not None and len(libraries) != len(sizes)):
             raise TransportError(f"{len(sizes)} sizes were announced for {len(buffers)} buffers")
+        if any(type(nbytes) is not int or nbytes < 0 for nbytes in sizes):
+            raise TransportError("a size that was announced is none")
         large = [number for number, nbytes in enumerate(sizes) if nbytes]
         asked_s = time.perf_counter()
         reservation, frames = await self._memory_for(
@@ -430,6 +433,8 @@ class Carrier:
                     raise TransportError("the sender has given up") from None
                 raise
             carried_nbytes, carried_s = gauge.end(begun, sum(sizes), time.perf_counter())
+            run.meter("receive", carried_s, "seconds")
+            run.meter("receive-ucx", sum(sizes), "bytes")
             for number, frame in zip(large, received, strict=True):
                 buffers[number] = frame
             del received
@@ -455,9 +460,10 @@ class Carrier:
             raise WireError(f"{_raw_nbytes(packed)} bytes after decompression are more than was asked for")
         try:
             loop = asyncio.get_running_loop()
-            buffers[:] = await loop.run_in_executor(
-                run.executor, codecs.decompress, buffers, packed, self._part.pool.lease
-            )
+            with run.metered(), context_meter.meter("decompress"):
+                buffers[:] = await loop.run_in_executor(
+                    run.executor, codecs.decompress, buffers, packed, self._part.pool.lease
+                )
         except codecs.CodecError as error:
             reservation.release()
             raise WireError(str(error)) from error

@@ -141,6 +141,7 @@ class Run(ShuffleRun[Any, Any]):
             offload=self._offload_pack,
             name=f"{id}-{run_id}",
             ranks={partition: rank for rank, partition in enumerate(own)},
+            meter=self._moved,
         )
         self._own = frozenset(own)
         #: Identity of a parcel to what is done when it is in.
@@ -161,6 +162,10 @@ class Run(ShuffleRun[Any, Any]):
         self._inputs = 0
         self._outputs = 0
         self._granted = 0
+        # For the dashboard: bytes to and from DISK, files written, and the seconds of all deliveries.
+        self._disk_nbytes = {"write": 0, "read": 0}
+        self._files = 0
+        self._sending_s = 0.0
         self._tasks: dict[int, tuple[str, Any, float]] = {}
         self._unanswered: dict[int, tuple[str, Any, float]] = {}
         part.opened(self)
@@ -258,7 +263,7 @@ class Run(ShuffleRun[Any, Any]):
 
     async def _post(self, address: str, buffers: list[Any], nbytes: int) -> None:
         try:
-            # The time that a task is held back because too much is under way.
+            # As stock calls it: a task waits here while too many bytes are under way.
             with context_meter.meter("p2p-comms-limiter"):
                 await self._outbox.post(address, buffers, nbytes)
         except RuntimeError:
@@ -275,13 +280,15 @@ class Run(ShuffleRun[Any, Any]):
             self.raise_if_closed()
             return await self.part.carrier.deliver(self, address, buffers, credit)
 
-        with self._noted(self._unanswered, address, nbytes), self._background_metrics():
+        # The meter leaves out what is metered inside by another name: waiting for the credit, compressing.
+        with self._noted(self._unanswered, address, nbytes), self.metered():
             with context_meter.meter("send"):
+                started = time.perf_counter()
                 reply = await retry(
                     attempt, count=self.RETRY_COUNT, delay_min=self.RETRY_DELAY_MIN, delay_max=self.RETRY_DELAY_MAX
                 )
-            context_meter.digest_metric("process", nbytes, "bytes")
-            context_meter.digest_metric("process", 1, "count")
+                self._sending_s += time.perf_counter() - started
+            context_meter.digest_metric("send", 1, "count")
         if reply["status"] == "error":
             _, error, traceback = clean_exception(**reply)
             assert error is not None
@@ -446,14 +453,26 @@ class Run(ShuffleRun[Any, Any]):
         self.raise_if_closed()
 
     async def _offload_pack(self, *args: Any) -> Any:
-        with self._background_metrics():
+        with self.metered():
             return await self.offload(*args)
 
     @contextlib.contextmanager
-    def _background_metrics(self) -> Generator[None]:
-        """Count what is metered as work of the shuffle, not of the task in whose context it was begun."""
-        with context_meter.clear_callbacks(), self._capture_metrics("background-comms"):
+    def metered(self, where: str = "background-comms") -> Generator[None]:
+        """Give what is metered inside to this run, and not to the task that happens to have begun it."""
+        with context_meter.clear_callbacks(), self._capture_metrics(where):
             yield
+
+    def meter(self, activity: str, value: float, unit: str) -> None:
+        """Note something that was done for this run in the background."""
+        with self.metered():
+            context_meter.digest_metric(activity, value, unit)
+
+    def _moved(self, action: str, nbytes: int) -> None:
+        self._disk_nbytes[action] += nbytes
+        self._files += action == "write"
+        with self.metered("background-disk"):
+            context_meter.digest_metric(f"disk-{action}", nbytes, "bytes")
+            context_meter.digest_metric(f"disk-{action}", 1, "count")
 
     # Unpack
 
@@ -560,18 +579,22 @@ class Run(ShuffleRun[Any, Any]):
         await self._shelf.move(self.part.store, self.part.device_store)
 
     def heartbeat(self) -> dict[str, Any]:
-        """Report in the form that the dashboard knows."""
-        outbox, shelf = self._outbox, self._shelf
+        """Report in the form that the dashboard knows.
+
+        Its disk buffer is, here, what waits to be unpacked: how much of that is in memory, against the limit of the tier,
+        and what went to DISK and came back. Nothing has gone there while there was room.
+        """
+        outbox, shelf, disk = self._outbox, self._shelf, self._disk_nbytes
         return {
             "disk": {
-                "memory": shelf.staged_nbytes,
+                "memory": max(shelf.held_nbytes - max(disk["write"] - disk["read"], 0), 0),
                 "total": shelf.staged_nbytes + shelf.put_nbytes,
                 "buckets": shelf.partitions,
-                "written": shelf.put_nbytes,
-                "read": shelf.taken_nbytes,
-                "avg_size": 0.0,
+                "written": disk["write"],
+                "read": disk["read"],
+                "avg_size": disk["write"] / self._files if self._files else 0.0,
                 "avg_duration": 0.0,
-                "memory_limit": None,
+                "memory_limit": self.part.store.limit_nbytes,
             },
             "comm": {
                 "memory": outbox.pending_nbytes,
@@ -580,7 +603,7 @@ class Run(ShuffleRun[Any, Any]):
                 "written": outbox.sent_nbytes,
                 "read": self.total_recvd,
                 "avg_size": outbox.sent_nbytes / outbox.messages if outbox.messages else 0.0,
-                "avg_duration": 0.0,
+                "avg_duration": self._sending_s / outbox.messages if outbox.messages else 0.0,
                 "memory_limit": self.part.window.limit_nbytes,
             },
             "start": self.start_time,

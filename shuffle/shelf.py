@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dask_gpurt.errors import SpillError
-from dask_gpurt.memory.store import BufferStore, Reservation, buffer_nbytes
+from dask_gpurt.memory.store import BufferStore, Meter, Reservation, buffer_nbytes
 from dask_gpurt.seams import P2POutOfDiskError
 from dask_gpurt.shuffle.wire import Header
 
@@ -71,6 +71,8 @@ class Shelf:
         Prefix of the names in the store.
     ranks
         Output partition to the order in which it will be unpacked.
+    meter
+        Is told what goes to DISK and comes back.
     """
 
     def __init__(
@@ -82,8 +84,10 @@ class Shelf:
         offload: Callable[..., Awaitable[Any]],
         name: str,
         ranks: dict[Any, int],
+        meter: Meter | None = None,
     ) -> None:
         self._store = store
+        self._meter = meter
         self._ready = ready
         self._pack = pack
         self._offload = offload
@@ -149,7 +153,7 @@ class Shelf:
             reservation.release()
             return
         items = [(self._name_of(partition), buffers, self._ranks[partition]) for partition, buffers in packed]
-        self._store.put_all(items, reservation)
+        self._store.put_all(items, reservation, meter=self._meter)
         self._held.update(partition for partition, _ in packed)
         self.put_nbytes += nbytes
 
@@ -177,7 +181,8 @@ class Shelf:
                 name = self._name_of(partition)
                 buffers = await self._store.take(name)
                 nbytes = sum(buffer_nbytes(buffer) for buffer in buffers)
-                store.put(name, buffers, await store.reserve(nbytes), rank=self._ranks[partition])
+                reservation = await store.reserve(nbytes)
+                store.put(name, buffers, reservation, rank=self._ranks[partition], meter=self._meter)
             self._store = store
 
     async def close(self) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dask_gpurt.memory.store import BufferStore, DeviceBuffer, Reservation
+from dask_gpurt.memory.store import BufferStore, DeviceBuffer, Meter, Reservation
 from dask_gpurt.shuffle.shelf import Pack, Parcel, Ready, Shelf
 
 __all__ = ["Shelves", "TieredReservation"]
@@ -52,7 +52,7 @@ class Shelves:
     ----------
     store, device_store
         Where packed shards lie: those on the host, and those on a device.
-    ready, pack, offload, name, ranks
+    ready, pack, offload, name, ranks, meter
         As :class:`~dask_gpurt.shuffle.shelf.Shelf` takes them.
     """
 
@@ -66,9 +66,10 @@ class Shelves:
         offload: Callable[..., Awaitable[Any]],
         name: str,
         ranks: dict[Any, int],
+        meter: Meter | None = None,
     ) -> None:
         self._make: Callable[[BufferStore], Shelf] = lambda store: Shelf(
-            store, ready=ready, pack=pack, offload=offload, name=name, ranks=ranks
+            store, ready=ready, pack=pack, offload=offload, name=name, ranks=ranks, meter=meter
         )
         self._device_store = device_store
         self._host = self._make(store)
@@ -96,6 +97,11 @@ class Shelves:
     def put_nbytes(self) -> int:
         """Bytes ever put into the stores."""
         return sum(shelf.put_nbytes for shelf in self._all)
+
+    @property
+    def held_nbytes(self) -> int:
+        """Bytes that wait to be unpacked, in whatever tier."""
+        return self.staged_nbytes + self.put_nbytes - self.taken_nbytes
 
     @property
     def taken_nbytes(self) -> int:

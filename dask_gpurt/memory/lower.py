@@ -25,7 +25,7 @@ from dask_gpurt.errors import SpillError
 from dask_gpurt.memory import codec
 from dask_gpurt.memory.ledger import Tier
 from dask_gpurt.memory.packing import Packer, kind_of
-from dask_gpurt.memory.store import Buffer
+from dask_gpurt.memory.store import Buffer, Meter
 
 __all__ = ["Copy", "DiskStore", "Folder", "FrameStore", "Lower", "ObjectStore", "RawName"]
 
@@ -34,6 +34,8 @@ class RawName:
     """Base of names whose values are lists of buffers, kept as they are."""
 
     __slots__ = ()
+    #: Is told what of it goes to a tier below, and comes from there.
+    meter: Meter | None = None
 
 
 class Copy(Protocol):

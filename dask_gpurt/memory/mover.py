@@ -446,14 +446,15 @@ class Mover:
             self._call(self._end_write, name, epoch, copy, tier)
 
     def _end_write(self, name: Hashable, epoch: int, outcome: Copy | Exception, tier: Tier | None) -> None:
+        if not isinstance(outcome, Exception):
+            self.written_nbytes += outcome.nbytes
+            _count(name, "write", outcome.nbytes)
         with self._acting() as garbage:
             if not self.spiller.current(name, epoch):
                 if not isinstance(outcome, Exception):
-                    self.written_nbytes += outcome.nbytes
                     self._submit(tier, self._remove, outcome)
                 return
             if not isinstance(outcome, Exception):
-                self.written_nbytes += outcome.nbytes
                 self._copies[name] = outcome
                 self._warned.discard(tier)
                 self._handle(ev.Written(name, epoch, outcome.nbytes), garbage)
@@ -492,6 +493,7 @@ class Mover:
     def _end_read(self, name: Hashable, epoch: int, outcome: object, nbytes: int) -> None:
         error = outcome if isinstance(outcome, SpillError) else None
         self.read_nbytes += nbytes
+        _count(name, "read", nbytes)
         with self._acting() as garbage:
             if not self.spiller.current(name, epoch):
                 return
@@ -530,6 +532,11 @@ def _load(name: Hashable, copy: Copy | None) -> object:
     except Exception as error:
         # The bytes are what was written; what they were made from does not come back from them.
         raise CorruptDataError(f"{name!r} cannot be deserialized: {error!r}") from error
+
+
+def _count(name: Hashable, action: str, nbytes: int) -> None:
+    if nbytes and isinstance(name, RawName) and name.meter is not None:
+        name.meter(action, nbytes)
 
 
 def _nbytes(buffers: Any) -> int:

@@ -23,7 +23,7 @@ from dask_gpurt.memory.horizon import Kind, Use
 from dask_gpurt.memory.ledger import Reservation as LedgerReservation
 from dask_gpurt.memory.lower import RawName
 from dask_gpurt.memory.mover import Mover
-from dask_gpurt.memory.store import Buffer, DeviceBuffer, Reservation, buffer_nbytes
+from dask_gpurt.memory.store import Buffer, DeviceBuffer, Meter, Reservation, buffer_nbytes
 
 __all__ = ["ChunkName", "DeviceChunkName", "DeviceShardStore", "ShardStore"]
 
@@ -52,7 +52,11 @@ class DeviceChunkName:
 class ChunkName(DeviceChunkName, RawName):
     """Name of a chunk of host buffers to the mover; equal only to itself."""
 
-    __slots__ = ()
+    __slots__ = ("meter",)
+
+    def __init__(self, name: str, rank: int, meter: Meter | None = None) -> None:
+        super().__init__(name, rank)
+        self.meter = meter
 
 
 class ShardStore:
@@ -73,11 +77,24 @@ class ShardStore:
     def __repr__(self) -> str:
         return f"<ShardStore {len(self._chunks)} names, {self._mover.ledger!r}>"
 
+    @property
+    def limit_nbytes(self) -> int | None:
+        """The limit of the tier."""
+        return self._mover.ledger.limit(self._mover.tier)
+
     async def reserve(self, nbytes: int) -> Reservation:
         """Wait until ``nbytes`` may be held; see :class:`~dask_gpurt.memory.store.BufferStore`."""
         return await self._mover.reserve(nbytes)
 
-    def put(self, name: str, buffers: Sequence[Buffer], reservation: Reservation, *, rank: int = 0) -> None:
+    def put(
+        self,
+        name: str,
+        buffers: Sequence[Buffer],
+        reservation: Reservation,
+        *,
+        rank: int = 0,
+        meter: Meter | None = None,
+    ) -> None:
         """Hold ``buffers`` under ``name``, after what is there."""
         assert isinstance(reservation, LedgerReservation), reservation
         nbytes = _nbytes(buffers)
@@ -87,12 +104,18 @@ class ShardStore:
             if self._mover.grow(chunks[-1], buffers, reservation):
                 self._last_nbytes[name] += nbytes
                 return
-        chunk = ChunkName(name, rank)
+        chunk = ChunkName(name, rank, meter)
         chunks.append(chunk)
         self._last_nbytes[name] = nbytes
         self._mover.put(chunk, list(buffers), reservation)
 
-    def put_all(self, items: Iterable[tuple[str, Sequence[Buffer], int]], reservation: Reservation) -> None:
+    def put_all(
+        self,
+        items: Iterable[tuple[str, Sequence[Buffer], int]],
+        reservation: Reservation,
+        *,
+        meter: Meter | None = None,
+    ) -> None:
         """Hold several; see :class:`~dask_gpurt.memory.store.BufferStore`."""
         assert isinstance(reservation, LedgerReservation), reservation
         seen: set[int] = set()
@@ -100,12 +123,12 @@ class ShardStore:
             nbytes = _nbytes(buffers)
             memory, memory_nbytes = _memory_of(buffers)
             if memory_nbytes <= nbytes:
-                self.put(name, buffers, reservation.split(nbytes), rank=rank)
+                self.put(name, buffers, reservation.split(nbytes), rank=rank, meter=meter)
                 continue
             # Paid for as a whole by the first of them.
             share = reservation.split(0 if memory in seen else memory_nbytes)
             seen.add(memory)
-            chunk = ChunkName(name, rank)
+            chunk = ChunkName(name, rank, meter)
             self._chunks.setdefault(name, []).append(chunk)
             self._last_nbytes[name] = CHUNK_NBYTES
             self._mover.put(chunk, list(buffers), share, buffer=(memory, memory_nbytes))
@@ -153,12 +176,23 @@ class DeviceShardStore:
     def __repr__(self) -> str:
         return f"<DeviceShardStore {len(self._held)} names, {self._mover.ledger!r}>"
 
+    @property
+    def limit_nbytes(self) -> int | None:
+        """The limit of the tier."""
+        return self._mover.ledger.limit(self._mover.tier)
+
     async def reserve(self, nbytes: int) -> Reservation:
         """Wait until ``nbytes`` may be held; see :class:`~dask_gpurt.memory.store.BufferStore`."""
         return await self._mover.reserve(nbytes)
 
     def put(
-        self, name: str, buffers: Sequence[Buffer | DeviceBuffer], reservation: Reservation, *, rank: int = 0
+        self,
+        name: str,
+        buffers: Sequence[Buffer | DeviceBuffer],
+        reservation: Reservation,
+        *,
+        rank: int = 0,
+        meter: Meter | None = None,  # noqa: ARG002  this tier is not above DISK
     ) -> None:
         """Hold ``buffers`` under ``name``, after what is there."""
         assert isinstance(reservation, LedgerReservation), reservation
@@ -173,11 +207,15 @@ class DeviceShardStore:
         reservation.release()
 
     def put_all(
-        self, items: Iterable[tuple[str, Sequence[Buffer | DeviceBuffer], int]], reservation: Reservation
+        self,
+        items: Iterable[tuple[str, Sequence[Buffer | DeviceBuffer], int]],
+        reservation: Reservation,
+        *,
+        meter: Meter | None = None,
     ) -> None:
         """Hold several; see :class:`~dask_gpurt.memory.store.BufferStore`."""
         for name, buffers, rank in items:
-            self.put(name, buffers, reservation.split(sum(map(buffer_nbytes, buffers))), rank=rank)
+            self.put(name, buffers, reservation.split(sum(map(buffer_nbytes, buffers))), rank=rank, meter=meter)
         reservation.release()
 
     async def take(self, name: str) -> list[object]:

@@ -9,12 +9,15 @@ All methods are called on the event loop of the worker. None of them blocks it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-__all__ = ["Buffer", "BufferStore", "DeviceBuffer", "DictBufferStore", "Reservation", "buffer_nbytes"]
+__all__ = ["Buffer", "BufferStore", "DeviceBuffer", "DictBufferStore", "Meter", "Reservation", "buffer_nbytes"]
 
 Buffer = bytes | bytearray | memoryview
+
+#: Called with "write" or "read", and the bytes that went to DISK or came from there.
+Meter = Callable[[str, int], None]
 
 
 class DeviceBuffer:
@@ -58,6 +61,10 @@ class BufferStore(Protocol):
     One for buffers in the memory of a device takes those of the host among them too, which are to be small.
     """
 
+    @property
+    def limit_nbytes(self) -> int | None:
+        """How much of this and of all else in its tier is held at most; None: there is no limit."""
+
     async def reserve(self, nbytes: int) -> Reservation:
         """Wait until ``nbytes`` may be held, spilling if need be.
 
@@ -65,14 +72,29 @@ class BufferStore(Protocol):
         limit is too small becomes slow, and does not hang.
         """
 
-    def put(self, name: str, buffers: Sequence[Any], reservation: Reservation, *, rank: int = 0) -> None:
+    def put(
+        self,
+        name: str,
+        buffers: Sequence[Any],
+        reservation: Reservation,
+        *,
+        rank: int = 0,
+        meter: Meter | None = None,
+    ) -> None:
         """Hold ``buffers`` under ``name``, appended to what is there. The reservation is consumed.
 
         ``rank`` orders the names by next use: of two names, the one with the higher rank is needed later, and is
-        spilled first.
+        spilled first. ``meter``, one for a name, is told on the event loop what of buffers of the host goes to DISK and
+        comes back; it must not call the store.
         """
 
-    def put_all(self, items: Iterable[tuple[str, Sequence[Any], int]], reservation: Reservation) -> None:
+    def put_all(
+        self,
+        items: Iterable[tuple[str, Sequence[Any], int]],
+        reservation: Reservation,
+        *,
+        meter: Meter | None = None,
+    ) -> None:
         """Put several (name, buffers, rank) that may lie in one piece of memory, which is counted once."""
 
     async def take(self, name: str) -> list[Any]:
@@ -119,19 +141,38 @@ class DictBufferStore:
     def __init__(self) -> None:
         self._held: dict[str, list[Any]] = {}
 
+    @property
+    def limit_nbytes(self) -> int | None:
+        """There is none."""
+        return None
+
     async def reserve(self, nbytes: int) -> Reservation:
         """Grant at once."""
         return _Token(nbytes)
 
-    def put(self, name: str, buffers: Sequence[Any], reservation: Reservation, *, rank: int = 0) -> None:  # noqa: ARG002
+    def put(
+        self,
+        name: str,
+        buffers: Sequence[Any],
+        reservation: Reservation,
+        *,
+        rank: int = 0,  # noqa: ARG002
+        meter: Meter | None = None,  # noqa: ARG002
+    ) -> None:
         """Hold the buffers in memory."""
         self._held.setdefault(name, []).extend(buffers)
         reservation.release()
 
-    def put_all(self, items: Iterable[tuple[str, Sequence[Any], int]], reservation: Reservation) -> None:
+    def put_all(
+        self,
+        items: Iterable[tuple[str, Sequence[Any], int]],
+        reservation: Reservation,
+        *,
+        meter: Meter | None = None,
+    ) -> None:
         """Hold the buffers in memory."""
         for name, buffers, rank in items:
-            self.put(name, buffers, reservation, rank=rank)
+            self.put(name, buffers, reservation, rank=rank, meter=meter)
 
     async def take(self, name: str) -> list[Any]:
         """Hand the buffers out."""

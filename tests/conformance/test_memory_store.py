@@ -82,6 +82,29 @@ def run(main: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(main, 30))
 
 
+def test_what_goes_to_disk_and_comes_back_is_told(make: Make) -> None:
+    async def main() -> None:
+        async with make() as store:
+            told: dict[str, int] = {"write": 0, "read": 0}
+
+            def meter(action: str, nbytes: int) -> None:
+                told[action] += nbytes
+
+            names = [f"n{number}" for number in range(20)]
+            for number, name in enumerate(names):
+                store.put(name, [os.urandom(50_000)], await store.reserve(50_000), rank=number, meter=meter)
+                await put(store, "others", b"x")
+            for name in names:
+                assert sum(len(buffer) for buffer in await store.take(name)) == 50_000
+            await store.take("others")
+            if store.limit_nbytes is None or store.limit_nbytes > 20 * 50_000:
+                assert told == {"write": 0, "read": 0}
+            else:
+                assert 0 < told["read"] <= told["write"] < 2 * 20 * 50_000
+
+    run(main())
+
+
 async def put(store: BufferStore, name: str, *buffers: Buffer, rank: int = 0) -> None:
     reservation = await store.reserve(sum(memoryview(b).nbytes for b in buffers))
     store.put(name, buffers, reservation, rank=rank)

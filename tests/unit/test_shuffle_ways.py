@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -89,7 +90,7 @@ def test_a_receiver_gives_back_what_it_reserved_for_the_compressed_bytes() -> No
         reservation = await DictBufferStore().reserve(wire_nbytes + message.raw_nbytes)
         buffers = list(message.buffers)
         with ThreadPoolExecutor(1) as executor:
-            run: Any = SimpleNamespace(executor=executor)
+            run: Any = SimpleNamespace(executor=executor, metered=contextlib.nullcontext)
             await carrier()._unpack(run, buffers, message.packed, reservation)
         assert [bytes(memoryview(buffer)) for buffer in buffers] == MESSAGE
         assert reservation.nbytes == nbytes_of(MESSAGE)
