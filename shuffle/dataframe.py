@@ -153,7 +153,7 @@ class TableRun(FrameRun):
         return tables.pack(parcels)
 
     def _check(self, header: Header) -> None:
-        tables.check_parcel(header, self._own.__contains__)
+        tables.check_parcel(header, self._own.__contains__, self._output_meta)
 
     def _join(self, partition_id: int, buffers: list[Any]) -> Any:  # noqa: ARG002
         return tables.join(buffers, self._output_meta) if buffers else self._output_meta.copy()

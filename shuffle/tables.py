@@ -10,8 +10,9 @@ Theory of operation
     small it is: to pack small ones together would cost as many steps on the device as it saves messages. Small
     bodies go by the host. An output has its rows in the order of the input partitions.
 
-    Descriptions are made and read by the library. What a peer sends is checked for its place and its size, and is
-    trusted beyond that, as peers are in Dask.
+    Descriptions are made and read by the library. What a peer sends is checked before it is taken in: its place, its size,
+    its library, and by :meth:`FrameLibrary.check` that rows and columns are those that were agreed on and that nothing points
+    out of the body. What is within the memory of the device nobody looks at.
 
     What a library cannot pack and get back as it was (cuDF: categories, time zones, nested types, decimals) is left to
     stock's data plane.
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from dask_gpurt.shuffle import packed
 from dask_gpurt.shuffle.device import Allocate, ArrayLibrary, DeviceBody, finish, library_named
 from dask_gpurt.shuffle.libraries import Registry
 from dask_gpurt.shuffle.shelf import Parcel
@@ -105,6 +107,15 @@ class FrameLibrary(Protocol):
             If that cannot be done with this frame.
         """
 
+    def check(self, description: bytes, rows: int, nbytes: int, meta: Any) -> None:
+        """Check the description of so many rows, packed into ``nbytes``, of a frame like ``meta``. Does not need the bytes.
+
+        Raises
+        ------
+        WireError
+            If the library could be misled by it.
+        """
+
     def join(self, pieces: Sequence[tuple[bytes, Any]], meta: Any) -> Any:
         """Make a frame like ``meta`` of (description, flat array of bytes), one at least."""
 
@@ -151,6 +162,10 @@ class CudfLibrary:
             array = self._cupy.asarray(memory).view(np.uint8)
             pieces.append(Piece(int(partitions[place]), part.num_rows(), bytes(description), array))
         return pieces
+
+    def check(self, description: bytes, rows: int, nbytes: int, meta: Any) -> None:
+        """Check it against the layout that libcudf is known to have; see :mod:`dask_gpurt.shuffle.packed`."""
+        packed.check(description, columns=len(meta.columns) + 1, rows=rows, nbytes=nbytes)
 
     def join(self, pieces: Sequence[tuple[bytes, Any]], meta: Any) -> Any:
         """Unpack and concatenate."""
@@ -241,6 +256,10 @@ def split(
         if len(extra) > MAX_EXTRA_NBYTES:
             raise UnsupportedFrameError(f"the description of a shard has {len(extra)} bytes")
         body = DeviceBody(library.arrays, piece.array)
+        try:
+            library.check(piece.description, piece.rows, body.nbytes, meta)
+        except WireError as reason:
+            raise UnsupportedFrameError(f"no peer would take it: {reason}") from reason
         segments = np.array([[piece.partition, piece.rows]], dtype=np.int64)
         header = Header(Kind.TABLE, (input_partition,), segments, body.nbytes, extra)
         shards.append((worker_for[piece.partition], header, body))
@@ -252,22 +271,26 @@ def _parse(extra: bytes) -> tuple[str, bytes]:
     return name.decode(errors="replace"), description
 
 
-def check_parcel(header: Header, wanted: Callable[[Hashable], bool]) -> None:
-    """Check what a peer has sent before it is taken in.
+def check_parcel(header: Header, wanted: Callable[[Hashable], bool], meta: Any) -> None:
+    """Check what a peer has sent before it is taken in; ``meta`` is an empty output frame.
 
     Raises
     ------
     WireError
-        If it is no shard of a frame on a device, or for a partition that nobody unpacks here.
+        If it is no shard of such a frame on a device, or for a partition that nobody unpacks here.
     LibraryMissingError
         If the output cannot be made here.
     """
     if header.kind is not Kind.TABLE or len(header.input_id) != 1 or header.segments.shape != (1, 2):
         raise WireError(f"a shard of a table was expected, got {header.kind!r} for {header.input_id}")
-    partition = int(header.segments[0, 0])
+    partition, rows = header.segments[0].tolist()
     if not wanted(partition):
         raise WireError(f"output partition {partition} is not held here")
-    frames_named(_parse(header.extra)[0])
+    name, description = _parse(header.extra)
+    library = frames_named(name)
+    if not library.owns(meta):
+        raise WireError(f"a shard of a {type(meta).__name__} was expected, got one of {name}")
+    library.check(description, rows, header.body_nbytes, meta)
 
 
 def ready(parcel: Parcel) -> tuple[int, list[Any]] | None:
@@ -311,6 +334,9 @@ def join(buffers: Sequence[Any], meta: Any) -> Any:
     if len(names) != 1:
         raise WireError(f"shards of one library were expected, got {sorted(names)}")
     library = frames_named(names.pop())
+    foreign = {body.library.name for _, body in pieces if isinstance(body, DeviceBody)} - {library.arrays.name}
+    if foreign:
+        raise WireError(f"shards in the memory of {library.arrays.name} were expected, got {sorted(foreign)}")
     bodies = [body if isinstance(body, DeviceBody) else DeviceBody.of_host(library.arrays, body) for _, body in pieces]
     # The library need not use the stream on which they were copied.
     library.arrays.synchronize()

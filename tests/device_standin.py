@@ -19,6 +19,7 @@ import pyarrow as pa
 from distributed.protocol.serialize import dask_deserialize, dask_serialize
 
 from dask_gpurt.shuffle import device, tables
+from dask_gpurt.shuffle.wire import WireError
 
 __all__ = ["Array", "Frame", "Frames", "Library", "asarray", "asnumpy", "library"]
 
@@ -220,6 +221,10 @@ class Frames:
                 array = asarray(np.frombuffer(sink.getvalue(), np.uint8))
                 pieces.append(tables.Piece(int(partition), len(part), f"{len(part)} rows".encode(), array))
         return pieces
+
+    def check(self, description: bytes, rows: int, nbytes: int, meta: Any) -> None:
+        if description != f"{rows} rows".encode() or nbytes < rows * 8 * (len(meta.columns) + 1):
+            raise WireError(f"{description!r} for {rows} rows of {len(meta.columns)} columns in {nbytes} bytes")
 
     def join(self, pieces: Sequence[tuple[bytes, Any]], meta: Any) -> Any:
         parts = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +20,9 @@ from dask.delayed import delayed
 from distributed import Client, LocalCluster, wait
 
 import dask_gpurt
-from dask_gpurt.shuffle import carrier
+from dask_gpurt.shuffle import carrier, run
 from dask_gpurt.shuffle.transport.ucx import TransportError, UCXTransport
+from dask_gpurt.shuffle.wire import Header, WireError, encode
 
 # The servers cannot import this module; the stand-in they can, by the path that they have from here.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -236,3 +238,29 @@ def test_what_the_device_or_ucx_cannot_do_goes_by_the_host(monkeypatch: pytest.M
         for worker in cluster.workers.values():
             ledger = worker.extensions["gpurt"].memory.ledger
             assert ledger.reserved("host") == ledger.reserved("device") == 0
+
+
+def test_a_shard_that_is_not_what_its_description_says_ends_the_shuffle(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lie(header: Header) -> bytes:
+        return encode(dataclasses.replace(header, extra=header.extra.replace(b" rows", b"0 rows")))
+
+    with (
+        LocalCluster(
+            n_workers=2,
+            threads_per_worker=1,
+            processes=False,
+            protocol="tcp",
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        dask_gpurt.install(client, placement=False, config={"shuffle.transport": "dask"})
+        # What goes to peers is described otherwise than it is; the library is not to see it.
+        monkeypatch.setattr(run, "encode", lie)
+        monkeypatch.setattr(device_standin.Frames, "join", lambda *_: pytest.fail("it was joined"))
+        shuffled = tables().shuffle("key", npartitions=3, shuffle_method="p2p")
+        with pytest.raises(RuntimeError, match="failed during") as caught:
+            client.compute(shuffled).result(60)
+        assert isinstance(caught.value.__cause__, WireError)
+        assert "0 rows' for" in str(caught.value.__cause__)

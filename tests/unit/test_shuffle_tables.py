@@ -46,7 +46,8 @@ def test_a_frame_is_split_packed_and_joined() -> None:
         parcels = []
         for address, header, body in split(data, number):
             found = decode(encode(header), body)
-            tables.check_parcel(found, {part for part, owner in WORKER_FOR.items() if owner == address}.__contains__)
+            held = {part for part, owner in WORKER_FOR.items() if owner == address}
+            tables.check_parcel(found, held.__contains__, frame(0, 0)[["x"]])
             assert isinstance(body, DeviceBody) is (header.body_nbytes >= device.SMALL_NBYTES)
             parcels.append(Parcel(found, body, found.body_nbytes))
         small = []
@@ -68,15 +69,39 @@ def test_a_frame_is_split_packed_and_joined() -> None:
 
 
 def test_what_does_not_belong_here_is_refused() -> None:
-    right = Header(Kind.TABLE, (3,), np.array([[1, 20]]), 8, b"device_standin 20 rows")
-    tables.check_parcel(right, lambda _: True)
+    meta = frame(0, 0)[["x"]]
+    segments = np.array([[1, 20]])
+
+    def check(
+        kind: Kind = Kind.TABLE, found: Any = segments, extra: bytes = b"device_standin 20 rows", **other: Any
+    ) -> None:
+        header = Header(kind, (3,), np.array(found), other.get("nbytes", 320), extra)
+        tables.check_parcel(header, other.get("wanted", lambda _: True), other.get("meta", meta))
+
+    check()
     with pytest.raises(WireError, match="not held"):
-        tables.check_parcel(right, lambda _: False)
-    for kind, segments in ((Kind.FRAME, [[1, 20]]), (Kind.TABLE, [[1, 20], [2, 30]]), (Kind.TABLE, [[1, 2, 3]])):
+        check(wanted=lambda _: False)
+    for kind, found in ((Kind.FRAME, [[1, 20]]), (Kind.TABLE, [[1, 20], [2, 30]]), (Kind.TABLE, [[1, 2, 3]])):
         with pytest.raises(WireError, match="a shard of a table"):
-            tables.check_parcel(Header(kind, (3,), np.array(segments), 8, right.extra), lambda _: True)
+            check(kind, found)
     with pytest.raises(LibraryMissingError, match="'elsewhere' are not known"):
-        tables.check_parcel(Header(Kind.TABLE, (3,), right.segments, 8, b"elsewhere x"), lambda _: True)
+        check(extra=b"elsewhere x")
+    with pytest.raises(WireError, match="a shard of a DataFrame was expected"):
+        check(meta=pd.DataFrame({"x": [1.0]}))
+    # Rows that are not those of the description, and more than there is memory for.
+    for other in ({"found": [[1, 21]]}, {"nbytes": 319}, {"meta": frame(0, 0)}):
+        with pytest.raises(WireError, match="rows"):
+            check(**other)
+
+
+def test_memory_of_another_library_is_not_joined() -> None:
+    class Other(device_standin.Library):
+        name = "other"
+
+    head = encode(Header(Kind.TABLE, (1,), np.array([[0, 1]]), 1, b"device_standin 1 rows"))
+    body = DeviceBody(Other(), device_standin.asarray(np.ones(1, np.uint8)))
+    with pytest.raises(WireError, match=r"memory of device_standin were expected, got \['other'\]"):
+        tables.join([head, body], frame(0, 0))
 
 
 def test_what_is_no_packed_table_is_not_joined() -> None:
@@ -96,6 +121,11 @@ def test_what_is_no_packed_table_is_not_joined() -> None:
 def test_a_frame_that_its_library_cannot_split_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(tables.UnsupportedFrameError, match="missing"):
         split(device_standin.Frame({"part": [1], "x": [np.nan]}), 0)
+    # One whose descriptions its own check does not know has another layout by now.
+    monkeypatch.setattr(device_standin.Frames, "check", tables.CudfLibrary.check)
+    with pytest.raises(tables.UnsupportedFrameError, match="no peer would take it"):
+        split(frame(0), 0)
+    monkeypatch.undo()
     monkeypatch.setattr(tables, "MAX_EXTRA_NBYTES", 10)
     with pytest.raises(tables.UnsupportedFrameError, match="description"):
         split(frame(0), 0)
