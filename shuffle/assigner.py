@@ -1,7 +1,7 @@
 """The scheduler's side of the assignment: what is known of sizes, workers and consumers when a run begins.
 
-Covers: samples of inputs, and how long they are waited for; the room of workers and their links; the answer to stock's question which
-worker makes which output.
+Covers: samples of inputs, and how long they are waited for; the room of workers, and their links; the answer to stock's
+question which worker makes which output.
 Does not cover: the decision itself, which is :mod:`dask_gpurt.shuffle.assignment`, and the estimate of sizes, which is
 :mod:`dask_gpurt.shuffle.sizes`.
 See also: :mod:`dask_gpurt.shuffle.sampler`, which takes the samples; :mod:`dask_gpurt.shuffle.consumers`.

@@ -16,6 +16,7 @@ from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.store import DictBufferStore
 from dask_gpurt.shuffle.carrier import Carrier, nbytes_of
 from dask_gpurt.shuffle.paths import COMM, UCX
+from dask_gpurt.shuffle.transport.ucx import TransportError
 from dask_gpurt.shuffle.ways import Ways
 from dask_gpurt.shuffle.wire import WireError
 from dask_gpurt.topology import Place, Topology
@@ -108,3 +109,13 @@ def test_no_more_is_decompressed_than_was_asked_for() -> None:
         assert reservation.nbytes == 0
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("sizes", [[-1], [2**20, -(2**20)], [1.5]], ids=str)
+def test_nothing_is_reserved_for_a_size_that_is_none(sizes: list[Any]) -> None:
+    receiver = carrier()
+    receiver._transport = SimpleNamespace()  # type: ignore[assignment]
+    buffers = [b""] * len(sizes)
+    # The run is not asked for memory.
+    with pytest.raises(TransportError, match="a size that was announced is none"):
+        asyncio.run(receiver._take_by_ucx(SimpleNamespace(), buffers, (), sizes, None, 1, b"peer"))  # type: ignore[arg-type]
