@@ -23,7 +23,8 @@ from benchmarks.spilling.disk import Rates
 from dask_gpurt.memory.device import HostFrames
 from dask_gpurt.memory.horizon import IDLE, Use
 from dask_gpurt.memory.ledger import Ledger, Tier
-from dask_gpurt.memory.mover import Copy, Mover
+from dask_gpurt.memory.lower import Copy
+from dask_gpurt.memory.mover import Mover
 from dask_gpurt.memory.spiller import Spiller
 
 __all__ = ["down_and_up"]

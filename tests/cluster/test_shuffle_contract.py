@@ -369,10 +369,14 @@ def test_what_is_sent_aside_is_counted_for_the_shuffle_and_not_for_a_task() -> N
             for worker in cluster.workers:
                 await worker.heartbeat()
             found = dict(cluster.scheduler.cumulative_worker_metrics)
-            assert found["p2p", "background-comms", "process", "bytes"] == sum(
-                cluster.part(worker).sent_nbytes for worker in cluster.workers
-            )
-            assert found["p2p", "background-comms", "process", "count"] == sum(
+            carriers = [cluster.part(worker).carrier for worker in cluster.workers]
+            for path, nbytes in (
+                ("ucx", sum(carrier.ucx_nbytes for carrier in carriers)),
+                ("comm", sum(carrier.comm_nbytes for carrier in carriers)),
+            ):
+                assert found.get(("p2p", "background-comms", f"send-{path}", "bytes"), 0) == nbytes
+            assert sum(carrier.ucx_nbytes + carrier.comm_nbytes for carrier in carriers) > 0
+            assert found["p2p", "background-comms", "send", "count"] == sum(
                 cluster.part(worker).messages for worker in cluster.workers
             )
             assert found["p2p", "background-comms", "send", "seconds"] > 0
