@@ -179,7 +179,7 @@ class SpillFolder:
         views = [memoryview(frame).cast("B") for frame in frames]
         digests = tuple(xxhash.xxh3_64_intdigest(view) for view in views)
         path = os.path.join(self.path, f"{next(self._numbers)}.blk")
-        copy = DiskCopy(self, path, Layout([view.nbytes for view in views]), digests)
+        copy = DiskCopy(self, path, files.layout_of(views), digests)
         try:
             old = self._begin_file(copy.nbytes)
             if old is not None:

@@ -5,11 +5,11 @@ Theory of operation
 The page cache copies every byte, takes a page of memory for each 4 KiB, and writes all of it to the disk in the end. What
 is spilled is read once, much later, and then removed. So it goes straight to the disk (``O_DIRECT``), which takes a
 tenth of the processor's time, and leaves the cache to those who need it. The kernel wants file offsets, lengths and addresses
-that are multiples of a block for that. *Large* frames whose memory begins at a page, as those of
-:class:`~dask_gpurt.memory.blocks.BlockPool` do, are written from where they lie; others are gathered into a *stage*, a
-buffer of the thread.
+that are multiples of a block for that. *Large* frames are written from where they lie: in the file they begin as far into a
+page as in memory, so that what are whole pages there are whole pages here; only the pages in which they begin and end
+go by way of a *stage*, a buffer of the thread. The others are gathered there.
 
-In the file each large frame, and each run of others, is a *segment* that begins at a page; within it frames begin at
+In the file each large frame, and each run of others, is a *segment* that begins at a page; within a run frames begin at
 multiples of 64 bytes, as arrays like it. A segment is read into a lease of its own, where its frames stay.
 
 Covers: layout, reading, writing.
@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["LARGE_NBYTES", "PAGE_NBYTES", "Layout", "read", "write"]
+__all__ = ["LARGE_NBYTES", "PAGE_NBYTES", "Layout", "layout_of", "read", "write"]
 
 #: What O_DIRECT takes on all that is in use: disks have blocks of 512 or 4096 bytes.
 PAGE_NBYTES = 4096
@@ -54,17 +54,21 @@ class Layout:
     ----------
     lengths
         Bytes of the frames, in order.
+    skews
+        How far into a page each of them begins in memory; counts for large ones only. None: they begin at pages.
 
     Examples
     --------
     >>> layout = Layout([100, 10, 2**20, 5])
     >>> layout.offsets, layout.nbytes
     ((0, 128, 4096, 1052672), 1052677)
+    >>> Layout([100, 2**20], [32, 16]).offsets
+    (0, 4112)
     """
 
     __slots__ = ("lengths", "nbytes", "offsets", "segments")
 
-    def __init__(self, lengths: Sequence[int]) -> None:
+    def __init__(self, lengths: Sequence[int], skews: Sequence[int] | None = None) -> None:
         self.lengths = tuple(lengths)
         offsets: list[int] = []
         #: (first frame, one after the last) of each segment.
@@ -79,6 +83,8 @@ class Layout:
             else:
                 end = _up(end, _FRAME_ALIGNMENT)
                 segments[-1] = (segments[-1][0], number + 1)
+            if large and skews is not None:
+                end += skews[number]
             apart = large
             offsets.append(end)
             end += length
@@ -86,6 +92,11 @@ class Layout:
         self.segments = tuple(segments)
         #: Size of the file.
         self.nbytes = end
+
+
+def layout_of(frames: Sequence[memoryview]) -> Layout:
+    """Lay out ``frames`` such that they can be written from where they lie."""
+    return Layout([frame.nbytes for frame in frames], [_address(frame) % PAGE_NBYTES for frame in frames])
 
 
 class _Stage(threading.local):
@@ -105,23 +116,22 @@ def write(fd: int, frames: Sequence[Any], layout: Layout) -> None:
 
     def flush() -> None:
         nonlocal begin, fill
-        _write_all(fd, stage[: _up(fill, PAGE_NBYTES)], begin)
+        _write_all(fd, [stage[: _up(fill, PAGE_NBYTES)]], begin)
         begin += _up(fill, PAGE_NBYTES)
         fill = 0
 
     for frame, offset in zip(frames, layout.offsets, strict=True):
         data: Bytes = np.frombuffer(frame, dtype=np.uint8) if frame.nbytes else np.empty(0, dtype=np.uint8)
-        if offset >= begin + _up(fill, PAGE_NBYTES):
+        large = data.nbytes >= LARGE_NBYTES
+        if large or offset >= begin + _up(fill, PAGE_NBYTES):
             # A new segment. The rest of the page before is whatever the stage had there, zeros or other frames of ours.
             if fill:
                 flush()
-            begin = offset
-            if data.nbytes >= LARGE_NBYTES and _address(data.data) % PAGE_NBYTES == 0:
-                whole = data.nbytes // PAGE_NBYTES * PAGE_NBYTES
-                _write_all(fd, data[:whole], offset)
-                begin, data = offset + whole, data[whole:]
-        else:
-            fill = offset - begin
+            begin = offset - offset % PAGE_NBYTES
+            if large and (offset - _address(data.data)) % PAGE_NBYTES == 0:
+                _write_all(fd, _pages(data, stage), begin)
+                continue
+        fill = offset - begin
         while data.nbytes:
             count = min(data.nbytes, stage.nbytes - fill)
             np.copyto(stage[fill : fill + count], data[:count])
@@ -147,7 +157,7 @@ def read(fd: int, layout: Layout, lease: Callable[[int], memoryview], *, direct:
     """
     frames: list[memoryview] = []
     for first, last in layout.segments:
-        begin = layout.offsets[first]
+        begin = layout.offsets[first] - layout.offsets[first] % PAGE_NBYTES
         nbytes = layout.offsets[last - 1] + layout.lengths[last - 1] - begin
         segment = _lease_pages(_up(nbytes, PAGE_NBYTES), lease) if direct else lease(nbytes)
         done = 0
@@ -179,10 +189,30 @@ def _address(view: memoryview) -> int:
     return address
 
 
-def _write_all(fd: int, data: Bytes, offset: int) -> None:
-    while data.nbytes:
-        count = os.pwrite(fd, data.data, offset) // PAGE_NBYTES * PAGE_NBYTES
+def _pages(data: Bytes, stage: Bytes) -> list[Bytes]:
+    """Return the pages that ``data`` lies in: those at its ends by way of the stage, the others as they are."""
+    head = min(-_address(data.data) % PAGE_NBYTES, data.nbytes)
+    tail = (data.nbytes - head) % PAGE_NBYTES
+    pages = []
+    if head:
+        np.copyto(stage[PAGE_NBYTES - head : PAGE_NBYTES], data[:head])
+        pages.append(stage[:PAGE_NBYTES])
+    pages.append(data[head : data.nbytes - tail])
+    if tail:
+        np.copyto(stage[PAGE_NBYTES : PAGE_NBYTES + tail], data[data.nbytes - tail :])
+        pages.append(stage[PAGE_NBYTES : 2 * PAGE_NBYTES])
+    return pages
+
+
+def _write_all(fd: int, pages: Sequence[Bytes], offset: int) -> None:
+    left = list(pages)
+    while left:
+        count = os.pwritev(fd, [piece.data for piece in left], offset) // PAGE_NBYTES * PAGE_NBYTES
         if not count:
             # The disk has taken less than a page: there is no room for more.
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        offset, data = offset + count, data[count:]
+        offset += count
+        while left and count >= left[0].nbytes:
+            count -= left.pop(0).nbytes
+        if count:
+            left[0] = left[0][count:]

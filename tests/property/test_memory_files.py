@@ -51,31 +51,39 @@ def flags(request: pytest.FixtureRequest) -> int:
     return flag
 
 
-@given(lengths=LENGTHS)
-def test_frames_lie_apart_and_large_ones_at_pages(lengths: list[int]) -> None:
-    layout = Layout(lengths)
+@given(lengths=LENGTHS, data=st.data())
+def test_frames_lie_apart_and_large_ones_as_far_into_a_page_as_in_memory(
+    lengths: list[int], data: st.DataObject
+) -> None:
+    skews = [data.draw(st.integers(0, PAGE_NBYTES - 1)) for _ in lengths]
+    layout = Layout(lengths, skews)
     end = 0
-    for offset, length in zip(layout.offsets, lengths, strict=True):
+    for offset, length, skew in zip(layout.offsets, lengths, skews, strict=True):
         assert offset >= end
-        assert offset % (PAGE_NBYTES if length >= LARGE_NBYTES else 64) == 0
+        if length >= LARGE_NBYTES:
+            assert offset % PAGE_NBYTES == skew
+        else:
+            assert offset % 64 == 0
         end = offset + length
     assert layout.nbytes == end
     assert [n for first, last in layout.segments for n in range(first, last)] == list(range(len(lengths)))
-    assert all(layout.offsets[first] % PAGE_NBYTES == 0 for first, _ in layout.segments)
+    begins = [layout.offsets[first] - layout.offsets[first] % PAGE_NBYTES for first, _ in layout.segments]
+    ends = [layout.offsets[last - 1] + lengths[last - 1] for _, last in layout.segments]
+    assert all(begin >= end for begin, end in zip(begins[1:], ends[:-1], strict=True)), "segments share no page"
     assert sum(lengths) <= end < sum(lengths) + PAGE_NBYTES * (2 * len(lengths) + 1)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(lengths=LENGTHS, pooled=st.booleans(), longer=st.booleans())
-def test_round_trip(tmp_path: Path, flags: int, lengths: list[int], pooled: bool, longer: bool) -> None:
+@given(lengths=LENGTHS, into=st.sampled_from([0, 1, 16, 4095]), longer=st.booleans(), placed=st.booleans())
+def test_round_trip(tmp_path: Path, flags: int, *, lengths: list[int], into: int, longer: bool, placed: bool) -> None:
     rng = np.random.default_rng(sum(lengths))
     frames: list[Any] = []
     for length in lengths:
-        # Begins at a page, or nowhere in particular.
-        frame = POOL.lease(length) if pooled else memoryview(bytearray(length + 1))[1:]
+        # Begins so far into a page.
+        frame = memoryview(mmap.mmap(-1, length + PAGE_NBYTES))[into : into + length]
         np.frombuffer(frame, dtype=np.uint8)[...] = rng.integers(0, 256, length, dtype=np.uint8)
         frames.append(frame)
-    layout = Layout(lengths)
+    layout = files.layout_of(frames) if placed else Layout(lengths)
     path = tmp_path / "file"
     path.write_bytes(b"old" * 3_000_000 if longer else b"")
     fd = os.open(path, os.O_RDWR | flags)
@@ -88,6 +96,32 @@ def test_round_trip(tmp_path: Path, flags: int, lengths: list[int], pooled: bool
         if any(lengths):
             os.ftruncate(fd, max(o + n for o, n in zip(layout.offsets, lengths, strict=True) if n) - 1)
             assert files.read(fd, layout, POOL.lease, direct=bool(flags)) is None
+    finally:
+        os.close(fd)
+
+
+def test_large_frames_are_written_from_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = os.pwritev
+    frame = memoryview(mmap.mmap(-1, 8 * LARGE_NBYTES))[16:-100]
+    frame[:] = np.random.default_rng(0).bytes(frame.nbytes)
+    lies = np.frombuffer(frame, np.uint8).__array_interface__["data"][0]
+    theirs = 0
+
+    def watch(fd: int, pieces: list[Any], offset: int) -> int:
+        nonlocal theirs
+        for piece in pieces:
+            address = np.frombuffer(piece, np.uint8).__array_interface__["data"][0]
+            theirs += piece.nbytes if lies <= address < lies + frame.nbytes else 0
+        # Cut short in the middle of a piece, and at the end of one.
+        return honest(fd, [pieces[0][: 3 * PAGE_NBYTES + 512]], offset)
+
+    monkeypatch.setattr(os, "pwritev", watch)
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    try:
+        layout = files.layout_of([frame])
+        files.write(fd, [frame], layout)
+        assert theirs >= frame.nbytes - 2 * PAGE_NBYTES
+        assert files.read(fd, layout, POOL.lease, direct=False) == [frame]
     finally:
         os.close(fd)
 
