@@ -93,7 +93,7 @@ def persisted(client: Client) -> Any:
 def test_a_disk_that_takes_nothing(client: Client, number: int) -> None:
     x = persisted(client)
     scattered = client.scatter(np.arange(100_000.0))
-    client.run(break_disk, "pwrite", number)
+    client.run(break_disk, "pwritev", number)
     y = (x + 1).persist()
     wait(y)
     np.testing.assert_array_equal(y.compute(), np.arange(500_000.0) + 1)

@@ -169,18 +169,18 @@ def test_scattered_data_that_is_gone_fails_clearly(client: Client, s3: S3Server)
 
 def die_at_write(number: int, dask_worker: Any = None) -> int:
     """Kill this process in the middle of the file that it writes then; returns its pid."""
-    honest = os.pwrite
+    honest = os.pwritev
     writes = 0
 
-    def pwrite(fd: int, data: Any, offset: int) -> int:
+    def pwritev(fd: int, pieces: list[Any], offset: int) -> int:
         nonlocal writes
         writes += 1
         if writes == number:
-            honest(fd, data[: len(data) // 2], offset)
+            honest(fd, [pieces[0][: len(pieces[0]) // 2]], offset)
             os.kill(os.getpid(), signal.SIGKILL)
-        return honest(fd, data, offset)
+        return honest(fd, pieces, offset)
 
-    os.pwrite = pwrite
+    os.pwritev = pwritev  # type: ignore[assignment]
     return os.getpid()
 
 

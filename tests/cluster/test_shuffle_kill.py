@@ -476,18 +476,18 @@ def test_a_receiver_stands_still_for_a_while(site: Site, tmp_path: pathlib.Path)
 
 def fill_disk(writes: int | None, dask_worker: Any) -> None:
     """Let so many writes, or all, find the disk full."""
-    stock = os.pwrite
+    stock = os.pwritev
     left = itertools.count()
 
-    def pwrite(fd: int, data: Any, offset: int) -> int:
+    def pwritev(fd: int, pieces: list[Any], offset: int) -> int:
         if writes is None or next(left) < writes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return stock(fd, data, offset)
+        return stock(fd, pieces, offset)
 
     def empty() -> None:
-        os.pwrite = stock
+        os.pwritev = stock
 
-    os.pwrite = pwrite
+    os.pwritev = pwritev  # type: ignore[assignment]
     dask_worker.empty_disk = empty
 
 

@@ -300,15 +300,15 @@ def test_what_cannot_be_serialized_stays_and_is_said_once(tmp_path: Path, caplog
 def test_a_full_disk_leaves_everything_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
-    honest = os.pwrite
+    honest = os.pwritev
     full = True
 
-    def pwrite(fd: int, data: memoryview, offset: int) -> int:
+    def pwritev(fd: int, pieces: list[memoryview], offset: int) -> int:
         if full:
             raise OSError(number, os.strerror(number))
-        return honest(fd, data, offset)
+        return honest(fd, pieces, offset)
 
-    monkeypatch.setattr(os, "pwrite", pwrite)
+    monkeypatch.setattr(os, "pwritev", pwritev)
     monkeypatch.setattr("dask_gpurt.memory.mover.RETRY_S", 0.02)
 
     async def main() -> None:
@@ -499,7 +499,7 @@ def test_what_the_disk_refuses_overflows(
     def refuse(*_: object) -> int:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "pwrite", refuse)
+    monkeypatch.setattr(os, "pwritev", refuse)
     monkeypatch.setattr("dask_gpurt.memory.mover.RETRY_S", 60.0)
 
     async def main() -> None:
@@ -527,7 +527,7 @@ def test_nothing_is_lost_while_no_tier_takes_anything(
     async def main() -> None:
         async with rig(tmp_path, url=url) as r:
             with monkeypatch.context() as patch:
-                patch.setattr(os, "pwrite", refuse)
+                patch.setattr(os, "pwritev", refuse)
                 patch.setattr(MemoryFileSystem, "pipe_file", refuse)
                 await filled(r, 8)
                 assert not r.mover.absent
