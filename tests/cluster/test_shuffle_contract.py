@@ -17,7 +17,6 @@ from distributed import Client, Event, LocalCluster, Worker
 
 from dask_gpurt.config import ShuffleSettings
 from dask_gpurt.memory.store import DictBufferStore
-from dask_gpurt.seams import ShuffleClosedError
 from dask_gpurt.shuffle.run import Run
 from dask_gpurt.shuffle.scheduler import ShuffleScheduler, supports
 from dask_gpurt.shuffle.shelves import Shelves
@@ -279,45 +278,6 @@ def test_a_barrier_that_fails_before_it_hears_of_the_restart_is_run_again() -> N
             finally:
                 arrive()
             assert all(cluster.part(worker).runs == 2 for worker in cluster.workers)
-            del future
-            await cluster.at_rest()
-
-    run(main)
-
-
-def test_a_peer_that_knows_of_a_restart_first_does_not_fail_a_transfer() -> None:
-    async def main() -> None:
-        async with parts() as cluster:
-            data = frame()
-            plugin, (behind, peer) = cluster.scheduler.plugins["shuffle"], cluster.workers
-            late: list[Callable[[], None]] = []
-            go_on = Event("restart-go-on")
-
-            def hold(part: pd.DataFrame, partition_info: Any = None) -> pd.DataFrame:
-                assert not partition_info or partition_info["number"] < 4 or Event("restart-go-on").wait(30)
-                return part
-
-            shuffle_fail: Any = behind.stream_handlers["shuffle-fail"]
-            behind.stream_handlers["shuffle-fail"] = lambda **message: late.append(partial(shuffle_fail, **message))
-            source = dd.from_pandas(data, npartitions=8, sort=False).map_partitions(hold, meta=data.iloc[:0])
-            future = cluster.client.compute(source.shuffle("key", npartitions=4, shuffle_method="p2p"))
-            try:
-                while not (runs := list(cluster.part(behind)._runs.values())):  # noqa: ASYNC110 - sets no event
-                    await asyncio.sleep(0.001)
-                (run,) = runs
-                await plugin.barrier(run.id, run.run_id, consistent=False)
-                # One has heard of the restart, the other is about to.
-                while not late or (run.id, run.run_id) in cluster.part(peer)._runs:  # noqa: ASYNC110 - of a stream
-                    await asyncio.sleep(0.001)
-                with pytest.raises(ShuffleClosedError):
-                    await run._deliver(peer.address, [b"head", b"body"])
-                assert not run.closed
-            finally:
-                behind.stream_handlers["shuffle-fail"] = shuffle_fail
-                while late:
-                    late.pop()()
-                await go_on.set()
-            pd.testing.assert_frame_equal((await future).sort_index(), data)
             del future
             await cluster.at_rest()
 
