@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import dask
 import pytest
+from clusters import local_cluster
 from distributed import Client, LocalCluster
 
 if TYPE_CHECKING:
     from s3_server import S3Server
 
 #: Imported by tests, under its own name; to look for examples in it, pytest would import it once more under another.
-collect_ignore = ["device_standin.py", "s3_server.py"]
+collect_ignore = ["clusters.py", "device_standin.py", "s3_server.py"]
 
 
 def _gpus() -> int:
@@ -38,13 +43,7 @@ def cluster() -> Iterator[LocalCluster]:
     """Two worker processes with one thread and 1 GiB each, validating their state machines."""
     with (
         dask.config.set({"distributed.scheduler.validate": True, "distributed.worker.validate": True}),
-        LocalCluster(
-            n_workers=2,
-            threads_per_worker=1,
-            memory_limit="1 GiB",
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-        ) as cluster,
+        local_cluster(2, memory_limit="1 GiB") as cluster,
     ):
         yield cluster
 
@@ -53,6 +52,23 @@ def cluster() -> Iterator[LocalCluster]:
 def client(cluster: LocalCluster) -> Iterator[Client]:
     with Client(cluster) as client:
         yield client
+
+
+@pytest.fixture
+def direct(tmp_path: Path) -> int:
+    """The flag of files that are read and written past the page cache. Asked of the system, not of what is tested."""
+    try:
+        fd = os.open(tmp_path / "asked", os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        pytest.skip(f"the file system of {tmp_path} refuses O_DIRECT")
+    try:
+        os.pwrite(fd, mmap.mmap(-1, mmap.PAGESIZE), 0)
+    finally:
+        os.close(fd)
+        os.unlink(tmp_path / "asked")
+    return os.O_DIRECT
 
 
 @pytest.fixture

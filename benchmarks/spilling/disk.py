@@ -113,14 +113,15 @@ def file_store(total_nbytes: int, pairs: int) -> tuple[Rates, Rates] | None:
             False: _RawFiles(parent, pool, count),
         }
         threads = stack.enter_context(ThreadPoolExecutor(THREADS))
+        # Files and memory are made here.
+        try:
+            _seconds(threads, sides[False].write())
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return None
+        _seconds(threads, sides[True].write())
         for side in sides.values():
-            # Files and memory are made here.
-            try:
-                _seconds(threads, side.write())
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                return None
             _seconds(threads, side.read())
         for _, is_ours in turns(pairs):
             side = sides[is_ours]

@@ -29,22 +29,6 @@ LENGTHS = st.lists(
 POOL = BlockPool(2**26)
 
 
-@pytest.fixture
-def direct(tmp_path: Path) -> int:
-    """The flag of direct files. Asked of the system, not of what is tested."""
-    try:
-        fd = os.open(tmp_path / "asked", os.O_RDWR | os.O_CREAT | os.O_DIRECT)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        pytest.skip(f"the file system of {tmp_path} refuses O_DIRECT")
-    try:
-        os.pwrite(fd, mmap.mmap(-1, PAGE_NBYTES), 0)
-    finally:
-        os.close(fd)
-    return os.O_DIRECT
-
-
 @pytest.fixture(params=["direct", "cached"])
 def flags(request: pytest.FixtureRequest) -> int:
     flag: int = request.getfixturevalue("direct") if request.param == "direct" else 0

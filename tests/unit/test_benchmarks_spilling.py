@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import dask
@@ -13,6 +17,7 @@ from benchmarks.spilling.clusters import Limited
 from benchmarks.spilling.replay import Moved, replay_lru, replay_oracle, replay_ours
 from benchmarks.spilling.trace import Delete, End, Graph, Known, Put, Seen, Serve, Start, Trace
 from benchmarks.spilling.views import ReplayedScheduler, ReplayedWorker
+from dask_gpurt.memory.disk import SpillFolder
 from dask_gpurt.memory.horizon import IDLE, RECENT, Kind, Use
 from dask_gpurt.memory.manager import WorkerHorizon
 
@@ -175,13 +180,45 @@ def test_the_mark_of_both_sides_is_the_room_that_a_job_has() -> None:
     assert marks[0] == pytest.approx(256 * MB / limit)
 
 
-def test_files_are_measured_as_long_as_there_are_any(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Where workers would have their files, which are small here."""
     monkeypatch.setattr(disk, "VALUE_NBYTES", 4 * MB)
     with dask.config.set({"temporary-directory": str(tmp_path)}):
-        found = disk.file_store(12 * MB, pairs=2)
-    if found is None:
-        pytest.skip("the file system cannot go past its cache")
+        yield tmp_path
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("direct", "folder")
+def test_files_are_measured_as_long_as_there_are_any() -> None:
+    found = disk.file_store(12 * MB, pairs=2)
+    assert found is not None
     for rates in found:
         assert len(rates.ours) == len(rates.raw) == 2
         assert min(*rates.ours, *rates.raw) > 0
-    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("folder")
+def test_where_files_cannot_go_past_the_cache_there_is_nothing_to_compare_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = os.open
+
+    def refuse(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return honest(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert disk.file_store(12 * MB, pairs=2) is None
+
+
+@pytest.mark.usefixtures("direct", "folder")
+@pytest.mark.parametrize("fault", [errno.EINVAL, errno.EIO])
+def test_files_of_ours_that_fail_are_not_taken_for_a_file_system_that_refuses(
+    fault: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(fault, os.strerror(fault))
+
+    monkeypatch.setattr(SpillFolder, "write", fail)
+    with pytest.raises(OSError, match=os.strerror(fault)):
+        disk.file_store(12 * MB, pairs=2)
