@@ -9,7 +9,8 @@ import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pytest
-from distributed import Client, LocalCluster, wait
+from clusters import local_cluster
+from distributed import Client, wait
 
 import dask_gpurt
 from dask_gpurt.demo.measure import measure
@@ -20,14 +21,7 @@ NBYTES = 32_000_000
 @pytest.fixture(scope="module")
 def client() -> Any:
     with (
-        LocalCluster(
-            n_workers=2,
-            threads_per_worker=1,
-            processes=True,
-            protocol="tcp",
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-        ) as cluster,
+        local_cluster(2) as cluster,
         Client(cluster) as client,
     ):
         yield client

@@ -6,7 +6,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from distributed import Client, LocalCluster
+from clusters import local_cluster
+from distributed import Client
 
 from dask_gpurt.demo import data
 from dask_gpurt.demo.tpch import QUERIES, truth
@@ -22,14 +23,7 @@ def folder(tmp_path_factory: Any) -> Any:
 def client() -> Any:
     # In-process: what is tested is the queries, not the cluster.
     with (
-        LocalCluster(
-            n_workers=1,
-            threads_per_worker=2,
-            processes=False,
-            protocol="tcp",
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-        ) as cluster,
+        local_cluster(1, 2, processes=False) as cluster,
         Client(cluster) as client,
     ):
         yield client

@@ -15,6 +15,7 @@ import cloudpickle
 import dask.array as da
 import numpy as np
 import pytest
+from clusters import local_cluster
 from distributed import Client, LocalCluster, Worker, wait
 
 import dask_gpurt
@@ -222,9 +223,7 @@ def test_a_worker_on_which_a_part_cannot_start_runs_stock_for_it(client: Client,
 @pytest.mark.parametrize("part", ["placement", "shuffle"])
 def test_a_part_that_cannot_start_on_the_scheduler_is_left_stock(part: str) -> None:
     with (
-        LocalCluster(
-            n_workers=1, processes=False, protocol="tcp://", host="127.0.0.1", dashboard_address="127.0.0.1:0"
-        ) as cluster,
+        local_cluster(1, 2, processes=False) as cluster,
         Client(cluster) as client,
         pytest.MonkeyPatch.context() as patch,
     ):
@@ -239,14 +238,7 @@ def test_a_part_that_cannot_start_on_the_scheduler_is_left_stock(part: str) -> N
 def test_an_asynchronous_client_awaits_the_answer() -> None:
     async def main() -> tuple[Installation, Installation]:
         async with (
-            LocalCluster(
-                n_workers=1,
-                processes=False,
-                protocol="tcp://",
-                host="127.0.0.1",
-                dashboard_address="127.0.0.1:0",
-                asynchronous=True,
-            ) as cluster,
+            local_cluster(1, 2, processes=False, asynchronous=True) as cluster,
             Client(cluster, asynchronous=True) as client,
         ):
             installing = cast("Awaitable[Installation]", dask_gpurt.install(client))

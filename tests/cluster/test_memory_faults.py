@@ -13,7 +13,8 @@ import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pytest
-from distributed import Client, LocalCluster, wait
+from clusters import WITHOUT_MONITOR, local_cluster
+from distributed import Client, wait
 
 import dask_gpurt
 from dask_gpurt.errors import SpillError
@@ -23,16 +24,9 @@ from dask_gpurt.memory import lower
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Client]:
     """Two processes, and stock's memory monitor kept out, so that only managed memory decides."""
-    config = {
-        "distributed.worker.memory.spill": False,
-        "distributed.worker.memory.pause": False,
-        "distributed.worker.memory.terminate": False,
-    }
     with (
-        dask.config.set(config),
-        LocalCluster(
-            n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", host="127.0.0.1", memory_limit="100 MB"
-        ) as cluster,
+        dask.config.set(WITHOUT_MONITOR),
+        local_cluster(2, memory_limit="100 MB") as cluster,
         Client(cluster) as client,
     ):
         yield client

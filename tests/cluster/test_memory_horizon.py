@@ -12,7 +12,8 @@ import dask
 import dask.array as da
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster, wait
+from clusters import local_cluster
+from distributed import Client, wait
 
 import dask_gpurt
 from dask_gpurt.memory.horizon import TELL
@@ -28,9 +29,7 @@ LIMIT_NBYTES = 20_000_000
 def client() -> Iterator[Client]:
     """Two processes with all of dask-gpurt's memory part and nothing else of it."""
     with (
-        LocalCluster(
-            n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", memory_limit="2 GiB", host="127.0.0.1"
-        ) as cluster,
+        local_cluster(2, memory_limit="2 GiB") as cluster,
         Client(cluster) as client,
     ):
         with dask.config.set({"gpurt.memory.host-limit": LIMIT_NBYTES}):

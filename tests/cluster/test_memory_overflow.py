@@ -13,7 +13,8 @@ import dask.array as da
 import fsspec
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster, wait
+from clusters import WITHOUT_MONITOR, local_cluster
+from distributed import Client, wait
 
 import dask_gpurt
 from dask_gpurt.errors import CorruptDataError, GpurtError
@@ -43,16 +44,9 @@ def s3(server: S3Server, client: Client) -> Iterator[S3Server]:
 @pytest.fixture(scope="module")
 def client(server: S3Server) -> Iterator[Client]:  # noqa: ARG001, RUF100 - workers inherit its environment
     """Two processes, and stock's memory monitor kept out, so that only managed memory decides."""
-    config = {
-        "distributed.worker.memory.spill": False,
-        "distributed.worker.memory.pause": False,
-        "distributed.worker.memory.terminate": False,
-    }
     with (
-        dask.config.set(config),
-        LocalCluster(
-            n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", host="127.0.0.1", memory_limit="50 MB"
-        ) as cluster,
+        dask.config.set(WITHOUT_MONITOR),
+        local_cluster(2, memory_limit="50 MB") as cluster,
         Client(cluster) as client,
     ):
         yield client

@@ -14,7 +14,8 @@ import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pytest
-from distributed import Client, LocalCluster, wait
+from clusters import WITHOUT_MONITOR, local_cluster
+from distributed import Client, wait
 from distributed.utils_test import gen_test
 
 from dask_gpurt.config import MemorySettings
@@ -53,21 +54,9 @@ def total(client: Client, figure: str) -> int:
 @pytest.fixture
 def client() -> Iterator[Client]:
     """Two processes, and stock's memory monitor kept out, so that only managed memory decides."""
-    config = {
-        "distributed.worker.memory.spill": False,
-        "distributed.worker.memory.pause": False,
-        "distributed.worker.memory.terminate": False,
-    }
     with (
-        dask.config.set(config),
-        LocalCluster(
-            n_workers=2,
-            threads_per_worker=1,
-            processes=True,
-            dashboard_address=":0",
-            protocol="tcp",
-            memory_limit="50 MB",
-        ) as cluster,
+        dask.config.set(WITHOUT_MONITOR),
+        local_cluster(2, memory_limit="50 MB") as cluster,
         Client(cluster) as client,
     ):
         yield client
@@ -222,16 +211,7 @@ async def async_poll(condition: Callable[[], bool]) -> None:
 @gen_test(timeout=60)
 async def test_the_figures_of_the_dashboard_are_right() -> None:
     async with (
-        LocalCluster(
-            n_workers=1,
-            threads_per_worker=1,
-            processes=False,
-            protocol="tcp",
-            host="127.0.0.1",
-            dashboard_address=":0",
-            memory_limit="4 GB",
-            asynchronous=True,
-        ) as cluster,
+        local_cluster(1, processes=False, memory_limit="4 GB", asynchronous=True) as cluster,
         Client(cluster, asynchronous=True) as client,
     ):
         worker = cluster.workers[0]
@@ -261,16 +241,7 @@ async def test_the_figures_of_the_dashboard_are_right() -> None:
 @gen_test(timeout=60)
 async def test_a_worker_that_closes_serves_what_it_has_in_memory_to_the_end() -> None:
     async with (
-        LocalCluster(
-            n_workers=1,
-            threads_per_worker=1,
-            processes=False,
-            protocol="tcp",
-            host="127.0.0.1",
-            dashboard_address=":0",
-            memory_limit="4 GB",
-            asynchronous=True,
-        ) as cluster,
+        local_cluster(1, processes=False, memory_limit="4 GB", asynchronous=True) as cluster,
         Client(cluster, asynchronous=True) as client,
     ):
         worker = cluster.workers[0]
@@ -287,16 +258,7 @@ async def test_a_worker_that_closes_serves_what_it_has_in_memory_to_the_end() ->
 @gen_test(timeout=60)
 async def test_a_key_that_is_deleted_while_data_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     async with (
-        LocalCluster(
-            n_workers=1,
-            threads_per_worker=1,
-            processes=False,
-            protocol="tcp",
-            host="127.0.0.1",
-            dashboard_address=":0",
-            memory_limit="4 GB",
-            asynchronous=True,
-        ) as cluster,
+        local_cluster(1, processes=False, memory_limit="4 GB", asynchronous=True) as cluster,
         Client(cluster, asynchronous=True) as client,
     ):
         worker = cluster.workers[0]
@@ -326,16 +288,7 @@ async def test_a_key_that_is_deleted_while_data_is_given_back(monkeypatch: pytes
 @gen_test(timeout=60)
 async def test_a_worker_that_cannot_have_it_is_left_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    async with LocalCluster(
-        n_workers=1,
-        threads_per_worker=1,
-        processes=False,
-        protocol="tcp",
-        host="127.0.0.1",
-        dashboard_address=":0",
-        memory_limit="4 GB",
-        asynchronous=True,
-    ) as cluster:
+    async with local_cluster(1, processes=False, memory_limit="4 GB", asynchronous=True) as cluster:
         worker = cluster.workers[0]
         stock = worker.data
         manager = MemoryManager(worker, MemorySettings(directory=str(tmp_path / "file")))
@@ -352,16 +305,7 @@ async def test_a_worker_that_cannot_have_it_is_left_as_it_was(tmp_path: Path) ->
 
 @gen_test(timeout=60)
 async def test_without_a_limit_nothing_is_touched() -> None:
-    async with LocalCluster(
-        n_workers=1,
-        threads_per_worker=1,
-        processes=False,
-        protocol="tcp",
-        host="127.0.0.1",
-        dashboard_address=":0",
-        memory_limit=0,
-        asynchronous=True,
-    ) as cluster:
+    async with local_cluster(1, processes=False, memory_limit=0, asynchronous=True) as cluster:
         worker = cluster.workers[0]
         stock = worker.data
         manager = MemoryManager(worker, MemorySettings())
@@ -400,14 +344,7 @@ def occupy(nbytes: int, dask_worker: Any = None) -> None:
 
 def test_what_is_no_data_takes_its_room_from_the_data() -> None:
     with (
-        LocalCluster(
-            n_workers=1,
-            threads_per_worker=1,
-            processes=True,
-            dashboard_address="127.0.0.1:0",
-            protocol="tcp",
-            memory_limit=2_000_000_000,
-        ) as cluster,
+        local_cluster(1, memory_limit=2_000_000_000) as cluster,
         Client(cluster) as client,
     ):
         client.run(start, MemorySettings())

@@ -10,6 +10,7 @@ import dask
 import dask.array as da
 import numpy as np
 import pytest
+from clusters import local_cluster
 from distributed import Client, LocalCluster, wait
 
 from dask_gpurt.config import PlacementSettings
@@ -31,15 +32,7 @@ def _client(n_workers: int) -> Iterator[tuple[Client, LocalCluster]]:
     with (
         # On a loaded machine, stealing rightly takes tasks from where they were planned; here it is the plan that counts.
         dask.config.set({"distributed.scheduler.validate": True, "distributed.scheduler.work-stealing": False}),
-        LocalCluster(
-            n_workers=n_workers,
-            threads_per_worker=1,
-            processes=False,
-            protocol="tcp",
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-            memory_limit=0,
-        ) as cluster,
+        local_cluster(n_workers, processes=False, memory_limit=0) as cluster,
         Client(cluster) as client,
     ):
         yield client, cluster

@@ -18,7 +18,8 @@ import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pytest
-from distributed import Client, Event, LocalCluster, secede, wait
+from clusters import local_cluster
+from distributed import Client, Event, secede, wait
 
 import dask_gpurt
 
@@ -36,9 +37,7 @@ QUESTIONS = ("gpurt_shuffle_open", "shuffle_get_or_create", "shuffle_get")
 def shared() -> Iterator[Client]:
     with (
         dask.config.set({"distributed.scheduler.validate": True, "distributed.worker.validate": True}),
-        LocalCluster(
-            n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0", silence_logs=False
-        ) as cluster,
+        local_cluster(2, silence_logs=False) as cluster,
         Client(cluster) as client,
     ):
         yield client

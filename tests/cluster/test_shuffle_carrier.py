@@ -13,6 +13,7 @@ import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pytest
+from clusters import local_cluster
 from distributed import Client, LocalCluster
 from distributed.security import Security
 
@@ -36,14 +37,7 @@ def frame() -> pd.DataFrame:
 @asynccontextmanager
 async def workers(transport: str = "auto", **options: Any) -> AsyncIterator[tuple[LocalCluster, Client, Any]]:
     async with (
-        LocalCluster(
-            n_workers=2,
-            threads_per_worker=2,
-            processes=False,
-            dashboard_address="127.0.0.1:0",
-            asynchronous=True,
-            **{"protocol": "tcp", "host": "127.0.0.1", **options},
-        ) as cluster,
+        local_cluster(2, 2, processes=False, asynchronous=True, **options) as cluster,
         Client(cluster, asynchronous=True) as client,
     ):
         with dask.config.set({"gpurt.shuffle.transport": transport}):

@@ -13,6 +13,7 @@ import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pytest
+from clusters import local_cluster
 from distributed import Client, Event, LocalCluster, Worker
 
 from dask_gpurt.config import ShuffleSettings
@@ -65,15 +66,7 @@ class Parts:
 @asynccontextmanager
 async def parts() -> AsyncIterator[Parts]:
     async with (
-        LocalCluster(
-            n_workers=2,
-            threads_per_worker=2,
-            processes=False,
-            protocol="tcp",
-            host="127.0.0.1",
-            dashboard_address=":0",
-            asynchronous=True,
-        ) as cluster,
+        local_cluster(2, 2, processes=False, asynchronous=True) as cluster,
         Client(cluster, asynchronous=True) as client,
     ):
         yield Parts(cluster, client)

@@ -16,8 +16,9 @@ import device_standin
 import numpy as np
 import pandas as pd
 import pytest
+from clusters import local_cluster
 from dask.delayed import delayed
-from distributed import Client, LocalCluster, wait
+from distributed import Client, wait
 
 import dask_gpurt
 from dask_gpurt.shuffle import carrier, run
@@ -58,9 +59,7 @@ def figures(dask_worker: Any) -> dict[str, Any]:
 @contextmanager
 def workers(**config: object) -> Iterator[Client]:
     with (
-        LocalCluster(
-            n_workers=2, threads_per_worker=1, memory_limit="1 GiB", host="127.0.0.1", dashboard_address="127.0.0.1:0"
-        ) as cluster,
+        local_cluster(2, memory_limit="1 GiB") as cluster,
         Client(cluster) as client,
     ):
         answer = dask_gpurt.install(client, placement=False, config=config)
@@ -209,14 +208,7 @@ def test_what_the_device_or_ucx_cannot_do_goes_by_the_host(monkeypatch: pytest.M
         raise MemoryError(fault)
 
     with (
-        LocalCluster(
-            n_workers=2,
-            threads_per_worker=1,
-            processes=False,
-            protocol="tcp",
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-        ) as cluster,
+        local_cluster(2, processes=False) as cluster,
         Client(cluster) as client,
     ):
         dask_gpurt.install(client, placement=False)
@@ -245,14 +237,7 @@ def test_a_shard_that_is_not_what_its_description_says_ends_the_shuffle(monkeypa
         return encode(dataclasses.replace(header, extra=header.extra.replace(b" rows", b"0 rows")))
 
     with (
-        LocalCluster(
-            n_workers=2,
-            threads_per_worker=1,
-            processes=False,
-            protocol="tcp",
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-        ) as cluster,
+        local_cluster(2, processes=False) as cluster,
         Client(cluster) as client,
     ):
         dask_gpurt.install(client, placement=False, config={"shuffle.transport": "dask"})

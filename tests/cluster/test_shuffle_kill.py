@@ -31,7 +31,8 @@ import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pytest
-from distributed import Client, LocalCluster, wait
+from clusters import local_cluster
+from distributed import Client, wait
 
 import dask_gpurt
 
@@ -354,15 +355,7 @@ def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     with (
         # A cluster gives up a nanny whose worker was lost so long ago and, killed again, is not there at that moment.
         dask.config.set({"distributed.deploy.lost-worker-timeout": "1 hour"}),
-        LocalCluster(
-            n_workers=WORKERS,
-            threads_per_worker=2,
-            memory_limit="3 GiB",
-            host="127.0.0.1",
-            dashboard_address=":0",
-            local_directory=str(folder),
-            silence_logs=False,
-        ) as cluster,
+        local_cluster(WORKERS, 2, memory_limit="3 GiB", local_directory=str(folder), silence_logs=False) as cluster,
         Client(cluster) as client,
     ):
         dask_gpurt.install(client, config=config)

@@ -16,7 +16,8 @@ import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pytest
-from distributed import Client, Event, LocalCluster, wait
+from clusters import local_cluster
+from distributed import Client, Event, wait
 
 import dask_gpurt
 
@@ -28,9 +29,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 def client() -> Iterator[Client]:
     with (
         dask.config.set({"distributed.scheduler.validate": True, "distributed.worker.validate": True}),
-        LocalCluster(
-            n_workers=3, threads_per_worker=4, host="127.0.0.1", dashboard_address=":0", silence_logs=False
-        ) as cluster,
+        local_cluster(3, 4, silence_logs=False) as cluster,
         Client(cluster) as client,
     ):
         dask_gpurt.install(client, placement=False, memory=False)

@@ -9,7 +9,8 @@ import cloudpickle
 import dask.dataframe as dd
 import numpy as np
 import pandas as pd
-from distributed import Client, LocalCluster
+from clusters import local_cluster
+from distributed import Client
 
 import dask_gpurt
 
@@ -35,14 +36,7 @@ def trims(dask_worker: Any) -> bool:
 
 def test_more_than_memory_is_shuffled() -> None:
     with (
-        LocalCluster(
-            n_workers=2,
-            threads_per_worker=1,
-            memory_limit="450 MiB",
-            host="127.0.0.1",
-            dashboard_address=":0",
-            silence_logs=False,
-        ) as cluster,
+        local_cluster(2, memory_limit="450 MiB", silence_logs=False) as cluster,
         Client(cluster) as client,
     ):
         dask_gpurt.install(client, placement=False)

@@ -13,7 +13,8 @@ import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pytest
-from distributed import Client, LocalCluster, wait
+from clusters import local_cluster
+from distributed import Client, wait
 
 import dask_gpurt
 
@@ -36,14 +37,7 @@ ROW_NBYTES = 8 * 8
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
     with (
-        LocalCluster(
-            n_workers=2,
-            threads_per_worker=1,
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-            memory_limit="1 GiB",
-            silence_logs=False,
-        ) as cluster,
+        local_cluster(2, memory_limit="1 GiB", silence_logs=False) as cluster,
         Client(cluster) as client,
     ):
         yield client

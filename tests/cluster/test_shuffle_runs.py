@@ -13,8 +13,9 @@ import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pytest
+from clusters import local_cluster
 from dask.dataframe.shuffle import partitioning_index
-from distributed import Client, Event, LocalCluster
+from distributed import Client, Event
 
 import dask_gpurt
 from dask_gpurt.shuffle.dataframe import KERNEL_ROWS
@@ -28,9 +29,7 @@ def shared() -> Iterator[Client]:
     """A cluster for all tests of this module, with nothing of ours."""
     with (
         dask.config.set({"distributed.scheduler.validate": True, "distributed.worker.validate": True}),
-        LocalCluster(
-            n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=":0", silence_logs=False
-        ) as cluster,
+        local_cluster(2, silence_logs=False) as cluster,
         Client(cluster) as client,
     ):
         yield client

@@ -11,7 +11,8 @@ import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pytest
-from distributed import Client, LocalCluster
+from clusters import local_cluster
+from distributed import Client
 
 import dask_gpurt
 
@@ -52,15 +53,7 @@ def level() -> Any:
 def test_a_run_whose_credit_is_withheld_is_reported_and_goes_on() -> None:
     async def main() -> None:
         async with (
-            LocalCluster(
-                n_workers=2,
-                threads_per_worker=1,
-                processes=False,
-                protocol="tcp",
-                host="127.0.0.1",
-                dashboard_address="127.0.0.1:0",
-                asynchronous=True,
-            ) as cluster,
+            local_cluster(2, processes=False, asynchronous=True) as cluster,
             Client(cluster, asynchronous=True) as client,
         ):
             with dask.config.set({"gpurt.shuffle.transport": "dask", "gpurt.shuffle.watchdog": "1s"}):
@@ -126,14 +119,7 @@ def test_a_run_whose_credit_is_withheld_is_reported_and_goes_on() -> None:
 def test_null_turns_it_off() -> None:
     async def main() -> None:
         async with (
-            LocalCluster(
-                n_workers=1,
-                processes=False,
-                protocol="tcp",
-                host="127.0.0.1",
-                dashboard_address="127.0.0.1:0",
-                asynchronous=True,
-            ) as cluster,
+            local_cluster(1, 2, processes=False, asynchronous=True) as cluster,
             Client(cluster, asynchronous=True) as client,
         ):
             for patience, watched in (("1s", True), (None, False)):

@@ -7,7 +7,8 @@ from typing import Any
 import dask.array as da
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster, wait
+from clusters import local_cluster
+from distributed import Client, wait
 
 import dask_gpurt
 
@@ -27,7 +28,7 @@ def test_an_array_of_four_times_the_device_limit_is_computed_right() -> None:
     cupy = pytest.importorskip("cupy")
     host = np.random.default_rng(3).random(SHAPE)
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0") as cluster,
+        local_cluster(2) as cluster,
         Client(cluster) as client,
     ):
         answer = dask_gpurt.install(client, config={"memory.device-limit": LIMIT})

@@ -15,7 +15,8 @@ import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pytest
-from distributed import Client, LocalCluster, wait
+from clusters import local_cluster
+from distributed import Client, wait
 from distributed.client import futures_of
 
 import dask_gpurt
@@ -38,7 +39,7 @@ NBYTES = 8 * SHAPE[0] * SHAPE[1]
 @contextmanager
 def workers(**config: object) -> Iterator[Client]:
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0") as cluster,
+        local_cluster(2) as cluster,
         Client(cluster) as client,
     ):
         answer = dask_gpurt.install(client, placement=False, config=config)
