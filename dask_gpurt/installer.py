@@ -1,8 +1,7 @@
 """``install``, ``uninstall`` and ``status``: what a user calls, on a running cluster.
 
-Covers: the checks before anything is touched (configuration, versions, places for spilled data), the
-order of the steps, the
-answer. Does not cover: the parts themselves; the same by preload, see :mod:`dask_gpurt.preload`.
+Covers: the checks before anything is touched (configuration, versions, places for spilled data), the order of the steps,
+the answer. Does not cover: the parts themselves; the same by preload, see :mod:`dask_gpurt.preload`.
 
 Order of an installation: (1) the configuration is parsed on the client; (2) scheduler and workers look at themselves
 and answer, and nothing has changed so far; (3) the scheduler sets itself up, then its workers, which report back. What

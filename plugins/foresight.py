@@ -112,25 +112,25 @@ class Foresight:
     """Collects what the watching workers have to be told."""
 
     def __init__(self) -> None:
-        #: A watching worker to what it was told last about each task.
-        self._told: dict[Holder, dict[Task, Word]] = {}
         #: A watching worker to the tasks about which it may have to be told anew.
         self._changed: dict[Holder, set[Task]] = {}
+        #: A task to what each watching worker was told last about it.
+        self._told: dict[Task, dict[Holder, Word]] = {}
         #: A task to those of its dependents that may be ahead, the first one last.
         self._ahead: dict[Task, list[Task]] = {}
 
     def __repr__(self) -> str:
-        return f"<Foresight: {len(self._told)} watching, {sum(map(len, self._changed.values()))} changes>"
+        return f"<Foresight: {len(self._changed)} watching, {sum(map(len, self._changed.values()))} changes>"
 
     @property
     def watched(self) -> bool:
         """Whether anybody watches."""
-        return bool(self._told)
+        return bool(self._changed)
 
     @property
     def watchers(self) -> list[Holder]:
         """Who watches."""
-        return list(self._told)
+        return list(self._changed)
 
     @property
     def pending(self) -> bool:
@@ -139,14 +139,17 @@ class Foresight:
 
     def watch(self, worker: Holder) -> None:
         """Begin to tell ``worker``; from the beginning, if it watches already."""
-        self._told[worker] = {}
+        self.unwatch(worker)
         self._changed[worker] = set(worker.has_what)
 
     def unwatch(self, worker: Holder) -> None:
         """Tell ``worker`` nothing any more."""
-        self._told.pop(worker, None)
-        self._changed.pop(worker, None)
-        if not self._told:
+        if self._changed.pop(worker, None) is None:
+            return
+        for told in self._told.values():
+            told.pop(worker, None)
+        if not self._changed:
+            self._told.clear()
             self._ahead.clear()
 
     def transition(self, task: Task, finish: str) -> None:
@@ -161,14 +164,15 @@ class Foresight:
             self._mark(dependency)
             if finish == "processing" and task.processing_on in self._changed:
                 self._changed[task.processing_on].add(dependency)
+                if task.processing_on not in (dependency.who_has or ()):
+                    # It is about to fetch it. If it had it before, it has forgotten what it was told then.
+                    self._told.get(dependency, {}).pop(task.processing_on, None)
         if finish == "memory":
             self._mark(task)
         elif finish in ("released", "forgotten"):
+            # Whoever holds it is told to forget it. Among what has changed it is passed over: nobody has it.
             self._ahead.pop(task, None)
-            for told in self._told.values():
-                told.pop(task, None)
-            for changed in self._changed.values():
-                changed.discard(task)
+            self._told.pop(task, None)
 
     def _mark(self, task: Task) -> None:
         for worker in task.who_has or ():
@@ -179,17 +183,17 @@ class Foresight:
     def words(self) -> Iterator[tuple[str, list[Word]]]:
         """Yield the address of each worker that has to be told something, and what; it counts as told."""
         for worker, changed in self._changed.items():
-            told = self._told[worker]
             words = []
             for task in changed:
                 if not task.who_has:
-                    told.pop(task, None)
+                    self._told.pop(task, None)
                     continue
+                told = self._told.setdefault(task, {})
                 priority = self._first(task)
                 users = None if priority or task.who_wants else _users(task)
                 word = Word(task.key, priority, bool(task.who_wants), users)
-                if told.get(task) != word:
-                    told[task] = word
+                if told.get(worker) != word:
+                    told[worker] = word
                     words.append(word)
             changed.clear()
             if words:

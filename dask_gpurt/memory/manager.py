@@ -39,6 +39,7 @@ from functools import partial
 from time import time
 from typing import Any
 
+from distributed.core import Status
 from tornado.ioloop import PeriodicCallback
 
 from dask_gpurt import seams
@@ -665,9 +666,7 @@ class MemoryManager:
         movers = self._movers()
         absent = [(mover, key) for mover in movers for key in keys if key in mover.absent]
         if not absent and not (self._mapping is not None and self._mapping.ruined):
-            found = await hooks.get_data(comm, keys, who=who, serializers=serializers)
-            self._have_served(keys, who)
-            return found
+            return await self._send(hooks, comm, keys, who, serializers)
         served: dict[Hashable, Any] = {}
         pinned: list[tuple[Mover, tuple[Hashable, ...]]] = []
         reservation = None
@@ -694,18 +693,21 @@ class MemoryManager:
                             served[key] = codec.serialized(*frames)
             self._serve_ruined(keys, who, served)
             with serving(served):
-                found = await hooks.get_data(comm, keys, who=who, serializers=serializers)
-            self._have_served(keys, who)
-            return found
+                return await self._send(hooks, comm, keys, who, serializers)
         finally:
             if reservation is not None:
                 reservation.release()
             for mover, names in pinned:
                 mover.unpin(names)
 
-    def _have_served(self, keys: Iterable[Hashable], who: str | None) -> None:
-        if who is not None and self._horizon is not None:
+    async def _send(
+        self, hooks: seams.WorkerHooks, comm: Any, keys: Any, who: str | None, serializers: list[str] | None
+    ) -> Any:
+        answer = await hooks.get_data(comm, keys, who=who, serializers=serializers)
+        # A worker that sends to as many peers as it may answers that it is busy, and is asked again.
+        if answer is Status.dont_reply and who is not None and self._horizon is not None:
             self._horizon.serve(keys, who)
+        return answer
 
     def _serve_ruined(self, keys: Iterable[Hashable], who: str | None, served: dict[Hashable, Any]) -> None:
         ruined = {} if self._mapping is None else self._mapping.ruined

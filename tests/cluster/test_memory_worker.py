@@ -17,9 +17,11 @@ import pytest
 from clusters import WITHOUT_MONITOR, local_cluster
 from distributed import Client, wait
 from distributed.utils_test import gen_test
+from distributed.worker import get_data_from_worker
 
 from dask_gpurt.config import MemorySettings
 from dask_gpurt.errors import CorruptDataError, GpurtError, SpillError
+from dask_gpurt.memory.horizon import DYING, RECENT
 from dask_gpurt.memory.ledger import Tier
 from dask_gpurt.memory.manager import MemoryManager
 from dask_gpurt.memory.mapping import TieredMapping
@@ -253,6 +255,33 @@ async def test_a_worker_that_closes_serves_what_it_has_in_memory_to_the_end() ->
         assert not isinstance(worker.data, TieredMapping)
         worker.validate_state()
         assert [int(result[0]) for result in await client.gather(futures)] == [0, 1, 2]
+
+
+@gen_test(timeout=60)
+async def test_a_peer_that_was_told_to_come_back_later_was_not_served() -> None:
+    async with (
+        local_cluster(1, processes=False, memory_limit="4 GB", asynchronous=True) as cluster,
+        Client(cluster, asynchronous=True) as client,
+    ):
+        worker = cluster.workers[0]
+        manager = MemoryManager(worker, MemorySettings())
+        await manager.start()
+        assert manager._horizon is not None
+        uses = manager._horizon.uses
+        future = client.submit(np.full, 50_000, 1)
+        await wait(future)
+        peer = "tcp://127.0.0.1:1"
+        manager._horizon.tell([(future.key, None, False, [("user", peer)])])
+        limit = worker.transfer_outgoing_count_limit
+        worker.transfer_outgoing_count_limit = 0
+        assert await get_data_from_worker(worker.rpc, [future.key], worker.address, who=peer) == {"status": "busy"}
+        assert uses([future.key]) == [RECENT]
+        worker.transfer_outgoing_count_limit = limit
+        answer: Any = await get_data_from_worker(worker.rpc, [future.key], worker.address, who=peer)
+        assert int(answer["data"][future.key][0]) == 1
+        # It sends, and then takes note of it.
+        await async_poll(lambda: uses([future.key]) == [DYING])
+        await manager.stop()
 
 
 @gen_test(timeout=60)

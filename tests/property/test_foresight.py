@@ -88,7 +88,7 @@ def test_who_watches_knows_what_the_graph_says(tasks: list[Task], data: st.DataO
     listener = Listener(foresight)
     watching: set[Worker] = set()
     for _ in range(data.draw(st.integers(0, 40))):
-        what = data.draw(st.sampled_from(["transition", "transition", "transition", "watch", "unwatch", "listen"]))
+        what = data.draw(st.sampled_from(["transition"] * 3 + ["lose", "watch", "unwatch", "listen"]))
         if what == "transition":
             task = data.draw(st.sampled_from(tasks))
             task.state = data.draw(st.sampled_from(STATES))
@@ -100,6 +100,19 @@ def test_who_watches_knows_what_the_graph_says(tasks: list[Task], data: st.DataO
                     worker.take(task)
                 task.who_wants = data.draw(st.sampled_from([None, {"client"}]))
             foresight.transition(task, task.state)
+            if task.processing_on:
+                if data.draw(st.booleans()):
+                    listener.listen()
+                for dependency in task.dependencies:
+                    if dependency.who_has:
+                        task.processing_on.take(dependency)
+        elif what == "lose":
+            # A copy that others have, too. The scheduler's plugins do not hear of it.
+            if spare := [task for task in tasks if task.who_has and len(task.who_has) > 1]:
+                task = data.draw(st.sampled_from(spare))
+                worker = data.draw(st.sampled_from(workers))
+                worker.drop(task)
+                listener.heard.get(worker.address, {}).pop(task.key, None)
         elif what == "listen":
             listener.listen()
         else:
@@ -161,6 +174,23 @@ def test_the_last_tasks_are_named_to_who_holds_their_input_and_to_who_will() -> 
     source.run_spec = None
     foresight.transition(user, "processing")
     assert dict(foresight.words())["holder"] == [Word("source", None, False, None)]
+
+
+def test_who_fetches_a_key_again_is_told_again() -> None:
+    source, user = Task("source", (0, 1, 0), "memory", who_wants={"client"}), Task("user", (0, 1, 1), "waiting")
+    user.dependencies.append(source)
+    holder, runner = Worker("holder"), Worker("runner")
+    for worker in (holder, runner):
+        worker.take(source)
+    foresight = Foresight()
+    foresight.watch(runner)
+    wanted = {"runner": [Word("source", None, True)]}
+    assert dict(foresight.words()) == wanted
+    # It drops its copy, and forgets what it was told about it; the scheduler's plugins do not hear of that.
+    runner.drop(source)
+    user.state, user.processing_on = "processing", runner
+    foresight.transition(user, "processing")
+    assert dict(foresight.words()) == wanted
 
 
 class Counted:
