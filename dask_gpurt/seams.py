@@ -186,6 +186,7 @@ MEMORY: tuple[Seam, ...] = (
     Seam("worker", "distributed.worker_state_machine:WorkerState.tasks"),
     Seam("worker", "distributed.worker_state_machine:WorkerState.actors"),
     Seam("worker", "distributed.worker_state_machine:WorkerState.ready"),
+    Seam("worker", "distributed.worker_state_machine:WorkerState.waiting"),
     Seam("worker", "distributed.worker_state_machine:WorkerState.executing"),
     Seam("worker", "distributed.worker_state_machine:WorkerState.has_what"),
     Seam("worker", "distributed.worker_state_machine:TaskState.dependents"),
@@ -472,10 +473,12 @@ def worker_holds(worker: Any, key: Any) -> bool:
     return task is not None and task.state == "memory"
 
 
-def next_ready(worker: Any) -> Any:
-    """Return the task that the worker starts next, or None."""
-    ready = worker.state.ready
-    return ready.peek() if ready else None
+def next_task(worker: Any) -> Any:
+    """Return the task that the worker starts next, as far as it knows, or None: of those that wait for inputs, if all do."""
+    state = worker.state
+    if state.ready:
+        return state.ready.peek()
+    return min(state.waiting, key=rank, default=None)
 
 
 def ahead(worker: Any) -> tuple[Any, list[Any], int]:

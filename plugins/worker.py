@@ -10,7 +10,7 @@ there into the answer of ``install``. It must never keep a worker from starting.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distributed.core import Status
 from distributed.diagnostics.plugin import WorkerPlugin
@@ -100,6 +100,7 @@ class GpurtWorkerPlugin(WorkerPlugin):
     def __init__(self, settings: Settings, *, report: bool = True) -> None:
         self.settings = settings
         self.report = report
+        self._memory: MemoryManager | None = None
 
     async def setup(self, worker: Worker) -> None:
         """Start the parts on ``worker`` and report them to the scheduler."""
@@ -107,6 +108,7 @@ class GpurtWorkerPlugin(WorkerPlugin):
         # The runtime is in place before the parts are: a shuffle run may arrive as soon as the scheduler knows.
         worker.extensions["gpurt"] = runtime
         await runtime.start(worker, self.settings)
+        self._memory = runtime.memory
         if self.report:
             served = await worker.scheduler.gpurt_worker_ready(
                 worker=worker.address, parts={part: status.to_message() for part, status in runtime.parts.items()}
@@ -114,8 +116,14 @@ class GpurtWorkerPlugin(WorkerPlugin):
             if runtime.memory is not None and served["memory"]:
                 runtime.memory.may_watch()
 
+    def transition(self, key: Any, start: str, finish: str, **kwargs: Any) -> None:  # noqa: ARG002
+        """Let the tiers know of a task that the worker will start."""
+        if finish in ("waiting", "ready") and self._memory is not None:
+            self._memory.task_came()
+
     async def teardown(self, worker: Worker) -> None:
         """Put stock Dask back on ``worker``."""
+        self._memory = None
         runtime = worker.extensions.pop("gpurt", None)
         if runtime is not None:
             await runtime.stop(closing=worker.status in (Status.closing, Status.closed))

@@ -5,8 +5,8 @@ Theory of operation
 Ours is the spiller that workers run (:class:`~dask_gpurt.memory.spiller.Spiller`), with its ledger and policy, and asked by
 it the horizon that workers run (:class:`~dask_gpurt.memory.manager.WorkerHorizon`), which knows at each event what those of
 the recorded cluster could have known (:mod:`benchmarks.spilling.views`). Around them stands what the manager and the mover do at each event: inputs are
-brought up and pinned before a task starts, the inputs of the next one are fetched while it runs, peers are served from
-below. Stock's is zict's buffer, which distributed's ``SpillBuffer`` is made of: the least recently used value goes; what
+brought up and pinned before a task starts, the inputs of the next one are fetched while it runs, and anew when another one
+comes that will be the next, peers are served from below. Stock's is zict's buffer, which distributed's ``SpillBuffer`` is made of: the least recently used value goes; what
 is read comes up and is written again when it goes again, unless a task still holds it.
 
 There is no time in a replay: a read or a write is complete before the next event. So a fetch ahead is in time, always,
@@ -32,7 +32,7 @@ from typing import Any
 from zict import Buffer, Cache, WeakValueMapping
 
 from benchmarks.spilling.oracle import Oracle
-from benchmarks.spilling.trace import Delete, End, Key, Put, Serve, Start, Trace
+from benchmarks.spilling.trace import Delete, End, Key, Put, Seen, Serve, Start, Trace
 from benchmarks.spilling.views import View
 from dask_gpurt.memory import events as ev
 from dask_gpurt.memory.ledger import Ledger, Reservation, Tier
@@ -127,6 +127,11 @@ class _OurStore:
             held = {b.buffer: b.buffer_nbytes for b in blocks.values() if b.pins or b.buffer in ending}
             self.beyond_nbytes = max(self.beyond_nbytes, used - max(self.capacity_nbytes, sum(held.values())))
 
+    def see(self, event: Seen) -> None:
+        """Look what comes next when a task has come; one that starts right away is too late for that."""
+        if event.state == "waiting" or (event.state == "ready" and self._running):
+            self._prefetch()
+
     def _prefetch(self) -> None:
         inputs = self._view.next_inputs()
         if self._absent(inputs):
@@ -215,6 +220,8 @@ def _replay(trace: Trace, view: View, capacity_nbytes: int) -> Moved:
             case Serve(keys):
                 store.serve(keys)
                 view.served(event)
+            case Seen():
+                store.see(event)
             case _:
                 continue
         store.look()

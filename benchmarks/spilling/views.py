@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.spilling.oracle import Oracle
 from benchmarks.spilling.trace import Delete, Event, Graph, Key, Known, Priority, Put, Seen, Serve, Start, Trace
+from dask_gpurt import seams
 from dask_gpurt.memory.manager import WATCH_FRACTION, WorkerHorizon
 from dask_gpurt.plugins.foresight import Foresight, Word
 
@@ -69,6 +70,7 @@ class _State:
         self.tasks: dict[Key, _Task] = {}
         self.actors: dict[Key, object] = {}
         self.ready = _Ready()
+        self.waiting: set[_Task] = set()
         self.executing: set[_Task] = set()
         self.has_what = range(nworkers - 1)
 
@@ -91,9 +93,12 @@ class ReplayedWorker:
         if event.inputs is not None:
             self._set_inputs(task, event.inputs)
         state.ready.tasks.discard(task)
+        state.waiting.discard(task)
         state.executing.discard(task)
         if event.state == "ready":
             state.ready.tasks.add(task)
+        elif event.state == "waiting":
+            state.waiting.add(task)
         elif event.state == "executing":
             state.executing.add(task)
         elif event.state == "forgotten":
@@ -304,5 +309,5 @@ class View:
 
     def next_inputs(self) -> list[Key]:
         """Return what the task takes that the worker will start next."""
-        ready = self._worker.state.ready
-        return [task.key for task in ready.peek().dependencies] if ready else []
+        task = seams.next_task(self._worker)
+        return [] if task is None else [dependency.key for dependency in task.dependencies]

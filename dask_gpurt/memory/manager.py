@@ -325,6 +325,8 @@ class MemoryManager:
         self._last_error: dict[Hashable, Exception] = {}
         self._prefetching: asyncio.Task[None] | None = None
         self._prefetched_for: Hashable = None
+        #: Whether it will be looked for the next task in a moment.
+        self._looking = False
         self._horizon: WorkerHorizon | None = None
         self._watch: Watch | None = None
 
@@ -598,6 +600,20 @@ class MemoryManager:
 
     # Tasks
 
+    def task_came(self) -> None:
+        """Take note that a task was given to the worker, or has got its inputs: it may be the next one."""
+        if self._looking or self._mapping is None or all(mover.spiller.calm for mover in self._movers()):
+            return
+        self._looking = True
+        # The worker is in the midst of it. Others may come in the same message, or the task starts right away.
+        asyncio.get_running_loop().call_soon(self._look)
+
+    def _look(self) -> None:
+        self._looking = False
+        # One that is paused starts nothing, and needs its memory.
+        if self._worker.status is Status.running:
+            self._prefetch()
+
     def _execute(self, key: Hashable, *, stimulus_id: str) -> Any:
         hooks = self._hooks
         assert hooks is not None
@@ -626,7 +642,7 @@ class MemoryManager:
                 if ruined:
                     return seams.failure_event(key, run_id, error, f"gpurt-ruined-input-{time()}")
                 return self._give_up(key, run_id, inputs, error)
-            lost = [k for k in inputs if k in self._losses and k not in seams.worker_store(self._worker)]
+            lost = [k for k in inputs if self._is_lost(k)]
             if lost:
                 return self._give_up(key, run_id, lost, self._last_error.get(lost[0]))
             self._prefetch()
@@ -634,6 +650,12 @@ class MemoryManager:
         finally:
             for mover, names in pinned:
                 mover.unpin(names)
+
+    def _is_lost(self, key: Hashable) -> bool:
+        """Whether ``key`` cannot be read back; the worker may hear of that in a moment only."""
+        if self._mapping is not None and self._mapping.lost(key):
+            return True
+        return key in self._losses and key not in seams.worker_store(self._worker)
 
     def _give_up(self, key: Hashable, run_id: int, inputs: list[Hashable], error: Exception | None) -> Any:
         """Give a task back because inputs are gone, or fail it when they are gone again and again."""
@@ -644,12 +666,15 @@ class MemoryManager:
         return seams.reschedule_event(key, f"gpurt-lost-input-{time()}")
 
     def _prefetch(self) -> None:
-        """Begin to fetch the inputs of the task that comes next; one task ahead, once per task that starts."""
-        if self._prefetching is not None and not self._prefetching.done():
-            return
-        task = seams.next_ready(self._worker)
+        """Begin to fetch the inputs of the task that comes next; one task ahead."""
+        task = None if self._mapping is None else seams.next_task(self._worker)
         if task is None:
             return
+        if self._prefetching is not None and not self._prefetching.done():
+            if self._prefetched_for == task.key:
+                return
+            # That one comes later now. What is being read for it arrives all the same.
+            self._prefetching.cancel()
         inputs = seams.input_keys(self._worker, task)
         movers = [m for m in self._movers() if any(k in m.absent for k in inputs)]
         if movers:
@@ -664,6 +689,8 @@ class MemoryManager:
         hooks = self._hooks
         assert hooks is not None
         movers = self._movers()
+        # What a peer asked for and does not get, it asks the scheduler for.
+        keys = [key for key in keys if not self._is_lost(key)]
         absent = [(mover, key) for mover in movers for key in keys if key in mover.absent]
         if not absent and not (self._mapping is not None and self._mapping.ruined):
             return await self._send(hooks, comm, keys, who, serializers)

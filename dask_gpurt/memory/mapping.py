@@ -165,6 +165,11 @@ class TieredMapping(MutableMapping[Hashable, object]):
         """The mover that holds ``key``."""
         return self._homes[key]
 
+    def lost(self, key: Hashable) -> bool:
+        """Whether the mover of ``key`` has lost it, and neither :meth:`forget` nor :meth:`ruin` has been called for it yet."""
+        home = self._homes.get(key)
+        return home is not None and key not in home and key not in self.ruined
+
     def forget(self, key: Hashable) -> None:
         """Take a key that its mover has lost off the list."""
         self._homes.pop(key, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +281,46 @@ async def test_a_peer_that_was_told_to_come_back_later_was_not_served() -> None:
         assert int(answer["data"][future.key][0]) == 1
         # It sends, and then takes note of it.
         await async_poll(lambda: uses([future.key]) == [DYING])
+        await manager.stop()
+
+
+@gen_test(timeout=60)
+async def test_what_is_lost_is_no_input_before_the_worker_knows_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with (
+        local_cluster(1, processes=False, memory_limit="4 GB", asynchronous=True) as cluster,
+        Client(cluster, asynchronous=True) as client,
+    ):
+        worker = cluster.workers[0]
+        manager = MemoryManager(worker, MemorySettings(host_limit=1_000_000))
+        await manager.start()
+        host, given_up = manager._host, asyncio.Event()
+        assert host is not None
+        values = [client.submit(np.full, 50_000, number) for number in range(5)]
+        await wait(values)
+        await host.settle()
+        value = next(value for value in values if value.key in host.absent)
+        for path in spilled_files(worker):
+            os.unlink(path)
+        late: list[tuple[Hashable, Exception]] = []
+        monkeypatch.setattr(host, "_lost", lambda name, error: late.append((name, error)))
+        with pytest.raises(CorruptDataError):
+            await host.ensure([value.key])
+        give_up = manager._give_up
+
+        def give_up_and_tell(*args: Any) -> Any:
+            given_up.set()
+            return give_up(*args)
+
+        monkeypatch.setattr(manager, "_give_up", give_up_and_tell)
+        answer: Any = await get_data_from_worker(worker.rpc, [value.key], worker.address, who="tcp://127.0.0.1:1")
+        assert answer["data"] == {}
+        result = client.submit(double, value)
+        await asyncio.wait_for(given_up.wait(), 10)
+        await async_poll(lambda: bool(late))
+        monkeypatch.undo()
+        for name, error in late:
+            manager._on_lost(name, error)
+        assert (await result == 2 * values.index(value)).all()
         await manager.stop()
 
 
