@@ -26,7 +26,7 @@ from benchmarks import overhead
 from benchmarks.frame import Line, Subject, line_of_pairs
 from benchmarks.gpu import where_there_is_a_gpu
 from benchmarks.spilling.bound import least_nbytes
-from benchmarks.spilling.clusters import Limited, Run, beside_stock
+from benchmarks.spilling.clusters import Limited, Run, beside_stock, with_room
 from benchmarks.spilling.device import down_and_up
 from benchmarks.spilling.disk import Rates, file_store
 from benchmarks.spilling.recorder import record_on_cluster
@@ -132,13 +132,16 @@ def stalls(percent: int, *, quick: bool) -> Iterator[Line]:
 
 
 def wall(*, quick: bool) -> Iterator[Line]:
-    """Run the jobs that pass over their data with room for 25 % of it; quick: less data, once."""
-    limited = Limited(scale=8 if quick else 32, part=0.25)
-    lines = []
-    for name, ours, stock in beside_stock(PASSES, limited, pairs=1 if quick else 3):
-        lines.append(_line_of_walls(f"wall-25-{name}", ours, stock, "stock"))
-        yield lines[-1]
-    yield _mean("wall-25", lines)
+    """Run the jobs that pass over their data with room for 25 % of it, and with room for all; quick: less data, once."""
+    limited, pairs = Limited(scale=8 if quick else 32, part=0.25), 1 if quick else 3
+    beside: dict[str, list[Line]] = {"stock": [], "in-memory": []}
+    roomy = with_room(PASSES, limited, pairs)
+    for name, ours, stock in beside_stock(PASSES, limited, pairs):
+        for peer_name, peer in (("stock", stock), ("in-memory", roomy[name])):
+            beside[peer_name].append(_line_of_walls(f"wall-25-{name}", ours, peer, peer_name))
+            yield beside[peer_name][-1]
+    for lines in beside.values():
+        yield _mean("wall-25", lines)
 
 
 def loop(*, quick: bool) -> Iterator[Line]:

@@ -10,13 +10,14 @@ tasks, so that neither side is paused, or spills for the sake of what is no data
 Beside each worker's own work a coroutine sleeps for a moment, again and again; by how much it wakes late is how long
 something else kept the event loop, or the interpreter.
 
-Covers: :class:`Limited`, :func:`beside_stock`.
+Covers: :class:`Limited`, :func:`beside_stock`, :func:`with_room`.
 Does not cover: the jobs (:mod:`benchmarks.spilling.workloads`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -30,9 +31,9 @@ from distributed import Client, Worker, WorkerPlugin
 from benchmarks.contest import clusters, dropping
 from benchmarks.frame import BrokenRunError, WrongAnswerError, turns
 from benchmarks.spilling.workloads import JOBS, PASSES_NBYTES
-from dask_gpurt.demo.cluster import GPURT, STOCK, ClusterSpec
+from dask_gpurt.demo.cluster import GPURT, STOCK, ClusterSpec, open_client
 
-__all__ = ["Limited", "Run", "beside_stock"]
+__all__ = ["Limited", "Run", "beside_stock", "with_room"]
 
 #: What a worker's process takes beside its data: code, temporaries, memory that the allocator keeps.
 PROCESS_NBYTES = 768 * 2**20
@@ -41,6 +42,9 @@ PROCESS_NBYTES = 768 * 2**20
 SLEEP_S = 0.002
 
 WORKERS = 2
+
+#: Room for all data, as a part of it: some of the jobs hold what they make beside what they pass over.
+ROOMY = 3.0
 
 _WATCH = "benchmark-loop-watch"
 
@@ -148,6 +152,28 @@ def beside_stock(names: Iterable[str], limited: Limited, pairs: int) -> Iterator
                 if not all(np.allclose(mine, true, rtol=1e-6) for mine, true in zip(answers, expected, strict=True)):
                     raise WrongAnswerError(f"{name}: {answers}, expected {expected}")
             yield name, runs[True], runs[False]
+
+
+def with_room(names: Iterable[str], limited: Limited, rounds: int) -> dict[str, list[Run]]:
+    """Run the same jobs on stock Dask with room for all: what is left is no store's to win.
+
+    Raises
+    ------
+    BrokenRunError
+        If there was not room for all.
+    """
+    roomy = dataclasses.replace(limited, part=ROOMY)
+    found = {}
+    with dask.config.set(roomy.config), open_client(roomy.spec) as client:
+        client.register_plugin(_Watch())
+        for name in names:
+            job = JOBS[name]
+            _run(client, functools.partial(job, passes=1), 1)
+            runs = [_run(client, job, limited.scale) for _ in range(rounds)]
+            if any(spilled_nbytes for _, _, spilled_nbytes in runs):
+                raise BrokenRunError(f"{name} spilled although there should have been room")
+            found[name] = [run for run, _, _ in runs]
+    return found
 
 
 def _run(client: Client, job: Callable[..., tuple[Any, list[Any]]], scale: int) -> tuple[Run, list[Any], int]:
