@@ -15,12 +15,18 @@ import dask
 import pytest
 from clusters import local_cluster
 from distributed import Client, LocalCluster
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from s3_server import S3Server
 
 #: Imported by tests, under its own name; to look for examples in it, pytest would import it once more under another.
 collect_ignore = ["clusters.py", "device_standin.py", "s3_server.py"]
+
+
+# How long an example takes says more about what else the machine does; each test has its own limit (pytest-timeout).
+settings.register_profile("dask-gpurt", deadline=None)
+settings.load_profile("dask-gpurt")
 
 
 def _gpus() -> int:
