@@ -203,6 +203,7 @@ MEMORY: tuple[Seam, ...] = (
     Seam("worker", ".state.data"),
     Seam("worker", ".handlers"),
     Seam("worker", ".stream_handlers"),
+    Seam("worker", ".active_threads"),
     Seam("worker", ".monitor.get_process_memory"),
 )
 
@@ -448,6 +449,11 @@ def restore_worker_hooks(worker: Any, hooks: WorkerHooks) -> None:
 def worker_task(worker: Any, key: Any) -> Any:
     """Return the worker's state of the task ``key``, or None."""
     return worker.state.tasks.get(key)
+
+
+def running_key(worker: Any, thread: int) -> Any:
+    """Return the key of the task that runs in ``thread``, or None. May be called by any thread."""
+    return worker.active_threads.get(thread)
 
 
 def input_keys(worker: Any, task: Any) -> list[Any]:

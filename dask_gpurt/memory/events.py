@@ -29,6 +29,7 @@ __all__ = [
     "Raised",
     "Read",
     "ReadFailed",
+    "ReadPutOff",
     "RemoveCopy",
     "Retried",
     "Unpinned",
@@ -121,6 +122,14 @@ class ReadFailed:
 
 
 @dataclass(slots=True)
+class ReadPutOff:
+    """There was no memory to read a value into. The copy is as good as before."""
+
+    name: Name
+    epoch: int
+
+
+@dataclass(slots=True)
 class Written:
     """A copy is complete."""
 
@@ -161,6 +170,7 @@ Event = (
     | Wanted
     | Raised
     | ReadFailed
+    | ReadPutOff
     | Written
     | WriteFailed
     | Pressed

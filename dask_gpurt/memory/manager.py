@@ -56,6 +56,7 @@ from dask_gpurt.memory.mapping import Ruined, RuinedForClient, TieredMapping, se
 from dask_gpurt.memory.mover import Mover
 from dask_gpurt.memory.objects import ObjectFolder
 from dask_gpurt.memory.packing import Packer
+from dask_gpurt.memory.rmm import Rescuer, RmmResource
 from dask_gpurt.memory.shards import DeviceChunkName, DeviceShardStore, ShardStore
 from dask_gpurt.memory.spiller import Spiller
 from dask_gpurt.memory.store import BufferStore, DictBufferStore
@@ -329,6 +330,10 @@ class MemoryManager:
         self._looking = False
         self._horizon: WorkerHorizon | None = None
         self._watch: Watch | None = None
+        self._rescuer: Rescuer | None = None
+        self._rmm: RmmResource | None = None
+        #: Whether nobody has looked yet what there is of RMM.
+        self._unguarded = False
 
     def __repr__(self) -> str:
         state = "stock" if self._mapping is None else repr(self._mapping)
@@ -373,6 +378,9 @@ class MemoryManager:
             # The bytes of the copies are counted by the HOST mover, which holds them.
             spiller = Spiller(self.ledger, horizon, upper=Tier.DEVICE, lower=None)
             self._device = Mover(spiller, HostFrames(host), loop, self._on_lost, threads=1)
+            self._rescuer = Rescuer(self._device, loop, self._whose_allocation, others=[host])
+            self._unguarded = True
+            self._guard_allocations()
         mapping = TieredMapping(
             host,
             self._need_nbytes,
@@ -414,6 +422,28 @@ class MemoryManager:
         seams.set_worker_store(self._worker, mapping)
         seams.set_worker_hooks(self._worker, seams.WorkerHooks(execute=self._execute, get_data=self._get_data))
 
+    # Allocations of RMM
+
+    def _guard_allocations(self) -> None:
+        """Have RMM call back when it is out of memory, if it is in use, and does not yet."""
+        if self._rescuer is None or not RmmResource.in_use() or (self._rmm is not None and self._rmm.installed):
+            return
+        self._unguarded = False
+        if self._rmm is not None:
+            # Somebody has put another resource there.
+            self._rmm.uninstall()
+        try:
+            self._rmm = self._rescuer.resource = RmmResource(self._rescuer.rescue)
+        except RuntimeError as error:
+            logger.debug("RMM is there, and no device that it could use: %s", error)
+        else:
+            logger.debug("allocations are guarded: %r", self._rmm)
+
+    def _whose_allocation(self) -> str:
+        key = seams.running_key(self._worker, threading.get_ident())
+        what = f"thread {threading.current_thread().name!r}" if key is None else f"task {key!r}"
+        return f"{what} on worker {self._worker.address}"
+
     # What the scheduler knows
 
     def may_watch(self) -> None:
@@ -425,6 +455,8 @@ class MemoryManager:
         assert self._horizon is not None
         assert self._watch is not None
         self._horizon.note(key)
+        if self._unguarded:
+            self._guard_allocations()
         if self._watch.available and not self._watch.on and self._filled() > WATCH_FRACTION:
             self._watch.set(True)
 
@@ -490,6 +522,8 @@ class MemoryManager:
                 pinned = await home.ensure([key])
             except SpillError:
                 continue  # it was reported lost
+            except MemoryError:
+                continue  # there may be room when all others have gone
             if key not in home:
                 # Deleted while it was read.
                 home.unpin(pinned)
@@ -511,6 +545,10 @@ class MemoryManager:
                 except (KeyError, SpillError) as error:
                     logger.debug("%r was lost: %r", key, error)  # and reported
                     mapping.forget(key)
+                except MemoryError as error:
+                    # Stock has no place for it either.
+                    mapping.home(key).delete(key)
+                    self._on_lost(key, error)
                 else:
                     stock.give_back(key, value, 0)
         stock.release(mapping)
@@ -525,6 +563,13 @@ class MemoryManager:
         return 0 if task is None else int(task.nbytes or 0)
 
     async def _close_movers(self, aside: str | None = None) -> None:
+        self._unguarded = False
+        if self._rescuer is not None:
+            self._rescuer.close()
+            self._rescuer = None
+        if self._rmm is not None:
+            self._rmm.uninstall()
+            self._rmm = None
         for mover in self._movers():
             await mover.close()
         self._device = None
@@ -557,6 +602,7 @@ class MemoryManager:
     async def _decay(self) -> None:
         """Give back memory and files that were kept for later, when later does not come."""
         self.pool.decay()
+        self._guard_allocations()
         if self._watch is not None and self._watch.on:
             short = self._filled() > WATCH_FRACTION / 2 or not all(mover.spiller.calm for mover in self._movers())
             if not short:
@@ -642,6 +688,8 @@ class MemoryManager:
                 if ruined:
                     return seams.failure_event(key, run_id, error, f"gpurt-ruined-input-{time()}")
                 return self._give_up(key, run_id, inputs, error)
+            except MemoryError as error:
+                return seams.failure_event(key, run_id, error, f"gpurt-no-room-for-input-{time()}")
             lost = [k for k in inputs if self._is_lost(k)]
             if lost:
                 return self._give_up(key, run_id, lost, self._last_error.get(lost[0]))
@@ -800,6 +848,11 @@ class MemoryManager:
                 f"{tier}_write_failures": mover.write_failures,
                 f"{tier}_corrupt_blocks": mover.lost_blocks,
             }
+        if self._rescuer is not None:
+            figures |= {
+                "device_allocation_failures": self._rescuer.failures,
+                "device_allocation_refusals": self._rescuer.refusals,
+            }
         for tier, packer in self._packers.items():
             figures |= {
                 f"{tier}_compressed_nbytes": packer.raw_nbytes,
@@ -827,5 +880,5 @@ async def _fetch(movers: list[Mover], names: list[Hashable]) -> None:
     for mover in movers:
         try:
             mover.unpin(await mover.ensure(names, forceable=False))
-        except SpillError as error:
+        except (SpillError, MemoryError) as error:
             logger.debug("prefetch: %s", error)  # whoever wants it will be told

@@ -12,7 +12,11 @@ A reader who cannot wait (:meth:`Mover.get` for a value that is below) reads in 
 :meth:`Mover.ensure`, which reserves room first, and pins.
 
 Nothing that a thread raises is lost: the failure of a write is logged, and the value stays in memory; the failure of
-a read is raised to whoever waits, and told to ``lost``.
+a read is raised to whoever waits, and told to ``lost``. Where memory is lacking (MemoryError) no value is to blame: a write
+is tried again, and what was to be read stays where it is.
+
+Writes wait in queues of the mover's own, so that a thread that needs room at once, and must not wait for any other
+(:meth:`Mover.spill_here`), can take them over.
 
 Covers: values, copies, threads, waiting.
 Does not cover: what moves and when (:mod:`dask_gpurt.memory.spiller`); how a value becomes a copy
@@ -24,10 +28,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from dask_gpurt.errors import CorruptDataError, SpillError
 from dask_gpurt.memory import codec
@@ -49,6 +54,16 @@ OVERFLOW_THREADS = 4
 #: Seconds without any grant, read or write after which a request is granted although another forced one is
 #: outstanding. Whoever holds that one may be waiting behind it.
 PATIENCE_S = 0.25
+
+#: Seconds that a thread which makes room by itself waits for a write that another one has begun.
+HAND_S = 1.0
+
+
+class _Write(NamedTuple):
+    name: Hashable
+    epoch: int
+    value: object
+    tier: Tier | None
 
 
 class Mover:
@@ -102,8 +117,17 @@ class Mover:
         self._warned: set[Tier | None] = set()
         self._retry: asyncio.TimerHandle | None = None
         self._pending: set[Future[Any]] = set()
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix=f"gpurt-{self.tier}-io")
-        self._overflow_threads = ThreadPoolExecutor(OVERFLOW_THREADS, thread_name_prefix="gpurt-overflow-io")
+        #: The thread that holds the lock.
+        self._holder: int | None = None
+        #: Threads of this mover.
+        self._own_threads: set[int] = set()
+        #: Writes that no thread has begun: those to the overflow, and the others.
+        self._writes: dict[bool, deque[_Write]] = {True: deque(), False: deque()}
+        #: Writes that have ended, and how, as long as nobody has taken note.
+        self._answers: deque[tuple[_Write, Copy | Exception]] = deque()
+        self._answered = threading.Event()
+        self._threads = ThreadPoolExecutor(threads, f"gpurt-{self.tier}-io", self._enlist)
+        self._overflow_threads = ThreadPoolExecutor(OVERFLOW_THREADS, "gpurt-overflow-io", self._enlist)
         self._closed = False
 
     def __repr__(self) -> str:
@@ -220,12 +244,12 @@ class Mover:
                 self._handle(ev.Wanted(name), garbage, read=False)
         try:
             value = _load(name, copy)
-        except SpillError as error:
+        except (SpillError, MemoryError) as error:
             if ours:
-                self._end_read(name, epoch, error, 0)
+                self._end_read(name, epoch, None, error, 0)
             raise
         if ours:
-            self._end_read(name, epoch, value, copy.nbytes if copy else 0)
+            self._end_read(name, epoch, value, None, copy.nbytes if copy else 0)
         return value
 
     # Waiting
@@ -279,6 +303,8 @@ class Mover:
         ------
         SpillError
             If one of them cannot be read back; nothing is pinned then.
+        MemoryError
+            If there is no memory to read one of them into. It is where it was, and nothing is pinned.
         """
         with self._acting() as garbage:
             pinned = tuple(name for name in names if name in self.spiller.blocks)
@@ -340,7 +366,7 @@ class Mover:
                     return None
                 if name in self.absent:
                     self._handle(ev.Wanted(name), garbage, read=False)
-                    self._end_read(name, epoch, error, 0)
+                    self._end_read(name, epoch, None, error, 0)
             raise
         if found is not None:
             self.read_nbytes += copy.nbytes
@@ -354,6 +380,56 @@ class Mover:
         with self._acting() as garbage:
             self._handle(ev.Pressed(nbytes), garbage)
         return before - self.ledger.held(self.tier)
+
+    @property
+    def freed_nbytes(self) -> int:
+        """Ever-increasing total of what has left memory, for whatever reason."""
+        return self.spiller.freed_nbytes
+
+    @property
+    def entered(self) -> bool:
+        """Whether the calling thread is inside this mover right now, and must not come in again."""
+        return self._holder == threading.get_ident()
+
+    @property
+    def at_work_here(self) -> bool:
+        """Whether the calling thread is one of those that read and write for this mover."""
+        return threading.get_ident() in self._own_threads
+
+    async def make_room(self, nbytes: int) -> int:
+        """Move ``nbytes`` away, whatever the limit says, and wait for it; returns the bytes that have gone."""
+        before = self.freed_nbytes
+        with self._acting() as garbage:
+            self._handle(ev.Pressed(nbytes), garbage)
+        garbage.clear()
+        while self.freed_nbytes - before < nbytes and self.spiller.busy and self._pending:
+            pending = [asyncio.wrap_future(future) for future in tuple(self._pending)]
+            await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            # The answer of what has ended is on its way through the loop.
+            await asyncio.sleep(0)
+        return self.freed_nbytes - before
+
+    def spill_here(self, nbytes: int) -> int:
+        """As :meth:`make_room`, by the calling thread, which may be any: one that holds up the loop, or is one of the mover's own.
+
+        It takes over what waits to be written, and waits, no longer than :data:`HAND_S` at a time, for what others have in hand.
+        Seen from another thread than the loop's, next uses are not known.
+        """
+        before = self.freed_nbytes
+        if self.entered or self._closed:
+            return 0
+        # Once what others have in hand does not come to an end: they may be waiting for this thread.
+        without_others = False
+        self._press_here(nbytes)
+        while self.freed_nbytes - before < nbytes:
+            self._answered.clear()
+            if self._hear_here() or self._write_here() or (not without_others and self._wait_here()):
+                continue
+            if without_others:
+                break
+            without_others = True
+            self._press_here(nbytes + self.spiller.leaving_nbytes)
+        return self.freed_nbytes - before
 
     def set_limit(self, nbytes: int | None) -> None:
         """Hold so many bytes at most; None: stop making room, whoever waits for it goes on."""
@@ -391,7 +467,11 @@ class Mover:
         """Hold the lock; what is put into the list dies after it was given back."""
         garbage: list[object] = []
         with self._lock:
-            yield garbage
+            outer, self._holder = self._holder, threading.get_ident()
+            try:
+                yield garbage
+            finally:
+                self._holder = outer
 
     def _handle(self, event: ev.Event, garbage: list[object], *, read: bool = True) -> None:
         for instruction in self.spiller.handle(event):
@@ -400,7 +480,9 @@ class Mover:
                 garbage.append(self._values.pop(name))
             elif isinstance(instruction, ev.Write):
                 tier = instruction.tier
-                self._submit(tier, self._write, name, instruction.epoch, self._values[name], tier)
+                queue = self._writes[self._overflows(tier)]
+                queue.append(_Write(name, instruction.epoch, self._values[name], tier))
+                self._submit(tier, self._write_next, queue)
             elif isinstance(instruction, ev.Read):
                 if read or name != getattr(event, "name", None):
                     copy = self._copies.get(name)
@@ -435,15 +517,63 @@ class Mover:
             # The loop is closed: there is nobody left to tell.
             logger.debug("%r: the event loop is closed", self)
 
-    def _write(self, name: Hashable, epoch: int, value: object, tier: Tier | None) -> None:
-        lower = self.overflow if self._overflows(tier) else self.lower
+    def _enlist(self) -> None:
+        self._own_threads.add(threading.get_ident())
+
+    def _write_next(self, queue: deque[_Write]) -> None:
+        try:
+            write = queue.popleft()
+        except IndexError:
+            return  # a thread that could not wait has done it
+        self._answers.append((write, self._written(write)))
+        del write
+        self._answered.set()
+        self._call(self._hear)
+
+    def _written(self, write: _Write) -> Copy | Exception:
+        lower = self.overflow if self._overflows(write.tier) else self.lower
         assert lower is not None
         try:
-            copy = lower.store(name, value)
+            return lower.store(write.name, write.value)
         except Exception as error:  # noqa: BLE001 - whatever a value's serialization raises; it is logged on the loop
-            self._call(self._end_write, name, epoch, error, tier)
+            return error
+
+    def _hear(self) -> None:
+        """Take note of a write that has ended; on the loop."""
+        try:
+            write, outcome = self._answers.popleft()
+        except IndexError:
+            return  # a thread that could not wait has heard of it
+        self._end_write(write.name, write.epoch, outcome, write.tier)
+
+    def _press_here(self, nbytes: int) -> None:
+        with self._acting() as garbage:
+            self._handle(ev.Pressed(nbytes), garbage)
+
+    def _hear_here(self) -> bool:
+        """Take note of a write that has ended, by any thread; say whether there was one."""
+        try:
+            write, outcome = self._answers.popleft()
+        except IndexError:
+            return False
+        if isinstance(outcome, Exception):
+            # To be logged, and tried again, by the loop.
+            self._call(self._end_write, write.name, write.epoch, outcome, write.tier)
         else:
-            self._call(self._end_write, name, epoch, copy, tier)
+            self._end_write(write.name, write.epoch, outcome, write.tier)
+        return True
+
+    def _write_here(self) -> bool:
+        try:
+            write = self._writes[False].popleft()
+        except IndexError:
+            return False
+        self._answers.append((write, self._written(write)))
+        return True
+
+    def _wait_here(self) -> bool:
+        """Wait for a write that another thread has in hand."""
+        return self.spiller.busy and not self.at_work_here and self._answered.wait(HAND_S)
 
     def _end_write(self, name: Hashable, epoch: int, outcome: Copy | Exception, tier: Tier | None) -> None:
         if not isinstance(outcome, Exception):
@@ -460,7 +590,7 @@ class Mover:
                 self._handle(ev.Written(name, epoch, outcome.nbytes), garbage)
                 return
             self.write_failures += 1
-            to_blame = not isinstance(outcome, SpillError)
+            to_blame = not isinstance(outcome, SpillError | MemoryError)
             self._handle(ev.WriteFailed(name, epoch, to_blame), garbage)
         if to_blame:
             logger.error("Failed to serialize %r; it stays in memory", name, exc_info=outcome)
@@ -485,30 +615,33 @@ class Mover:
     def _read(self, name: Hashable, epoch: int, copy: Copy | None) -> None:
         try:
             value = _load(name, copy)
-        except SpillError as error:
-            self._call(self._end_read, name, epoch, error, 0)
+        except (SpillError, MemoryError) as error:
+            self._call(self._end_read, name, epoch, None, error, 0)
         else:
-            self._call(self._end_read, name, epoch, value, copy.nbytes if copy else 0)
+            self._call(self._end_read, name, epoch, value, None, copy.nbytes if copy else 0)
 
-    def _end_read(self, name: Hashable, epoch: int, outcome: object, nbytes: int) -> None:
-        error = outcome if isinstance(outcome, SpillError) else None
+    def _end_read(
+        self, name: Hashable, epoch: int, value: object, error: SpillError | MemoryError | None, nbytes: int
+    ) -> None:
         self.read_nbytes += nbytes
         _count(name, "read", nbytes)
         with self._acting() as garbage:
             if not self.spiller.current(name, epoch):
                 return
-            if error is not None:
+            if isinstance(error, SpillError):
                 self.lost_blocks += 1
                 self._handle(ev.ReadFailed(name, epoch), garbage)
+            elif error is not None:
+                self._handle(ev.ReadPutOff(name, epoch), garbage)
             else:
                 if isinstance(name, RawName):
                     buffer, size = None, self.spiller.blocks[name].nbytes
                 else:
-                    buffer, size, _ = codec.footprint(outcome)
-                self._values[name] = outcome
+                    buffer, size, _ = codec.footprint(value)
+                self._values[name] = value
                 self._handle(ev.Raised(name, epoch, self._named(buffer), size), garbage)
             self._arrived(name, error)
-        if error is not None:
+        if isinstance(error, SpillError):
             self._call(self._lost, name, error)
 
     def _arrived(self, name: Hashable, error: Exception | None) -> None:
@@ -527,7 +660,7 @@ def _load(name: Hashable, copy: Copy | None) -> object:
         raise CorruptDataError(f"there is no copy of {name!r}")
     try:
         return copy.load()
-    except SpillError:
+    except (SpillError, MemoryError):
         raise
     except Exception as error:
         # The bytes are what was written; what they were made from does not come back from them.

@@ -15,7 +15,7 @@ RESIDENT   memory                    Write -> WRITING; dying: Drop -> gone from 
 WRITING    memory, copy under way    Written -> CLEAN; WriteFailed -> RESIDENT
 CLEAN      memory and below          Drop -> SPILLED; RemoveCopy (disk is full) -> RESIDENT
 SPILLED    below                     Wanted: Read -> READING
-READING    below, read under way     Raised -> CLEAN; ReadFailed -> forgotten
+READING    below, read under way     Raised -> CLEAN; ReadFailed -> forgotten; ReadPutOff -> SPILLED
 =========  ========================  =========================================================
 
 Deleted ends every state. A block that is WRITING stays usable all the time; when its copy is complete it goes down only
@@ -138,9 +138,12 @@ class Spiller:
         #: Bytes that were dropped without ever having been written, and those whose older copy was still good.
         self.dropped_unwritten_nbytes = 0
         self.dropped_clean_nbytes = 0
+        #: Bytes of buffers that have left ``upper``, for whatever reason.
+        self.freed_nbytes = 0
+        #: Bytes that are expected to become free when what is being written has been.
+        self.leaving_nbytes = 0
         self._sharing: dict[Hashable, set[Hashable]] = {}
         self._writing = 0
-        self._leaving_nbytes = 0
         self._pressed_nbytes = 0
         #: Searches since the last one that found something, and events until the next one.
         self._fruitless = 0
@@ -156,6 +159,7 @@ class Spiller:
             ev.Wanted: self._wanted,
             ev.Raised: self._raised,
             ev.ReadFailed: self._read_failed,
+            ev.ReadPutOff: self._read_put_off,
             ev.Written: self._written,
             ev.WriteFailed: self._write_failed,
             ev.Pressed: self._pressed,
@@ -264,6 +268,14 @@ class Spiller:
     def _read_failed(self, event: ev.ReadFailed, instructions: list[ev.Instruction]) -> None:
         self._forget(self.blocks[event.name], instructions)
 
+    def _read_put_off(self, event: ev.ReadPutOff, instructions: list[ev.Instruction]) -> None:  # noqa: ARG002
+        block = self.blocks[event.name]
+        assert block.state is State.READING, block
+        block.state = State.SPILLED
+        reservation, block.reservation = block.reservation, None
+        if reservation is not None:
+            reservation.release()
+
     def _written(self, event: ev.Written, instructions: list[ev.Instruction]) -> None:
         block = self.blocks[event.name]
         assert block.state is State.WRITING, block
@@ -291,6 +303,9 @@ class Spiller:
 
     def _pressed(self, event: ev.Pressed, instructions: list[ev.Instruction]) -> None:  # noqa: ARG002
         self._pressed_nbytes = max(self._pressed_nbytes, event.nbytes)
+        if event.nbytes:
+            # Whoever asks for it has a reason to: it is looked for now.
+            self._skip = 0
 
     def _retried(self, event: ev.Retried, instructions: list[ev.Instruction]) -> None:  # noqa: ARG002
         self.blocked.clear()
@@ -303,16 +318,16 @@ class Spiller:
         return max(self.ledger.wanted(self.upper), self._pressed_nbytes)
 
     def _relieve(self, instructions: list[ev.Instruction]) -> None:
-        excess = self._excess() - self._leaving_nbytes
+        excess = self._excess() - self.leaving_nbytes
         if excess > 0 and self._worthwhile():
             before = len(instructions)
             self._evict(excess, int((self.ledger.limit(self.upper) or 0) * BAND), instructions)
             self._fruitless = 0 if len(instructions) > before else self._fruitless + 1
             self._skip = min(self._fruitless, len(self.blocks) // 64)
-        if not self._leaving_nbytes and self.ledger.wanted(self.upper) > 0:
+        if not self.leaving_nbytes and self.ledger.wanted(self.upper) > 0:
             # Nothing is on its way out, and what could go without a write has gone.
             self.ledger.force(self.upper)
-        if not self._leaving_nbytes:
+        if not self.leaving_nbytes:
             # A wish from outside is served once, as far as it can be.
             self._pressed_nbytes = 0
 
@@ -399,7 +414,7 @@ class Spiller:
         block.state = State.WRITING
         block.leaving_nbytes = leaving_nbytes
         self._writing += 1
-        self._leaving_nbytes += leaving_nbytes
+        self.leaving_nbytes += leaving_nbytes
         instructions.append(ev.Write(block.name, block.epoch, tier))
         return True
 
@@ -441,7 +456,7 @@ class Spiller:
 
     def _stay(self, block: Block) -> None:
         """Take back the intention to drop a block that is being written."""
-        self._leaving_nbytes -= block.leaving_nbytes
+        self.leaving_nbytes -= block.leaving_nbytes
         block.leaving_nbytes = 0
 
     # Coming and going
@@ -462,6 +477,7 @@ class Spiller:
         if not sharing:
             del self._sharing[block.buffer]
         freed = self.ledger.drop(self.upper, block.buffer)
+        self.freed_nbytes += freed
         self._pressed_nbytes = max(0, self._pressed_nbytes - freed)
         block.buffer = None
         block.buffer_nbytes = 0
