@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from s3_server import S3Server
 
 #: Imported by tests, under its own name; to look for examples in it, pytest would import it once more under another.
-collect_ignore = ["clusters.py", "device_standin.py", "s3_server.py"]
+collect_ignore = ["clusters.py", "device_standin.py", "rmm_standin.py", "s3_server.py"]
 
 
 # How long an example takes says more about what else the machine does; each test has its own limit (pytest-timeout).

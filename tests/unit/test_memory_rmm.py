@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 import types
-import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from rmm_standin import Array, Device, Resource, plant
 
 from dask_gpurt.errors import SpillError
 from dask_gpurt.memory.horizon import IDLE, Use
@@ -32,75 +32,27 @@ PATIENCE_S = 0.1
 HANG_S = 20.0
 
 
-class Array:
-    """Memory of the device, given back when the last one lets go of it."""
-
-    def __init__(self, device: Device, nbytes: int, number: int = 0) -> None:
-        device.take(nbytes)
-        self.nbytes = nbytes
-        self.number = number
-        weakref.finalize(self, device.give, nbytes).atexit = False
-
-    def __sizeof__(self) -> int:
-        return self.nbytes
-
-
-class Device:
-    """A device with an allocator that calls back as RMM's adaptor does: until it is told not to try again."""
-
-    def __init__(self, capacity: int = CAPACITY) -> None:
-        self.total_nbytes = capacity
-        self.used = 0
-        self.count = 0
-        #: Bytes that are free and of no use, for they lie in pieces.
-        self.fragments = 0
-        self.callback: Callable[[int], bool] = lambda nbytes: False  # noqa: ARG005
-        self._lock = threading.Lock()
-
-    def take(self, nbytes: int) -> None:
-        while True:
-            with self._lock:
-                if self.used + self.fragments + nbytes <= self.total_nbytes:
-                    self.used += nbytes
-                    self.count += 1
-                    return
-            if not self.callback(nbytes):
-                raise MemoryError("std::bad_alloc")
-
-    def give(self, nbytes: int) -> None:
-        with self._lock:
-            self.used -= nbytes
-            self.fragments //= 2
-
-    def allocations(self) -> int:
-        return self.count
-
-    def figures(self) -> Figures:
-        return Figures(self.used, self.total_nbytes - self.used, self.total_nbytes)
-
-
 class Below:
     """A tier below that takes copies at once, or when it is let."""
 
-    def __init__(self, device: Device) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self.stored: list[Hashable] = []
         self.on_store: Callable[[], None] = lambda: None
 
     def store(self, name: Hashable, value: Any) -> Copy:
         self.on_store()
         self.stored.append(name)
-        return Copy(self.device, value.nbytes, value.number)
+        return Copy(value.nbytes, value.number)
 
 
 class Copy:
     tier = Tier.HOST
 
-    def __init__(self, device: Device, nbytes: int, number: int) -> None:
-        self.device, self.nbytes, self.number = device, nbytes, number
+    def __init__(self, nbytes: int, number: int) -> None:
+        self.nbytes, self.number = nbytes, number
 
     def load(self) -> Array:
-        return Array(self.device, self.nbytes, self.number)
+        return Array(self.number, self.nbytes)
 
     def frames(self) -> None:
         return None
@@ -124,32 +76,34 @@ class Rig:
 
     def fill(self, count: int) -> None:
         for number in range(count):
-            self.mover.put(number, Array(self.device, BLOCK, number))
+            self.mover.put(number, Array(number, BLOCK))
 
     async def allocate(self, nbytes: int = BLOCK, pool: ThreadPoolExecutor | None = None) -> Array:
         """Allocate as a task does."""
-        return await asyncio.get_running_loop().run_in_executor(pool, Array, self.device, nbytes)
+        return await asyncio.get_running_loop().run_in_executor(pool, Array, 0, nbytes)
 
 
 @asynccontextmanager
-async def rig(capacity: int = CAPACITY) -> AsyncIterator[Rig]:
-    device = Device(capacity)
-    below = Below(device)
+async def rig() -> AsyncIterator[Rig]:
+    mr = plant(CAPACITY)
+    below = Below()
     lost: list[tuple[Hashable, Exception]] = []
     loop = asyncio.get_running_loop()
-    spiller = Spiller(Ledger({Tier.DEVICE: 100 * capacity}), Unknown(), upper=Tier.DEVICE, lower=None)
+    spiller = Spiller(Ledger({Tier.DEVICE: CAPACITY}), Unknown(), upper=Tier.DEVICE, lower=None)
     mover = Mover(spiller, below, loop, lambda n, e: lost.append((n, e)), threads=1)
     rescuer = Rescuer(mover, loop, lambda: "task 'mine'", patience_s=PATIENCE_S)
-    rescuer.resource = device
-    device.callback = rescuer.rescue
-    # A step of a limit that is never reached would be everything.
-    mover.ledger.set_limit(Tier.DEVICE, capacity)
-    rescuer._rescue._step_nbytes = BLOCK // 4
+    resource = rescuer.resource = RmmResource(rescuer.rescue)
     try:
-        yield Rig(device, below, mover, rescuer, lost)
+        yield Rig(mr.device, below, mover, rescuer, lost)
     finally:
         rescuer.close()
         await mover.close()
+        resource.uninstall()
+        del sys.modules["rmm"], sys.modules["rmm.mr"]
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(HANG_S)
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
@@ -163,7 +117,7 @@ def test_a_task_gets_its_memory_and_no_more_than_that_is_moved() -> None:
             array = await r.allocate()
             assert array.nbytes == BLOCK
             assert len(r.below.stored) == 1
-            assert r.device.used <= CAPACITY
+            assert r.device.used_nbytes <= CAPACITY
             assert (r.rescuer.failures, r.rescuer.refusals) == (1, 0)
 
     run(main())
@@ -196,7 +150,7 @@ def test_memory_in_pieces_is_answered_by_asking_for_more() -> None:
     async def main() -> None:
         async with rig() as r:
             r.fill(10)
-            r.device.fragments = 4 * BLOCK
+            r.device.fragments_nbytes = 4 * BLOCK
             assert (await r.allocate()).nbytes == BLOCK
             assert r.rescuer.failures > 1
             assert len(r.below.stored) > 2
@@ -208,7 +162,7 @@ def test_the_thread_of_the_event_loop_helps_itself() -> None:
     async def main() -> None:
         async with rig() as r:
             r.fill(10)
-            assert Array(r.device, 3 * BLOCK).nbytes == 3 * BLOCK
+            assert Array(0, 3 * BLOCK).nbytes == 3 * BLOCK
             assert len(r.below.stored) == 3
 
     run(main())
@@ -231,7 +185,7 @@ def test_the_event_loop_hears_of_a_write_that_another_thread_has_in_hand() -> No
             assert begun.wait(HANG_S)
             # The only block that can go is being written by the mover's thread; the loop, which would take note, is here.
             threading.Timer(0.05, let.set).start()
-            assert Array(r.device, BLOCK).nbytes == BLOCK
+            assert Array(0, BLOCK).nbytes == BLOCK
             r.mover.unpin(pinned)
 
     run(main())
@@ -263,7 +217,7 @@ def test_a_copy_that_needs_memory_itself_fails_at_most_and_is_tried_again(caplog
             scratch = 2 * BLOCK
 
             def pack() -> None:
-                Array(r.device, scratch)
+                Array(0, scratch)
 
             r.below.on_store = pack
             with pytest.raises(MemoryError, match="mine"):
@@ -304,32 +258,28 @@ def test_what_cannot_be_read_for_lack_of_memory_is_not_lost() -> None:
 def test_threads_that_fail_at_once_share_what_is_moved() -> None:
     async def main() -> None:
         async with rig() as r:
-            let, seen = threading.Event(), threading.Semaphore(0)
-            rounds = []
-            make_room = r.mover.make_room
+            let, rounds, waiting = threading.Event(), list[int](), asyncio.Event()
+            make_room, wish = r.mover.make_room, r.rescuer._wish
 
             async def counted(nbytes: int) -> int:
                 rounds.append(nbytes)
                 return await make_room(nbytes)
 
+            def noted(nbytes: int, answer: Any) -> None:
+                wish(nbytes, answer)
+                wishes.append(nbytes)
+                if len(wishes) == 5:
+                    waiting.set()
+
+            wishes: list[int] = []
             r.mover.make_room = counted  # type: ignore[method-assign]
-            rescue = r.rescuer.rescue
-
-            def announced(nbytes: int) -> bool:
-                seen.release()
-                return rescue(nbytes)
-
-            r.device.callback = announced
+            r.rescuer._wish = noted  # type: ignore[method-assign]
             r.rescuer._patience_s = HANG_S
-            r.below.on_store = lambda: None if let.wait(HANG_S) else None
+            r.below.on_store = lambda: assert_set(let)
             r.fill(10)
             with ThreadPoolExecutor(5) as pool:
                 arrays = [asyncio.ensure_future(r.allocate(BLOCK, pool)) for _ in range(5)]
-                for _ in range(5):
-                    await asyncio.to_thread(seen.acquire, timeout=HANG_S)
-                # All wishes are behind this on the loop, but for those that have yet to get from the callback to it.
-                while sum(rounds) + sum(nbytes for nbytes, _ in r.rescuer._rescue._waiting) < 5 * BLOCK:
-                    await asyncio.sleep(0)
+                await waiting.wait()
                 let.set()
                 got = await asyncio.gather(*arrays)
             assert len(got) == 5
@@ -345,7 +295,7 @@ def test_a_loop_that_waits_for_the_thread_that_waits_for_it_is_not_waited_for() 
         async with rig() as r:
             r.fill(10)
             with ThreadPoolExecutor(1) as pool:
-                array = pool.submit(Array, r.device, BLOCK)
+                array = pool.submit(Array, 0, BLOCK)
                 # The loop stands still until the allocation has succeeded.
                 assert array.result(HANG_S).nbytes == BLOCK
 
@@ -366,7 +316,7 @@ def test_a_task_may_hold_the_lock_that_copying_takes() -> None:
 
             def task() -> Array:
                 with library:
-                    return Array(r.device, BLOCK)
+                    return Array(0, BLOCK)
 
             begun = time.monotonic()
             assert (await asyncio.to_thread(task)).nbytes == BLOCK
@@ -383,7 +333,7 @@ def test_whoever_is_inside_the_books_is_refused_at_once() -> None:
             def inside() -> None:
                 with r.mover._acting():
                     assert r.mover.entered
-                    Array(r.device, BLOCK)
+                    Array(0, BLOCK)
 
             with pytest.raises(MemoryError, match="asked for"):
                 await asyncio.to_thread(inside)
@@ -428,14 +378,14 @@ def test_many_threads_on_a_small_device_all_get_through() -> None:
 
             def task(number: int) -> int:
                 for step in range(20):
-                    r.mover.put((number, step), Array(r.device, BLOCK // 2, number))
+                    r.mover.put((number, step), Array(number, BLOCK // 2))
                 return sum(r.mover.get((number, step)).number for step in range(20))  # type: ignore[attr-defined]
 
             with ThreadPoolExecutor(4) as pool:
                 loop = asyncio.get_running_loop()
                 sums = await asyncio.gather(*(loop.run_in_executor(pool, task, number) for number in range(4)))
             assert sums == [20 * number for number in range(4)]
-            assert r.device.used <= CAPACITY
+            assert r.device.used_nbytes <= CAPACITY
             assert r.lost == []
 
     run(main())
@@ -444,48 +394,33 @@ def test_many_threads_on_a_small_device_all_get_through() -> None:
 # Over RMM
 
 
-class _Resource:
-    """What is asked of RMM's resources and adaptors."""
-
-    def __init__(self, upstream_mr: Any = None, callback: Any = None) -> None:
-        self.upstream_mr = upstream_mr
-        self.callback = callback
-        self.allocation_counts = types.SimpleNamespace(total_count=7, current_bytes=11)
-
-
 @pytest.fixture
-def rmm(monkeypatch: pytest.MonkeyPatch) -> Any:
-    module: Any = types.ModuleType("rmm.mr")
-    module.current = _Resource()
-    module.get_current_device_resource = lambda: module.current
-    module.set_current_device_resource = lambda mr: setattr(module, "current", mr)
-    module.FailureCallbackResourceAdaptor = module.StatisticsResourceAdaptor = _Resource
-    module.available_device_memory = lambda: (3, 17)
-    package: Any = types.ModuleType("rmm")
-    package.mr = module
-    monkeypatch.setitem(sys.modules, "rmm", package)
-    monkeypatch.setitem(sys.modules, "rmm.mr", module)
-    return module
+def mr(monkeypatch: pytest.MonkeyPatch) -> Any:
+    for name in ("rmm", "rmm.mr"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    assert not RmmResource.in_use()
+    return plant(1000)
 
 
-def test_ours_stands_over_what_is_current_and_goes_again(rmm: Any) -> None:
-    former = rmm.current
+def test_ours_stands_over_what_is_current_and_goes_again(mr: Any) -> None:
+    former = mr.current
     assert RmmResource.in_use()
     resource = RmmResource(lambda nbytes: nbytes > 0)
-    assert rmm.current.upstream_mr.upstream_mr is former
-    assert rmm.current.upstream_mr.callback(1)
+    assert mr.current.upstream_mr.upstream_mr is former
+    assert mr.current.upstream_mr.callback(1)
     assert resource.installed
-    assert (resource.allocations(), resource.total_nbytes, resource.figures()) == (7, 17, Figures(11, 3, 17))
+    mr.current.allocate(11)
+    assert (resource.allocations(), resource.total_nbytes, resource.figures()) == (1, 1000, Figures(11, 989, 1000))
     resource.uninstall()
-    assert rmm.current is former
+    assert mr.current is former
     assert not resource.installed
 
 
-def test_what_others_have_put_there_since_stays(rmm: Any) -> None:
+def test_what_others_have_put_there_since_stays(mr: Any) -> None:
     resource = RmmResource(lambda nbytes: nbytes > 0)
-    over = rmm.current = _Resource(rmm.current)
+    over = mr.current = Resource(mr.current)
     assert resource.installed
     resource.uninstall()
-    assert rmm.current is over
-    rmm.current = _Resource()
+    assert mr.current is over
+    mr.current = Resource(mr.device)
     assert not resource.installed
