@@ -6,14 +6,14 @@ import argparse
 import importlib
 import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import benchmarks
 from benchmarks.frame import BrokenRunError, Subject, WrongAnswerError, run_subject
 
 #: Modules of this folder that are no subjects.
-FRAME = ("__main__", "contest", "frame", "gpu", "spilling", "tables", "tpch_queries")
+FRAME = ("__main__", "contest", "frame", "gpu", "soak", "spilling", "tables", "tpch_queries")
 
 
 def subjects() -> dict[str, Subject]:
@@ -26,10 +26,19 @@ def subjects() -> dict[str, Subject]:
     return found
 
 
+#: Names that are commands of their own, with options of their own, and what they are for.
+COMMANDS = {"soak": "random jobs with little memory: right answers, and nothing that grows (--minutes N)"}
+
+
 def main(arguments: Sequence[str] | None = None, known: dict[str, Subject] | None = None) -> int:
     """Run the command; return its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in COMMANDS:
+        command: Callable[[Sequence[str]], int] = importlib.import_module(f"benchmarks.{arguments[0]}.__main__").main
+        return command(arguments[1:])
     known = subjects() if known is None else known
-    listed = "\n".join(f"  {name:<16}{subject.title}" for name, subject in sorted(known.items()))
+    titles = {name: subject.title for name, subject in known.items()} | COMMANDS
+    listed = "\n".join(f"  {name:<16}{title}" for name, title in sorted(titles.items()))
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measure dask-gpurt beside its peers.",

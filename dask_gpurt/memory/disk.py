@@ -51,6 +51,7 @@ from dask_gpurt.errors import CorruptDataError, SpillError
 from dask_gpurt.memory import files
 from dask_gpurt.memory.files import Layout
 from dask_gpurt.memory.packing import Meter
+from dask_gpurt.memory.store import flat
 
 if TYPE_CHECKING:
     from dask_gpurt.memory.blocks import BlockPool
@@ -168,6 +169,11 @@ class SpillFolder:
         """Bytes of files that wait for their next copy."""
         return self._idle_nbytes
 
+    @property
+    def idle_files(self) -> int:
+        """Number of these files."""
+        return len(self._idle)
+
     def write(self, frames: Sequence[Buffer]) -> DiskCopy:
         """Write ``frames`` to a new file, from where they lie.
 
@@ -176,7 +182,7 @@ class SpillFolder:
         SpillError
             If the disk does not take them; nothing is left behind then.
         """
-        views = [memoryview(frame).cast("B") for frame in frames]
+        views = [flat(frame) for frame in frames]
         digests = tuple(xxhash.xxh3_64_intdigest(view) for view in views)
         path = os.path.join(self.path, f"{next(self._numbers)}.blk")
         copy = DiskCopy(self, path, files.layout_of(views), digests)

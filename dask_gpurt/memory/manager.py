@@ -848,6 +848,8 @@ class MemoryManager:
                 f"{tier}_write_failures": mover.write_failures,
                 f"{tier}_corrupt_blocks": mover.lost_blocks,
             }
+        if self._folder is not None:
+            figures |= {"disk_idle_files": self._folder.idle_files, "disk_idle_file_nbytes": self._folder.idle_nbytes}
         if self._rescuer is not None:
             figures |= {
                 "device_allocation_failures": self._rescuer.failures,

@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dask_gpurt.errors import CorruptDataError, SpillError
 from dask_gpurt.memory.packing import Meter
+from dask_gpurt.memory.store import flat
 
 if TYPE_CHECKING:
     from dask_gpurt.memory.blocks import BlockPool
@@ -217,7 +218,7 @@ class ObjectFolder:
             If the store does not take them.
         """
         self.begin()
-        views = [memoryview(frame).cast("B") for frame in frames]
+        views = [flat(frame) for frame in frames]
         body = b"".join(views)
         path = f"{self.path}/{next(self._numbers)}.blk"
         copy = ObjectCopy(self, path, tuple(view.nbytes for view in views), self._digest(body))

@@ -26,7 +26,7 @@ from dask_gpurt import codecs
 from dask_gpurt.codecs import CodecError, Packed
 from dask_gpurt.compression import LinkCompression
 from dask_gpurt.errors import CorruptDataError
-from dask_gpurt.memory.store import Buffer
+from dask_gpurt.memory.store import Buffer, flat
 from dask_gpurt.topology import PRIOR, Gauge, Link, Rate
 
 __all__ = ["Meter", "Packer", "kind_of"]
@@ -102,7 +102,7 @@ class Packer:
         """Return the frames to be written, and what is to be told of those that were compressed."""
         if not self._possible or not self._decide.slow:
             return frames, []
-        frames = [memoryview(frame).cast("B") for frame in frames]
+        frames = [flat(frame) for frame in frames]
         nbytes = sum(frame.nbytes for frame in frames if codecs.compressible(frame))
         if not nbytes:
             return frames, []

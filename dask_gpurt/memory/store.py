@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-__all__ = ["Buffer", "BufferStore", "DeviceBuffer", "DictBufferStore", "Meter", "Reservation", "buffer_nbytes"]
+__all__ = ["Buffer", "BufferStore", "DeviceBuffer", "DictBufferStore", "Meter", "Reservation", "buffer_nbytes", "flat"]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -41,6 +41,20 @@ def buffer_nbytes(buffer: Buffer | DeviceBuffer) -> int:
     (3, 5)
     """
     return buffer.nbytes if isinstance(buffer, DeviceBuffer) else memoryview(buffer).nbytes
+
+
+def flat(buffer: Buffer) -> memoryview:
+    """View a buffer of any shape as bytes.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> flat(np.ones((2, 3)).data).shape, flat(np.ones((0, 3)).data).shape
+    ((48,), (0,))
+    """
+    view = memoryview(buffer)
+    # A view without elements cannot be cast.
+    return view.cast("B") if view.nbytes else memoryview(b"")
 
 
 class Reservation(Protocol):

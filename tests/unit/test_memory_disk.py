@@ -10,15 +10,20 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from dask_gpurt.errors import CorruptDataError, SpillError
 from dask_gpurt.memory import disk
 from dask_gpurt.memory.blocks import HUGE_PAGE_NBYTES, SLAB_NBYTES_MIN, BlockPool, size_class
 from dask_gpurt.memory.disk import IDLE_FILE_NBYTES_MIN, SpillFolder, remove_leftovers
+from dask_gpurt.memory.lower import DiskStore
+from dask_gpurt.memory.packing import Meter, Packer
 from dask_gpurt.memory.store import Buffer
+from dask_gpurt.topology import Rate
 
 FRAMES: list[Buffer] = [b"small", b"", np.arange(100_000, dtype="u1").data, np.arange(300_000.0).data]
 
@@ -47,6 +52,18 @@ def test_round_trip(folder: SpillFolder) -> None:
     folder.decay()
     folder.decay()
     assert os.listdir(folder.path) == []
+
+
+@pytest.mark.parametrize(
+    "value", [np.empty((0, 4)), np.empty((3, 0), order="F"), np.empty((0,), dtype="datetime64[ns]")]
+)
+def test_arrays_without_elements(folder: SpillFolder, value: np.ndarray[Any, Any]) -> None:
+    packer = Packer(Meter(Rate(0.0, 1e6)), folder._pool.lease)
+    for store in (DiskStore(folder), DiskStore(folder, packer)):
+        found: Any = store.store("x", value).load()
+        assert (found.shape, found.dtype) == (value.shape, value.dtype)
+    frame = pd.DataFrame({"x": value.reshape(-1), "text": pd.Series([], dtype="str")})
+    pd.testing.assert_frame_equal(DiskStore(folder).store("x", frame).load(), frame)
 
 
 def test_many_frames_take_several_calls(folder: SpillFolder) -> None:

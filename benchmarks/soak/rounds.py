@@ -1,0 +1,136 @@
+"""Rounds of random jobs on a real cluster.
+
+Each round runs a program of arrays and one of frames at a time, from two threads of the client, on two worker processes whose HOST tier
+has a quarter of what the programs hold at their peak, and compares all answers. Then everything is dropped, the workers are
+waited for until they have forgotten it, and their books must be empty: no byte held or reserved in any tier. After each round the figures of
+:mod:`benchmarks.soak.growth` are taken of each worker and of the process of client and scheduler.
+
+A round depends on nothing but the seed and its number.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NoAnswerError
+from typing import Any
+
+import numpy as np
+import psutil
+from distributed import Client
+
+from benchmarks.contest import dropping
+from benchmarks.frame import BrokenRunError, WrongAnswerError
+from benchmarks.soak.jobs import MismatchError, array_program, frame_program
+
+__all__ = ["HOST_LIMIT_NBYTES", "MEMORY_LIMIT_NBYTES", "WORKERS", "run_round"]
+
+WORKERS = 2
+
+#: Of the arrays, which have 12 MB each then, and of the frames, which have about 10 MB.
+SIDE, ROWS = 1_250, 200_000
+
+#: The programs hold four arrays and three frames, some 80 MB, and what operations make on their way to the next one; each
+#: of the two workers may have so much in memory.
+HOST_LIMIT_NBYTES = 10_000_000
+
+#: Of a worker: enough for what is no data, so that the limit above is what counts.
+MEMORY_LIMIT_NBYTES = 3 * 2**29
+
+#: A round that takes longer hangs: many times what one takes on two busy cores.
+ROUND_LIMIT_S = 240.0
+
+#: What is removed late, by threads, is waited for so long.
+SETTLE_LIMIT_S = 30.0
+
+
+def run_round(client: Client, seed: int, number: int) -> dict[str, dict[str, float]]:
+    """Run one round; return the figures of all processes at its end.
+
+    Raises
+    ------
+    WrongAnswerError
+        If a collection is not what it should be.
+    BrokenRunError
+        If the round does not end, or leaves something behind.
+    """
+    name = f"round {number} of seed {seed}"
+    with dropping(client), client.as_current():
+        programs: tuple[tuple[Callable[[Any, int], None], int], ...] = ((array_program, SIDE), (frame_program, ROWS))
+        threads = ThreadPoolExecutor(len(programs), thread_name_prefix="soak")
+        running = [
+            threads.submit(program, np.random.default_rng([seed, number, size]), size) for program, size in programs
+        ]
+        deadline = time.monotonic() + ROUND_LIMIT_S
+        try:
+            for program in running:
+                program.result(max(0.0, deadline - time.monotonic()))
+        except MismatchError as error:
+            raise WrongAnswerError(f"{name}: {error}") from error
+        except NoAnswerError as error:
+            raise BrokenRunError(f"{name} did not end within {ROUND_LIMIT_S:g} s: {_state(client)}") from error
+        finally:
+            # The threads of a round that hangs end with the process.
+            threads.shutdown(wait=False, cancel_futures=True)
+        del running
+    return _figures(client, name)
+
+
+def _figures(client: Client, name: str) -> dict[str, dict[str, float]]:
+    deadline = time.monotonic() + SETTLE_LIMIT_S
+    while left := {address: books for address, books in client.run(_books).items() if any(books.values())}:
+        if time.monotonic() > deadline:
+            raise BrokenRunError(f"{name}: nothing is wanted any more, and the workers hold {left}")
+        time.sleep(0.05)
+    gc.collect()
+    workers = client.run(_measure)
+    here = {figure: value for figure, value in _measure_process().items() if figure != "files"}
+    return {f"worker {number}": workers[address] for number, address in enumerate(sorted(workers))} | {"client": here}
+
+
+def _state(client: Client) -> Mapping[str, object]:
+    calls = client.call_stack()
+    return {"processing": client.processing(), "calls": {w: list(tasks) for w, tasks in calls.items()}}
+
+
+def _books(dask_worker: Any) -> dict[str, int]:
+    figures = dask_worker.extensions["gpurt"].memory.metrics()
+    return {name: value for name, value in figures.items() if name.endswith(("_held_nbytes", "_reserved_nbytes"))}
+
+
+def spilled_nbytes(client: Client) -> int:
+    """Return the bytes that all workers have written so far."""
+    return sum(client.run(_written).values())
+
+
+def _written(dask_worker: Any) -> int:
+    nbytes: int = dask_worker.extensions["gpurt"].memory.metrics()["host_written_nbytes"]
+    return nbytes
+
+
+def _measure(dask_worker: Any) -> dict[str, float]:
+    gc.collect()
+    files = [os.path.join(folder, name) for folder, _, names in os.walk(dask_worker.local_directory) for name in names]
+    # Those that wait for their next copy are bounded by what was in use at a time, and no sign of a leak.
+    idle = dask_worker.extensions["gpurt"].memory.metrics()["disk_idle_files"]
+    return {**_measure_process(), "files": len(files) - idle, "file_nbytes": sum(map(_size, files))}
+
+
+def _measure_process() -> dict[str, float]:
+    process = psutil.Process()
+    with process.oneshot():
+        return {
+            "rss_nbytes": process.memory_info().rss,
+            "descriptors": process.num_fds(),
+            "threads": process.num_threads(),
+        }
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_blocks * 512
+    except FileNotFoundError:
+        return 0  # it was removed in this moment
