@@ -381,6 +381,14 @@ def set_worker_store(worker: Any, store: MutableMapping[Any, Any]) -> None:
     worker.state.data = store
 
 
+def is_chosen_store(store: Any) -> bool:
+    """Whether somebody has chosen a store of their own for a worker, rather than Dask or dask-cuda one of theirs."""
+    from distributed.spill import SpillBuffer
+
+    theirs = (cls.__module__.partition(".")[0] == "dask_cuda" for cls in type(store).__mro__)
+    return type(store) is not dict and not isinstance(store, SpillBuffer) and not any(theirs)
+
+
 def stock_copy_below(store: Any, key: Any) -> bool:
     """Whether a stock store has ``key`` on disk and not in memory."""
     from distributed.spill import SpillBuffer

@@ -354,6 +354,10 @@ class MemoryManager:
         store = seams.worker_store(self._worker)
         if any(cls.__name__ == "ProxifyHostFile" for cls in type(store).__mro__):
             raise InstallError("dask-cuda's JIT unspilling is on (ProxifyHostFile); its proxies cannot be taken over")
+        if seams.is_chosen_store(store):
+            raise InstallError(
+                f"a {type(store).__name__} was chosen for the data of this worker, which is not taken away"
+            )
         hooks = seams.worker_hooks(self._worker)
         loop = asyncio.get_running_loop()
         parent = self._settings.directory or os.path.join(self._worker.local_directory, "gpurt")

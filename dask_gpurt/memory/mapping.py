@@ -10,6 +10,7 @@ While a peer is being served, some keys are answered with their copy below, as i
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ from dask_gpurt.memory.lower import RawName
 from dask_gpurt.memory.mover import Mover
 
 __all__ = ["Ruined", "RuinedForClient", "Spilled", "TieredMapping", "serving"]
+
+#: Part of what is in memory that goes, because the process is too large, before that is measured again.
+STEP_FRACTION = 1 / 16
 
 _serving: ContextVar[Mapping[Hashable, object] | None] = ContextVar("gpurt_serving", default=None)
 
@@ -108,6 +112,7 @@ class TieredMapping(MutableMapping[Hashable, object]):
         self._need = need
         self._announce = announce
         self._dropped = dropped
+        self._descent: asyncio.Task[None] | None = None
         #: Keys in the order in which they were put -> where they are.
         self._homes: dict[Hashable, Mover] = {}
         #: Keys whose value is lost for good -> why.
@@ -198,14 +203,29 @@ class TieredMapping(MutableMapping[Hashable, object]):
     def evict(self) -> int:
         """Move data out of memory because the process has become too large. Never raises, never blocks.
 
+        It goes in steps, after each of which the process is measured again, until it is below the mark or nothing more can go: a
+        value may take much more memory than it says.
+
         Returns
         -------
         int
             Bytes that are gone from memory already, or -1: what is under way takes its time, or nothing can go. The
             memory monitor leaves off then, and looks again a moment later.
         """
-        gone_nbytes = self._host.press(max(1, self._need()))
+        need_nbytes = max(1, self._need())
+        step_nbytes = self._step_nbytes()
+        gone_nbytes = self._host.press(min(need_nbytes, step_nbytes))
+        if need_nbytes > step_nbytes and (self._descent is None or self._descent.done()):
+            self._descent = asyncio.get_running_loop().create_task(self._descend(), name="gpurt-descent")
         return gone_nbytes or -1
+
+    async def _descend(self) -> None:
+        while (need_nbytes := self._need()) > 0:
+            if not await self._host.make_room(min(need_nbytes, self._step_nbytes())):
+                return
+
+    def _step_nbytes(self) -> int:
+        return max(1, int(self._host.ledger.held(self._host.tier) * STEP_FRACTION))
 
     @property
     def spilled_total(self) -> Spilled:

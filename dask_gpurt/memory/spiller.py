@@ -321,7 +321,10 @@ class Spiller:
         excess = self._excess() - self.leaving_nbytes
         if excess > 0 and self._worthwhile():
             before = len(instructions)
-            self._evict(excess, int((self.ledger.limit(self.upper) or 0) * BAND), instructions)
+            # A wish from outside is for so much, and no more.
+            over = self.ledger.wanted(self.upper) > 0
+            band = int((self.ledger.limit(self.upper) or 0) * BAND) if over else 0
+            self._evict(excess, band, instructions)
             self._fruitless = 0 if len(instructions) > before else self._fruitless + 1
             self._skip = min(self._fruitless, len(self.blocks) // 64)
         if not self.leaving_nbytes and self.ledger.wanted(self.upper) > 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import UserDict
 from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from clusters import WITHOUT_MONITOR, local_cluster
-from distributed import Client, wait
+from distributed import Client, Scheduler, Worker, wait
 from distributed.utils_test import gen_test
 from distributed.worker import get_data_from_worker
 
+import dask_gpurt
 from dask_gpurt.config import MemorySettings
 from dask_gpurt.errors import CorruptDataError, GpurtError, SpillError
 from dask_gpurt.memory.horizon import DYING, RECENT
@@ -438,3 +440,19 @@ def beside(dask_worker: Any = None) -> int:
     """Bytes of the process that are not data."""
     held = dask_worker.extensions["test-memory"].ledger.used(Tier.HOST)
     return int(dask_worker.monitor.get_process_memory() - held)
+
+
+@gen_test()
+async def test_a_store_that_was_chosen_for_a_worker_is_left_to_it() -> None:
+    async with (
+        Scheduler(host="127.0.0.1", dashboard_address="127.0.0.1:0") as scheduler,
+        Worker(scheduler.address, data=UserDict, dashboard_address="127.0.0.1:0") as worker,
+        Client(scheduler.address, asynchronous=True) as client,
+    ):
+        pending: Any = dask_gpurt.install(client)
+        answer = await pending
+        assert not answer.installed("memory")
+        assert "UserDict was chosen" in str(answer)
+        assert answer.installed("shuffle")
+        assert type(worker.data) is UserDict
+        assert await client.submit(sum, [1, 2]) == 3

@@ -831,20 +831,42 @@ def test_the_mapping_behaves_as_a_dict(tmp_path: Path) -> None:
 def test_the_memory_monitor_is_never_kept_spinning(tmp_path: Path) -> None:
     async def main() -> None:
         async with rig(tmp_path, limit=None) as r:
-            need = 2 * CHUNK
-            mapping = TieredMapping(r.mover, lambda: need)
+            mapping = TieredMapping(r.mover, lambda: r.held - 3 * CHUNK)
             for number in range(5):
                 mapping[number] = chunk(number)
             assert mapping.fast
             assert mapping.evict() == -1, "a write takes its time"
-            await r.mover.settle()
+            await descended(mapping)
             assert len(mapping.slow) == 2
             assert mapping.spilled_total.memory == 2 * CHUNK
             assert mapping.spilled_total.disk >= 2 * CHUNK
             r.mover.unpin(await r.mover.ensure(mapping.slow))
-            assert mapping.evict() == 2 * CHUNK, "clean copies are gone at once"
+            assert mapping.evict() == CHUNK, "clean copies are gone at once"
+            await descended(mapping)
+            assert len(mapping.slow) == 2
 
     run(main())
+
+
+@pytest.mark.parametrize(("least", "spilled"), [(14, 1), (8, 7), (0, 15)])
+def test_a_process_that_is_too_large_is_measured_while_values_go(tmp_path: Path, least: int, spilled: int) -> None:
+    async def main() -> None:
+        async with rig(tmp_path) as r:
+            # Each takes much more than it says.
+            mapping = TieredMapping(r.mover, lambda: 50_000_000 * (len(mapping.fast) - least))
+            for number in range(15):
+                mapping[number] = {number}
+            while len(mapping.fast) > least:
+                mapping.evict()
+                await descended(mapping)
+            assert len(mapping.slow) == spilled
+
+    run(main())
+
+
+async def descended(mapping: TieredMapping) -> None:
+    assert mapping._descent is not None
+    await mapping._descent
 
 
 def test_peers_are_served_the_copy_as_it_lies(tmp_path: Path) -> None:
