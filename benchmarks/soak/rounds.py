@@ -121,12 +121,21 @@ def _measure(dask_worker: Any) -> dict[str, float]:
 
 def _measure_process() -> dict[str, float]:
     process = psutil.Process()
-    with process.oneshot():
-        return {
-            "rss_nbytes": process.memory_info().rss,
-            "descriptors": process.num_fds(),
-            "threads": process.num_threads(),
-        }
+    opened = list(map(_target, os.listdir("/proc/self/fd")))
+    sockets = sum(target.startswith("socket:") for target in opened)
+    return {
+        "rss_nbytes": process.memory_info().rss,
+        "descriptors": len(opened) - sockets,
+        "sockets": sockets,
+        "threads": process.num_threads(),
+    }
+
+
+def _target(descriptor: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    except OSError:
+        return "closed"  # in this moment
 
 
 def _size(path: str) -> int:

@@ -23,6 +23,9 @@ __all__ = [
     "Event",
     "Grown",
     "Instruction",
+    "Move",
+    "MoveFailed",
+    "Moved",
     "Pinned",
     "Pressed",
     "Put",
@@ -31,6 +34,7 @@ __all__ = [
     "ReadFailed",
     "ReadPutOff",
     "RemoveCopy",
+    "Replace",
     "Retried",
     "Unpinned",
     "Wanted",
@@ -149,6 +153,23 @@ class WriteFailed:
 
 
 @dataclass(slots=True)
+class Moved:
+    """A copy of a copy is complete, in another tier below. It is to be removed again unless the answer is :class:`Replace`."""
+
+    name: Name
+    epoch: int
+    nbytes: int
+
+
+@dataclass(slots=True)
+class MoveFailed:
+    """A copy stays where it is."""
+
+    name: Name
+    epoch: int
+
+
+@dataclass(slots=True)
 class Pressed:
     """So many bytes should go whatever the limits say, for example because the process grows. 0: look again."""
 
@@ -173,6 +194,8 @@ Event = (
     | ReadPutOff
     | Written
     | WriteFailed
+    | Moved
+    | MoveFailed
     | Pressed
     | Retried
 )
@@ -210,4 +233,21 @@ class RemoveCopy:
     name: Name
 
 
-Instruction = Write | Read | Drop | RemoveCopy
+@dataclass(slots=True, frozen=True)
+class Move:
+    """Copy the copy below to another tier below; answer with Moved or MoveFailed."""
+
+    name: Name
+    #: Of this move alone.
+    epoch: int
+    tier: Tier
+
+
+@dataclass(slots=True, frozen=True)
+class Replace:
+    """Put the copy that has just been moved in the place of the one it was made of, and remove that."""
+
+    name: Name
+
+
+Instruction = Write | Read | Drop | RemoveCopy | Move | Replace

@@ -84,26 +84,35 @@ class Folder(Protocol):
 
 
 class _FrameCopy:
-    __slots__ = ("_header", "_kept", "_packed", "_store", "nbytes", "tier")
+    __slots__ = ("_kept", "_store", "header", "nbytes", "packed", "tier")
 
     def __init__(self, store: FrameStore, header: bytes | None, kept: _Kept, packed: Sequence[Packed]) -> None:
         self.tier = store.tier
         self.nbytes = kept.nbytes
+        self.header = header
+        self.packed = packed
         self._store = store
-        self._header = header
         self._kept = kept
-        self._packed = packed
 
     def load(self) -> object:
-        frames = self._read()
-        return frames if self._header is None else codec.decode(self._header, frames)
+        frames = self._unpacked()
+        return frames if self.header is None else codec.decode(self.header, frames)
 
     def frames(self) -> tuple[bytes, list[Any]] | None:
-        return None if self._header is None else (self._header, self._read())
+        return None if self.header is None else (self.header, self._unpacked())
 
-    def _read(self) -> list[Any]:
+    def read(self) -> list[memoryview]:
+        """The frames as they lie, checked."""
         try:
-            return self._store.unpack(self._kept.read(), self._packed)
+            return self._kept.read()
+        except SpillError:
+            self._store.distrusted = True
+            raise
+
+    def _unpacked(self) -> list[Any]:
+        frames = self.read()
+        try:
+            return self._store.unpack(frames, self.packed)
         except SpillError:
             self._store.distrusted = True
             raise
@@ -138,6 +147,23 @@ class FrameStore:
         packed: Sequence[Packed] = ()
         if self.packer is not None:
             frames, packed = self.packer.pack(kind_of(name, value, raw=raw), frames)
+        return _FrameCopy(self, header, self._keep(frames), packed)
+
+    def take_over(self, copy: Copy) -> Copy:
+        """Copy what another tier keeps, as it lies there.
+
+        Raises
+        ------
+        SpillError
+            If it cannot be read there, or not be written here.
+        TypeError
+            If it is not made of frames.
+        """
+        if not isinstance(copy, _FrameCopy):
+            raise TypeError(f"{copy!r} cannot be moved")
+        return _FrameCopy(self, copy.header, self._keep(copy.read()), copy.packed)
+
+    def _keep(self, frames: Sequence[Any]) -> _Kept:
         kept = self.folder.write(frames)
         if self.packer is not None:
             self.packer.wrote(kept.nbytes)
@@ -149,7 +175,7 @@ class FrameStore:
                     kept.remove()
                 raise
             self.distrusted = False
-        return _FrameCopy(self, header, kept, packed)
+        return kept
 
     def unpack(self, frames: Sequence[Buffer], packed: Sequence[Packed]) -> list[Any]:
         """Return frames as they were before they were compressed; raises CorruptDataError."""

@@ -97,6 +97,8 @@ DECAY_INTERVAL_S = 60.0
 ADAPT_INTERVAL_S = 0.2
 #: Part of its limit that HOST keeps however much of the process's memory is no data.
 LEAST_FRACTION = 1 / 8
+#: Of a value, as Dask's arrays and tables have it on average.
+TYPICAL_NBYTES = 2**24
 #: Slabs that may wait for their next use: part of the HOST limit, and bytes at most. They are memory that no key
 #: accounts for; where memory gets short, and when they have waited for a while, they go back to the system.
 IDLE_FRACTION = 1 / 2
@@ -372,7 +374,9 @@ class MemoryManager:
         horizon = self._horizon = WorkerHorizon(self._worker)
         self._watch = Watch(self._worker, self._tell)
         host = self._host = Mover(
-            Spiller(self.ledger, horizon, overflow=Tier.OBJECT if self._objects else None),
+            Spiller(
+                self.ledger, horizon, overflow=Tier.OBJECT if self._objects else None, dearness=self._object_dearness
+            ),
             DiskStore(self._folder, self._packer(Tier.DISK, self._folder)),
             loop,
             self._on_lost,
@@ -618,6 +622,13 @@ class MemoryManager:
         if self._objects is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._objects.renew)
 
+    def _object_dearness(self) -> float:
+        """How many times as long OBJECT takes as DISK, as far as that is known."""
+        if self._folder is None or self._objects is None:
+            return 1.0
+        there, here = (folder.meter.link.price(TYPICAL_NBYTES) for folder in (self._objects, self._folder))
+        return there / here
+
     def _packer(self, tier: Tier, folder: SpillFolder | ObjectFolder) -> Packer | None:
         if self._settings.compression == "off":
             return None
@@ -848,6 +859,7 @@ class MemoryManager:
                 f"{tier}_read_nbytes": mover.read_nbytes,
                 f"{tier}_dropped_unwritten_nbytes": mover.spiller.dropped_unwritten_nbytes,
                 f"{tier}_dropped_clean_nbytes": mover.spiller.dropped_clean_nbytes,
+                f"{tier}_moved_below_nbytes": mover.spiller.moved_nbytes,
                 f"{tier}_waits": mover.waits,
                 f"{tier}_write_failures": mover.write_failures,
                 f"{tier}_corrupt_blocks": mover.lost_blocks,

@@ -38,7 +38,7 @@ from dask_gpurt.errors import CorruptDataError, SpillError
 from dask_gpurt.memory import codec
 from dask_gpurt.memory import events as ev
 from dask_gpurt.memory.ledger import Reservation, Tier
-from dask_gpurt.memory.lower import Copy, Lower, RawName
+from dask_gpurt.memory.lower import Copy, FrameStore, Lower, RawName
 from dask_gpurt.memory.spiller import Spiller, State
 
 __all__ = ["Mover"]
@@ -93,7 +93,7 @@ class Mover:
         lost: Callable[[Hashable, Exception], None],
         *,
         threads: int = 2,
-        overflow: Lower | None = None,
+        overflow: FrameStore | None = None,
     ) -> None:
         self.spiller = spiller
         self.ledger = spiller.ledger
@@ -126,6 +126,8 @@ class Mover:
         #: Writes that have ended, and how, as long as nobody has taken note.
         self._answers: deque[tuple[_Write, Copy | Exception]] = deque()
         self._answered = threading.Event()
+        #: Copies of copies that have just arrived in the overflow.
+        self._arrived_below: dict[Hashable, Copy] = {}
         self._threads = ThreadPoolExecutor(threads, f"gpurt-{self.tier}-io", self._enlist)
         self._overflow_threads = ThreadPoolExecutor(OVERFLOW_THREADS, "gpurt-overflow-io", self._enlist)
         self._closed = False
@@ -352,22 +354,26 @@ class Mover:
         SpillError
             If it cannot be read; ``lost`` was told.
         """
-        with self._lock:
-            block = self.spiller.blocks.get(name)
-            copy = self._copies.get(name)
-            if block is None or copy is None or name in self._values or self._closed:
-                return None
-            epoch = block.epoch
-        try:
-            found: tuple[bytes, list[Any]] | None = await asyncio.wrap_future(self._submit(copy.tier, copy.frames))
-        except SpillError as error:
-            with self._acting() as garbage:
-                if not self.spiller.current(name, epoch):
+        while True:
+            with self._lock:
+                block = self.spiller.blocks.get(name)
+                copy = self._copies.get(name)
+                if block is None or copy is None or name in self._values or self._closed:
                     return None
-                if name in self.absent:
-                    self._handle(ev.Wanted(name), garbage, read=False)
-                    self._end_read(name, epoch, None, error, 0)
-            raise
+                epoch = block.epoch
+            try:
+                found: tuple[bytes, list[Any]] | None = await asyncio.wrap_future(self._submit(copy.tier, copy.frames))
+                break
+            except SpillError as error:
+                with self._acting() as garbage:
+                    if not self.spiller.current(name, epoch):
+                        return None
+                    if self._copies.get(name) is not copy:
+                        continue  # it has been moved
+                    if name in self.absent:
+                        self._handle(ev.Wanted(name), garbage, read=False)
+                        self._end_read(name, epoch, None, error, 0)
+                raise
         if found is not None:
             self.read_nbytes += copy.nbytes
         return found
@@ -487,8 +493,12 @@ class Mover:
                 if read or name != getattr(event, "name", None):
                     copy = self._copies.get(name)
                     self._submit(None if copy is None else copy.tier, self._read, name, instruction.epoch, copy)
+            elif isinstance(instruction, ev.Move):
+                self._submit(instruction.tier, self._move, name, instruction.epoch, self._copies[name])
             else:
                 copy = self._copies.pop(name, None)
+                if isinstance(instruction, ev.Replace):
+                    self._copies[name] = self._arrived_below.pop(name)
                 if copy is not None and not self._closed:
                     self._submit(copy.tier, self._remove, copy)
 
@@ -611,6 +621,32 @@ class Mover:
         self._retry = None
         with self._acting() as garbage:
             self._handle(ev.Retried(), garbage)
+
+    def _move(self, name: Hashable, epoch: int, copy: Copy) -> None:
+        assert self.overflow is not None
+        try:
+            moved = self.overflow.take_over(copy)
+        except (SpillError, TypeError) as error:
+            logger.debug("%r stays in %s: %s", name, copy.tier, error)
+            self._call(self._end_move, name, epoch, None, 0)
+        else:
+            self._call(self._end_move, name, epoch, moved, copy.nbytes)
+
+    def _end_move(self, name: Hashable, epoch: int, moved: Copy | None, read_nbytes: int) -> None:
+        self.read_nbytes += read_nbytes
+        if moved is not None:
+            self.written_nbytes += moved.nbytes
+        with self._acting() as garbage:
+            if self.spiller.moving(name, epoch):
+                if moved is None:
+                    self._handle(ev.MoveFailed(name, epoch), garbage)
+                else:
+                    self._arrived_below[name] = moved
+                    self._handle(ev.Moved(name, epoch, moved.nbytes), garbage)
+                    moved = self._arrived_below.pop(name, None)
+        if moved is not None:
+            # It is not wanted there any more.
+            self._submit(moved.tier, self._remove, moved)
 
     def _read(self, name: Hashable, epoch: int, copy: Copy | None) -> None:
         try:

@@ -17,6 +17,8 @@ idle       0      1       it may never be read again
 dying      0      0       it is dropped and never written
 =========  =====  ======  ====================================
 
+Where the copy lies, or would go, in a tier that is dearer than the first one below, the bytes count as many times more.
+
 Idle blocks have no distance. They go before all that are known to be needed, free ones first, then the most recently
 used: what cycles through data larger than the tier (k-means over a persisted array) finds part of it that way, where
 the least recently used order finds nothing. Of equals the larger goes first: fewer operations.
@@ -60,10 +62,12 @@ class Candidate(NamedTuple):
     use: Use
     #: Higher: used more recently.
     recency: int
+    #: How many times as dear its bytes are below as those of the first tier there.
+    dearness: float = 1.0
 
 
 def cost_per_byte(candidate: Candidate) -> float:
-    """Bytes moved per byte freed, by the table above.
+    """Bytes moved per byte freed, by the table above, in bytes of the first tier below.
 
     Examples
     --------
@@ -71,11 +75,14 @@ def cost_per_byte(candidate: Candidate) -> float:
     2.0
     >>> cost_per_byte(Candidate(("x",), 8, 0, Use(Kind.IDLE), 0))
     0.0
+    >>> cost_per_byte(Candidate(("x",), 8, 0, Use(Kind.NEXT, 3), 0, dearness=10.0))
+    10.0
     """
     if candidate.use.kind is Kind.DYING:
         return 0.0
     write = candidate.dirty_nbytes / max(1, candidate.nbytes)
-    return write + 1.0 if candidate.use.kind is Kind.NEXT else write
+    read = 1.0 if candidate.use.kind is Kind.NEXT else 0.0
+    return (write + read) * candidate.dearness
 
 
 def _key(candidate: Candidate) -> tuple[float, ...]:

@@ -25,7 +25,11 @@ What cannot happen: a block is in memory and not in the ledger, or the other way
 block without a copy is dropped (unless it is dying); two operations run on one block at a time.
 
 There may be two tiers below. A block goes to the first of them as long as that has room for it, if need be by removing
-copies of what is in memory, and to the *overflow* when it has none, or when it is blocked. It never moves between them.
+copies of what is in memory, and to the *overflow* when it has none, or when it is blocked. What lies in the overflow, or would
+go there, is dearer (``dearness``) to the policy. Where a block that will be needed finds the first tier almost full, copies there
+that nobody is known to need are *moved* to the overflow: that saves a read and a write of the overflow later, for a read and
+a write of the first tier and a write of the overflow now, which pays from :data:`DEARNESS_MIN` on. A block whose copy is moved stays
+SPILLED; when it is wanted meanwhile, the copy of the copy is thrown away. Nothing is moved up: it is read once either way.
 
 When nothing more can be moved, and nothing is on its way, the oldest waiting request is forced through. When a write
 fails for the sake of a tier below, nothing is written there (it is ``blocked``) until the shell says :class:`Retried`.
@@ -62,6 +66,14 @@ class State(enum.Enum):
     READING = "reading"
 
 
+#: So many times as dear as the first tier below the overflow has to be for a copy to be moved there to make room: with d for that,
+#: the block that needs the room costs 2 there, and not 2 d; the move costs 1 + d.
+DEARNESS_MIN = 3.0
+
+#: Part of the limit of the first tier below that such moves keep free, and moves at a time.
+ROOM_BELOW = 1 / 16
+MOVES_MAX = 2
+
 _IN_MEMORY = (State.RESIDENT, State.WRITING, State.CLEAN)
 
 
@@ -90,6 +102,11 @@ class Block:
     unwritable: bool = False
     #: Pays for a copy under way, or for a read under way.
     reservation: Reservation | None = None
+    #: Pays for the copy of the copy that is under way to the overflow, and which move that is.
+    fare: Reservation | None = None
+    move_epoch: int = 0
+    #: The copy cannot be moved.
+    unmovable: bool = False
 
 
 class Spiller:
@@ -105,6 +122,8 @@ class Spiller:
         The two tiers. A lower tier of None: whoever keeps the copies counts them.
     overflow
         Where copies go that the lower tier has no room for, or does not take; None: nowhere.
+    dearness
+        Says how many times as dear a byte is that goes to the overflow, or comes from there, as one of the lower tier.
     writes_max
         Writes under way at a time. Further ones are started as these complete, so that they are chosen late.
     """
@@ -117,6 +136,7 @@ class Spiller:
         upper: Tier = Tier.HOST,
         lower: Tier | None = Tier.DISK,
         overflow: Tier | None = None,
+        dearness: Callable[[], float] = lambda: 1.0,
         writes_max: int = 4,
     ) -> None:
         self.ledger = ledger
@@ -125,6 +145,7 @@ class Spiller:
         self.lower = lower
         self.overflow = overflow
         self._below: tuple[Tier | None, ...] = (lower,) if overflow is None else (lower, overflow)
+        self._dearness = dearness
         self.writes_max = writes_max
         #: Name -> block.
         self.blocks: dict[Hashable, Block] = {}
@@ -138,13 +159,20 @@ class Spiller:
         #: Bytes that were dropped without ever having been written, and those whose older copy was still good.
         self.dropped_unwritten_nbytes = 0
         self.dropped_clean_nbytes = 0
+        #: Bytes that were moved to the overflow.
+        self.moved_nbytes = 0
         #: Bytes of buffers that have left ``upper``, for whatever reason.
         self.freed_nbytes = 0
         #: Bytes that are expected to become free when what is being written has been.
         self.leaving_nbytes = 0
         self._sharing: dict[Hashable, set[Hashable]] = {}
         self._writing = 0
+        self._moves = 0
+        #: Blocks that will be needed and found the tier below almost full, until it is looked again for what could be moved.
+        self._look_below = 0
         self._pressed_nbytes = 0
+        #: What the dearness was when blocks were looked at last.
+        self._dear = 1.0
         #: Searches since the last one that found something, and events until the next one.
         self._fruitless = 0
         self._skip = 0
@@ -162,6 +190,8 @@ class Spiller:
             ev.ReadPutOff: self._read_put_off,
             ev.Written: self._written,
             ev.WriteFailed: self._write_failed,
+            ev.Moved: self._moved,
+            ev.MoveFailed: self._move_failed,
             ev.Pressed: self._pressed,
             ev.Retried: self._retried,
         }
@@ -190,6 +220,11 @@ class Spiller:
         """Whether ``name`` still means the block that an operation was begun for."""
         block = self.blocks.get(name)
         return block is not None and block.epoch == epoch
+
+    def moving(self, name: Hashable, epoch: int) -> bool:
+        """Whether the copy of ``name`` is still wanted where the move ``epoch`` brings it."""
+        block = self.blocks.get(name)
+        return block is not None and block.fare is not None and block.move_epoch == epoch
 
     @property
     def busy(self) -> bool:
@@ -301,6 +336,25 @@ class Spiller:
             self.blocked.add(block.tier)
         block.tier = None
 
+    def _moved(self, event: ev.Moved, instructions: list[ev.Instruction]) -> None:
+        block = self.blocks[event.name]
+        self._end_move(block)
+        if block.state is not State.SPILLED:
+            # It is being read, from where it was.
+            return
+        assert block.tier is not None, block
+        self.ledger.drop(block.tier, (self.upper, block.epoch))
+        self.absent_copy_nbytes += event.nbytes - block.copy_nbytes
+        block.tier, block.copy_nbytes = self.overflow, event.nbytes
+        self._hold_copy(block)
+        self.moved_nbytes += event.nbytes
+        instructions.append(ev.Replace(block.name))
+
+    def _move_failed(self, event: ev.MoveFailed, instructions: list[ev.Instruction]) -> None:  # noqa: ARG002
+        block = self.blocks[event.name]
+        self._end_move(block)
+        block.unmovable = True
+
     def _pressed(self, event: ev.Pressed, instructions: list[ev.Instruction]) -> None:  # noqa: ARG002
         self._pressed_nbytes = max(self._pressed_nbytes, event.nbytes)
         if event.nbytes:
@@ -365,6 +419,8 @@ class Spiller:
                 share = -(-candidate.nbytes // len(dirty))
                 if not all(self._begin_write(block, share, instructions) for block in dirty):
                     continue
+                if self.overflow is not None and candidate.use.kind is Kind.NEXT:
+                    self._make_room_below(self.overflow, candidate.nbytes, instructions)
             for block in blocks:
                 if block.state is State.CLEAN:
                     self.dropped_clean_nbytes += block.nbytes
@@ -386,6 +442,7 @@ class Spiller:
                     groups.append(blocks)
                     firsts.extend(names)
         uses = iter(self.horizon.uses(firsts))
+        self._dear = 1.0 if self.overflow is None else max(1.0, self._dearness())
         return [self._candidate(blocks, list(itertools.islice(uses, len(blocks)))) for blocks in groups]
 
     def _candidate(self, blocks: list[Block], uses: list[Use]) -> Candidate:
@@ -393,7 +450,8 @@ class Spiller:
             # Most are, and this is done for all blocks, for each that is moved away.
             (block,) = blocks
             dirty_nbytes = block.nbytes if block.state is State.RESIDENT else 0
-            return Candidate((block.name,), block.buffer_nbytes, dirty_nbytes, uses[0], block.recency)
+            dearness = 1.0 if self._dear == 1.0 else self._dearness_of(block)
+            return Candidate((block.name,), block.buffer_nbytes, dirty_nbytes, uses[0], block.recency, dearness)
         return Candidate(
             tuple(b.name for b in blocks),
             blocks[0].buffer_nbytes,
@@ -401,7 +459,68 @@ class Spiller:
             # Dying only if all are, needed as soon as the first is.
             max(uses, key=lambda use: (use.kind, -use.distance)),
             max(b.recency for b in blocks),
+            1.0 if self._dear == 1.0 else max(self._dearness_of(b) for b in blocks),
         )
+
+    def _dearness_of(self, block: Block) -> float:
+        if block.state is State.CLEAN:
+            return self._dear if block.tier is self.overflow else 1.0
+        assert self.lower is not None
+        no_room = self.lower in self.blocked or self._free_below() < block.nbytes
+        return self._dear if no_room else 1.0
+
+    def _free_below(self) -> float:
+        """Bytes that the first tier below has room for."""
+        if self.lower is None or self.ledger.limit(self.lower) is None:
+            return float("inf")
+        return -self.ledger.wanted(self.lower)
+
+    def _make_room_below(self, overflow: Tier, nbytes: int, instructions: list[ev.Instruction]) -> None:
+        """Move copies that nobody is known to need to the overflow, where the first tier below is almost full, and that pays.
+
+        The next block is expected to have ``nbytes``.
+        """
+        lower = self.lower
+        assert lower is not None
+        limit = self.ledger.limit(lower)
+        if limit is None or self._moves >= MOVES_MAX or overflow in self.blocked:
+            return
+        lacking = max(nbytes, limit * ROOM_BELOW) - self._free_below()
+        if lacking <= 0:
+            return
+        self._look_below -= 1
+        if self._look_below >= 0 or self._dear <= DEARNESS_MIN:
+            return
+        candidates = [
+            block
+            for block in map(self.blocks.__getitem__, self.absent)
+            if block.state is State.SPILLED
+            and block.tier is lower
+            and block.copy_nbytes
+            and block.fare is None
+            and not (block.pins or block.unmovable)
+        ]
+        uses = self.horizon.uses([block.name for block in candidates])
+        idle = [block for block, use in zip(candidates, uses, strict=True) if use.kind is Kind.IDLE]
+        for block in sorted(idle, key=lambda block: -block.recency):
+            if lacking <= 0 or self._moves >= MOVES_MAX:
+                break
+            fare = self.ledger.try_reserve(overflow, block.copy_nbytes)
+            if fare is None:
+                continue
+            block.fare, block.move_epoch = fare, next(self._clock)
+            self._moves += 1
+            lacking -= block.copy_nbytes
+            instructions.append(ev.Move(block.name, block.move_epoch, overflow))
+        if not self._moves:
+            # All of them were looked at in vain; not again for each block.
+            self._look_below = len(candidates) // 16
+
+    def _end_move(self, block: Block) -> None:
+        if block.fare is not None:
+            self._moves -= 1
+            block.fare.release()
+            block.fare = None
 
     def _begin_write(self, block: Block, leaving_nbytes: int, instructions: list[ev.Instruction]) -> bool:
         for tier in self._below:
@@ -507,6 +626,7 @@ class Spiller:
             self.ledger.hold(block.tier, (self.upper, block.epoch), block.copy_nbytes)
 
     def _remove_copy(self, block: Block, instructions: list[ev.Instruction]) -> None:
+        self._end_move(block)
         if block.tier is not None:
             self.ledger.drop(block.tier, (self.upper, block.epoch))
         block.copy_nbytes = 0

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from dask_gpurt.memory import events as ev
 from dask_gpurt.memory.horizon import DYING, IDLE, RUNNING, Kind, Use
 from dask_gpurt.memory.ledger import Ledger, Reservation, Tier
-from dask_gpurt.memory.spiller import Spiller, State
+from dask_gpurt.memory.spiller import DEARNESS_MIN, MOVES_MAX, Spiller, State
 
 LIMIT = 100
 DISK_LIMIT = 150
@@ -38,7 +38,12 @@ class Shell(RuleBasedStateMachine):
         super().__init__()
         self.oracle = Oracle()
         self.ledger = Ledger({Tier.HOST: LIMIT, Tier.DISK: DISK_LIMIT, Tier.OBJECT: OBJECT_LIMIT})
-        self.spiller = Spiller(self.ledger, self.oracle, overflow=self.overflow, writes_max=2)
+        self.spiller = Spiller(
+            self.ledger, self.oracle, overflow=self.overflow, dearness=lambda: self.dearness, writes_max=2
+        )
+        self.dearness = 10.0
+        #: Copies of copies under way, by the moves that make them; not all of them are wanted any more.
+        self.moves: dict[int, Hashable] = {}
         self.memory: dict[Hashable, tuple[Hashable, int]] = {}
         #: Copies below, and in which tier they are.
         self.disk: dict[Hashable, int] = {}
@@ -82,6 +87,19 @@ class Shell(RuleBasedStateMachine):
                     assert instruction.tier not in self.spiller.blocked
                     self.tiers[name] = instruction.tier
                     self.writing[name] = instruction.epoch
+                case ev.Move():
+                    assert self.dearness > DEARNESS_MIN
+                    assert instruction.tier is self.overflow
+                    assert self.tiers[name] is Tier.DISK
+                    assert name in self.disk
+                    assert name not in self.memory
+                    assert self.spiller.blocks[name].state is State.SPILLED
+                    assert self.oracle.known.get(name, IDLE) is IDLE, "it will be needed"
+                    self.moves[instruction.epoch] = name
+                case ev.Replace():
+                    assert isinstance(event, ev.Moved)
+                    assert name not in self.reading, "somebody reads it"
+                    self.tiers[name] = self.overflow
                 case ev.Read():
                     assert name not in self.memory
                     self.reading[name] = instruction.epoch
@@ -190,6 +208,24 @@ class Shell(RuleBasedStateMachine):
             self.handle(ev.ReadFailed(name, epoch))
             assert name not in self.spiller.blocks
 
+    @precondition(lambda self: self.moves)
+    @rule(ok=st.booleans(), data=st.data())
+    def end_move(self, ok: bool, data: st.DataObject) -> None:
+        epoch = data.draw(st.sampled_from(sorted(self.moves)))
+        name = self.moves.pop(epoch)
+        if not self.spiller.moving(name, epoch):
+            return
+        if ok:
+            self.handle(ev.Moved(name, epoch, self.disk[name]))
+            assert self.spiller.blocks[name].state is not State.SPILLED or self.tiers[name] is self.overflow
+        else:
+            self.handle(ev.MoveFailed(name, epoch))
+            assert self.tiers[name] is Tier.DISK
+
+    @rule(dearness=st.sampled_from([0.5, 1.0, DEARNESS_MIN, 10.0]))
+    def learn(self, dearness: float) -> None:
+        self.dearness = dearness
+
     @rule(nbytes=st.integers(0, 120))
     def press(self, nbytes: int) -> None:
         self.handle(ev.Pressed(nbytes))
@@ -226,6 +262,9 @@ class Shell(RuleBasedStateMachine):
     def writes_are_bounded(self) -> None:
         current = [n for n, e in self.writing.items() if self.spiller.current(n, e)]
         assert self.spiller.busy == bool(current)
+        moving = [name for epoch, name in self.moves.items() if self.spiller.moving(name, epoch)]
+        assert len(moving) == self.spiller._moves <= MOVES_MAX
+        assert self.ledger.reserved(Tier.OBJECT) >= sum(self.disk[name] for name in moving)
 
     @invariant()
     def over_the_limit_only_if_nothing_can_go(self) -> None:
@@ -247,6 +286,51 @@ class Shell(RuleBasedStateMachine):
         if waiting and not self.writing and not self.granted:
             self.handle(ev.Retried())
             assert self.granted or self.writing
+
+
+def test_what_nobody_needs_makes_room_below_for_what_will_be_needed() -> None:
+    """A working set between memory and a disk that is full of data which a client holds."""
+
+    def moved_through_the_overflow(dearness: float) -> tuple[int, int]:
+        oracle = Oracle()
+        ledger = Ledger({Tier.HOST: 40, Tier.DISK: 64, Tier.OBJECT: 1000})
+        spiller = Spiller(ledger, oracle, overflow=Tier.OBJECT, dearness=lambda: dearness)
+        through = 0
+
+        def handle(event: ev.Event) -> None:
+            nonlocal through
+            for instruction in spiller.handle(event):
+                name = instruction.name
+                block = spiller.blocks.get(name)
+                match instruction:
+                    case ev.Write(epoch=epoch, tier=tier):
+                        through += 10 * (tier is Tier.OBJECT)
+                        handle(ev.Written(name, epoch, 10))
+                    case ev.Read(epoch=epoch):
+                        assert block is not None
+                        through += 10 * (block.tier is Tier.OBJECT)
+                        handle(ev.Raised(name, epoch, object(), 10))
+                    case ev.Move(epoch=epoch):
+                        through += 10
+                        handle(ev.Moved(name, epoch, 10))
+
+        for name in range(10):
+            handle(ev.Put(name, object(), 10, 10))
+        for name in range(100, 106):
+            oracle.known[name] = Use(Kind.NEXT, float(name - 100))
+            handle(ev.Put(name, object(), 10, 10))
+        for turn in range(60):
+            name = 100 + turn % 6
+            for other in range(100, 106):
+                oracle.known[other] = Use(Kind.NEXT, float((other - name) % 6))
+            handle(ev.Wanted(name))
+        return through, spiller.moved_nbytes
+
+    stays, none_moved = moved_through_the_overflow(1.0)
+    moves, moved_nbytes = moved_through_the_overflow(10.0)
+    assert none_moved == 0
+    assert moved_nbytes > 0
+    assert moves < stays
 
 
 class OverflowingShell(Shell):

@@ -941,3 +941,139 @@ def test_footprints() -> None:
 def test_errors_of_the_disk_are_not_taken_for_errors_of_the_value() -> None:
     assert issubclass(CorruptDataError, SpillError)
     assert issubclass(SpillError, OSError)
+
+
+# Moves from one tier below to the other
+
+
+async def crowded(r: Rig) -> None:
+    """Fill memory with what will be needed, and the disk with what a client holds."""
+    for number in range(6):
+        r.horizon.known[number] = IDLE
+    await filled(r, 6)
+    for number in range(10, 14):
+        r.horizon.known[number] = Use(Kind.NEXT, float(number))
+    r.mover.spiller._dearness = lambda: 10.0
+
+
+async def needed(r: Rig) -> None:
+    for number in range(10, 14):
+        r.mover.put(number, chunk(number))
+        await r.mover.settle()
+
+
+def where(r: Rig, name: Hashable) -> Tier | None:
+    copy = r.mover.copy_of(name)
+    return None if copy is None else copy.tier
+
+
+def test_what_nobody_needs_goes_from_disk_to_the_overflow(tmp_path: Path, url: str) -> None:
+    async def main() -> None:
+        async with rig(tmp_path, disk=4 * CHUNK, url=url) as r:
+            await crowded(r)
+            await needed(r)
+            assert r.mover.spiller.moved_nbytes > 0
+            ledger = r.mover.ledger
+            assert ledger.held(Tier.OBJECT) == sum(c.nbytes for c in r.mover._copies.values() if c.tier is Tier.OBJECT)
+            assert ledger.held(Tier.DISK) == sum(c.nbytes for c in r.mover._copies.values() if c.tier is Tier.DISK)
+            assert ledger.reserved(Tier.OBJECT) == 0
+            # One may have come before there was room.
+            assert sum(where(r, number) is Tier.OBJECT for number in range(10, 14)) <= 1
+            for name in [*range(6), *range(10, 14)]:
+                np.testing.assert_array_equal(np.asarray(r.mover.get(name)), chunk(name))
+            assert r.lost == []
+
+    run(main())
+
+
+@pytest.mark.parametrize("meanwhile", ["get", "delete", "frames", "put"])
+def test_a_block_that_is_wanted_while_it_is_moved(tmp_path: Path, url: str, meanwhile: str) -> None:
+    async def main() -> None:
+        async with rig(tmp_path, disk=4 * CHUNK, url=url) as r:
+            await crowded(r)
+            begun, go_on = threading.Event(), threading.Event()
+            overflow: Any = r.mover.overflow
+            take_over = overflow.take_over
+
+            def slowly(copy: Any) -> Any:
+                begun.set()
+                assert go_on.wait(30)
+                return take_over(copy)
+
+            overflow.take_over = slowly
+            for number in range(10, 14):
+                r.mover.put(number, chunk(number))
+                await asyncio.sleep(0)
+            await asyncio.to_thread(begun.wait, 30)
+            name = next(n for n, block in r.mover.spiller.blocks.items() if block.fare is not None)
+            assert isinstance(name, int)
+            expected = chunk(name)
+            if meanwhile == "get":
+                np.testing.assert_array_equal(np.asarray(r.mover.get(name)), expected)
+            elif meanwhile == "delete":
+                r.mover.delete(name)
+            elif meanwhile == "put":
+                r.mover.put(name, expected)
+            else:
+                # The copy is read, slowly, from where it was, which is gone when it comes to that.
+                copy: Any = r.mover.copy_of(name)
+                overflow.take_over = take_over
+                frames = copy.frames
+
+                def after_the_move() -> Any:
+                    go_on.set()
+                    assert gone.wait(30)
+                    return frames()
+
+                gone = threading.Event()
+                folder_remove = r.folder.remove
+
+                def removing(copy: Any) -> None:
+                    folder_remove(copy)
+                    gone.set()
+
+                r.folder.remove = removing  # type: ignore[method-assign]
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(
+                        type(copy), "frames", lambda self: after_the_move() if self is copy else _frames(self)
+                    )
+                    found = await r.mover.frames(name)
+                assert found is not None
+                assert where(r, name) is Tier.OBJECT
+                np.testing.assert_array_equal(np.asarray(codec.decode(*found)), expected)
+            go_on.set()
+            await r.mover.settle()
+            for number in [*range(6), *range(10, 14)]:
+                if number in r.mover:
+                    np.testing.assert_array_equal(np.asarray(r.mover.get(number)), chunk(number))
+            assert (name in r.mover) == (meanwhile != "delete")
+            await r.mover.settle()
+            kept = [copy for copy in r.mover._copies.values() if copy.tier is Tier.OBJECT]
+            assert len([path for path in MemoryFileSystem.store if path.endswith(".blk")]) == len(kept)
+            assert r.lost == []
+
+    run(main())
+
+
+def _frames(copy: Any) -> Any:
+    return copy.header, copy._unpacked()
+
+
+def test_a_copy_that_cannot_be_moved_stays(tmp_path: Path, url: str) -> None:
+    async def main() -> None:
+        async with rig(tmp_path, disk=4 * CHUNK, url=url) as r:
+            await crowded(r)
+
+            def refuse(copy: Any) -> Any:
+                raise SpillError(errno.EIO, f"{copy} is not taken")
+
+            overflow: Any = r.mover.overflow
+            overflow.take_over = refuse
+            await needed(r)
+            assert r.mover.spiller.moved_nbytes == 0
+            assert r.mover.spiller._moves == 0
+            assert any(block.unmovable for block in r.mover.spiller.blocks.values())
+            for name in [*range(6), *range(10, 14)]:
+                np.testing.assert_array_equal(np.asarray(r.mover.get(name)), chunk(name))
+
+    run(main())
