@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import dask
 import pytest
 from clusters import local_cluster
+from cuda_emulation import build
 from distributed import Client, LocalCluster
 from hypothesis import settings
 
@@ -21,7 +22,14 @@ if TYPE_CHECKING:
     from s3_server import S3Server
 
 #: Imported by tests, under its own name; to look for examples in it, pytest would import it once more under another.
-collect_ignore = ["clusters.py", "device_standin.py", "rmm_standin.py", "s3_server.py"]
+collect_ignore = [
+    "clusters.py",
+    "cuda_emulation.py",
+    "device_standin.py",
+    "emulated_cuda",
+    "rmm_standin.py",
+    "s3_server.py",
+]
 
 
 # How long an example takes says more about what else the machine does; each test has its own limit (pytest-timeout).
@@ -85,3 +93,13 @@ def s3() -> Iterator[S3Server]:
 
     with serving() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def emulated_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the emulated CUDA driver; see tests/emulated_cuda/README.md."""
+    if shutil.which("cc") is None:
+        pytest.skip("the emulated CUDA driver needs a C compiler (cc)")
+    folder = tmp_path_factory.mktemp("emulated-cuda")
+    build(folder)
+    return folder
