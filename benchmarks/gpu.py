@@ -25,7 +25,7 @@ from distributed import Client
 from benchmarks.contest import Bound
 from benchmarks.frame import Line, WrongAnswerError, line_of_pairs
 from benchmarks.tables import Fingerprint, Shuffle, fingerprint, numeric, ordered_futures
-from dask_gpurt.memory.device import device_total_nbytes
+from dask_gpurt.memory.cuda import Device
 from dask_gpurt.seams import split_axes
 from dask_gpurt.shuffle import bricks, tables
 
@@ -43,7 +43,7 @@ def _missing(modules: Sequence[str]) -> str | None:
     absent = [name for name in ("cupy", *modules) if importlib.util.find_spec(name) is None]
     if absent:
         return f"{', '.join(absent)} is not installed"
-    return "there is no CUDA device" if device_total_nbytes() is None else None
+    return "there is no CUDA device" if Device.find() is None else None
 
 
 def where_there_is_a_gpu(

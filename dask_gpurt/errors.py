@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "CorruptDataError", "GpurtError", "InstallError", "SeamError", "SpillError"]
+__all__ = [
+    "ConfigError",
+    "CorruptDataError",
+    "DeviceFullError",
+    "GpurtError",
+    "InstallError",
+    "SeamError",
+    "SpillError",
+]
 
 
 class GpurtError(Exception):
@@ -47,3 +55,7 @@ class SpillError(GpurtError, OSError):
 
 class CorruptDataError(SpillError):
     """Data read back from a lower tier is not what was written there."""
+
+
+class DeviceFullError(GpurtError, MemoryError):
+    """A device has no room for data that is to come back to it. The data stays below, and nothing is lost."""

@@ -529,6 +529,14 @@ def failure_event(key: Any, run_id: int, error: BaseException, stimulus_id: str)
     return ExecuteFailureEvent.from_exception(error, key=key, run_id=run_id, stimulus_id=stimulus_id)
 
 
+def failure_of(event: Any) -> BaseException | None:
+    """Return the error that a task failed with, if ``event`` says that it did."""
+    from distributed.worker_state_machine import ExecuteFailureEvent
+
+    error = event.exception.data if isinstance(event, ExecuteFailureEvent) else None
+    return error if isinstance(error, BaseException) else None
+
+
 # --- SHUFFLE: the data plane of distributed's p2p --------------------------------------------------------------------
 
 if TYPE_CHECKING:

@@ -20,9 +20,10 @@ from typing import Any
 
 from benchmarks.frame import BrokenRunError, turns
 from benchmarks.spilling.disk import Rates
-from dask_gpurt.memory.device import HostFrames
+from dask_gpurt.memory.cuda import Device
+from dask_gpurt.memory.device import device_mover, pinned_pool
 from dask_gpurt.memory.horizon import IDLE, Use
-from dask_gpurt.memory.ledger import Ledger, Tier
+from dask_gpurt.memory.ledger import Ledger
 from dask_gpurt.memory.lower import Copy
 from dask_gpurt.memory.mover import Mover
 from dask_gpurt.memory.spiller import Spiller
@@ -56,8 +57,11 @@ async def _measure(count: int, pairs: int) -> tuple[Rates, Rates]:
     loop = asyncio.get_running_loop()
     ledger = Ledger()
     host = Mover(Spiller(ledger, _KnowsNothing()), _NothingBelow(), loop, _lost)
-    spiller = Spiller(ledger, _KnowsNothing(), upper=Tier.DEVICE, lower=None)
-    device = Mover(spiller, HostFrames(host), loop, _lost, threads=1)
+    gpu = Device.find()
+    if gpu is None:
+        raise BrokenRunError("there is no CUDA device")
+    pool = pinned_pool(gpu, None)
+    device = device_mover(host, _KnowsNothing(), loop, _lost, device=gpu, lease=pool.lease)
     names = list(range(count))
     downs, ups = Rates(), Rates()
     raw = _Pinned(cupy)

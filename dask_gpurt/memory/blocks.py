@@ -12,8 +12,11 @@ wasted, and pages that a value does not reach are never touched. Slabs begin at 
 large ones at a huge page, which the kernel is asked for: memory that is touched for the first time is then three to five
 times as fast as with small pages.
 
+Where there is a GPU, slabs for what goes to it and comes from it are page-locked (:class:`~dask_gpurt.memory.cuda.Pinner`). That
+takes longer than any copy, so that to use a slab again is worth all the more: it stays locked until it goes back to the system.
+
 Covers: reuse, and its bound.
-Does not cover: how much may be in use, see :mod:`dask_gpurt.memory.ledger`; memory that is pinned for a GPU.
+Does not cover: how much may be in use, see :mod:`dask_gpurt.memory.ledger`.
 
 Thread-safe. A slab may return at any moment, also from within a garbage collection while the pool is at work: returning
 takes no lock.
@@ -26,11 +29,11 @@ import mmap
 import threading
 import weakref
 from collections import deque
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-__all__ = ["BlockPool", "size_class"]
+__all__ = ["BlockPool", "Pins", "size_class"]
 
 #: Smaller leases are not worth a slab: the allocator keeps pages of that size itself.
 SLAB_NBYTES_MIN = 128 * 2**10
@@ -38,25 +41,40 @@ SLAB_NBYTES_MIN = 128 * 2**10
 HUGE_PAGE_NBYTES = 2 * 2**20
 
 
+class Pins(Protocol):
+    """Page-locks memory."""
+
+    def pin(self, memory: mmap.mmap, offset: int, nbytes: int) -> object | None:
+        """Lock it until what is returned is no more; None: it stays pageable."""
+
+
 class _Slab(NamedTuple):
     memory: mmap.mmap
     #: Where in ``memory`` it begins.
     offset: int
     nbytes: int
+    #: Keeps it page-locked, if it is.
+    pinned: object | None
 
 
-def _new_slab(nbytes: int) -> _Slab:
+def _new_slab(nbytes: int, pins: Pins | None = None) -> _Slab:
+    memory, offset = _map(nbytes)
+    return _Slab(memory, offset, nbytes, None if pins is None else pins.pin(memory, offset, nbytes))
+
+
+def _map(nbytes: int) -> tuple[mmap.mmap, int]:
+    """Map memory that ``nbytes`` fit into from the offset on that is returned with it."""
     # Of the process alone: memory that may be shared is zeroed page by page, and has no huge pages.
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     if nbytes < HUGE_PAGE_NBYTES:
-        return _Slab(mmap.mmap(-1, nbytes, flags=flags), 0, nbytes)
+        return mmap.mmap(-1, nbytes, flags=flags), 0
     # What lies before the beginning is never touched, and takes no memory.
     memory = mmap.mmap(-1, nbytes + HUGE_PAGE_NBYTES, flags=flags)
     with contextlib.suppress(OSError):
         # A kernel without them refuses.
         memory.madvise(mmap.MADV_HUGEPAGE)
     address: int = np.frombuffer(memory, dtype=np.uint8, count=1).__array_interface__["data"][0]
-    return _Slab(memory, -address % HUGE_PAGE_NBYTES, nbytes)
+    return memory, -address % HUGE_PAGE_NBYTES
 
 
 def size_class(nbytes: int) -> int:
@@ -78,6 +96,8 @@ class BlockPool:
     ----------
     idle_limit_nbytes
         Bytes of slabs that may wait for their next use.
+    pins
+        Page-locks slabs; None: they are pageable.
 
     Examples
     --------
@@ -90,8 +110,9 @@ class BlockPool:
     1048576
     """
 
-    def __init__(self, idle_limit_nbytes: int) -> None:
+    def __init__(self, idle_limit_nbytes: int, pins: Pins | None = None) -> None:
         self.idle_limit_nbytes = idle_limit_nbytes
+        self._pins = pins
         #: Leases that were served from a slab that was used before, and those that were not.
         self.hits = 0
         self.misses = 0
@@ -125,7 +146,7 @@ class BlockPool:
                 self._idle_nbytes -= size
                 self._spare_nbytes = min(self._spare_nbytes, self._idle_nbytes)
         if slab is None:
-            slab = _new_slab(size)
+            slab = _new_slab(size, self._pins)
         array = np.frombuffer(slab.memory, dtype=np.uint8, count=nbytes, offset=slab.offset)
         # Whatever is made of the view refers to the array; the slab outlives it.
         weakref.finalize(array, self._returned.append, slab).atexit = False

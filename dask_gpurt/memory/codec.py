@@ -23,21 +23,31 @@ from distributed.sizeof import safe_sizeof
 __all__ = ["decode", "encode", "footprint", "serialized"]
 
 _SERIALIZERS = ("dask", "pickle")
+#: For what lies on a device: the frames stay there, where its library has told distributed how.
+_DEVICE_SERIALIZERS = ("cuda", *_SERIALIZERS)
 
 #: Objects at least as large are told apart by identity when the same one is put under two names. Below that, the
 #: same None, number or word under many names would tie these together for nothing.
 _IDENTITY_NBYTES = 4096
 
 
-def encode(value: object) -> tuple[bytes, list[Any]]:
+def encode(value: object, *, on_device: bool = False) -> tuple[bytes, list[Any]]:
     """Turn ``value`` into a header and frames, which refer to the memory of the value where that is possible.
+
+    Parameters
+    ----------
+    value
+        What is to be stored or sent.
+    on_device
+        Whether frames may be arrays on a device.
 
     Raises
     ------
     TypeError
         If the value cannot be serialized.
     """
-    header, frames = serialize(value, serializers=_SERIALIZERS, on_error="raise")
+    serializers = _DEVICE_SERIALIZERS if on_device else _SERIALIZERS
+    header, frames = serialize(value, serializers=serializers, on_error="raise")
     return pickle.dumps(header), frames
 
 

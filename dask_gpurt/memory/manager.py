@@ -33,7 +33,7 @@ import logging
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Container, Hashable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Awaitable, Container, Hashable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from time import time
@@ -44,10 +44,11 @@ from tornado.ioloop import PeriodicCallback
 
 from dask_gpurt import seams
 from dask_gpurt.config import MemorySettings
-from dask_gpurt.errors import CorruptDataError, InstallError, SpillError
+from dask_gpurt.errors import CorruptDataError, DeviceFullError, InstallError, SpillError
 from dask_gpurt.memory import codec
 from dask_gpurt.memory.blocks import BlockPool
-from dask_gpurt.memory.device import DeviceFrames, HostFrames, device_total_nbytes, on_device
+from dask_gpurt.memory.cuda import Device, is_out_of_memory
+from dask_gpurt.memory.device import DeviceFrames, device_mover, on_device, pinned_pool
 from dask_gpurt.memory.disk import SpillFolder, remove_leftovers
 from dask_gpurt.memory.horizon import DYING, IDLE, RECENT, Priority, Snapshot, Use, Word, next_use
 from dask_gpurt.memory.ledger import Ledger, Tier
@@ -298,6 +299,7 @@ class MemoryManager:
         host_nbytes = _limit(settings.host_limit, limits.limit_nbytes)
         if settings.host_limit is None:
             host_nbytes = limits.target_nbytes
+        self._gpu = Device.find()
         device_nbytes = self._device_limit()
         disk_nbytes = min((n for n in (settings.disk_limit, limits.disk_nbytes) if n is not None), default=None)
         #: The books. What has no limit is not spilled.
@@ -322,6 +324,8 @@ class MemoryManager:
         #: Lends host memory to whatever is read back, and to shuffles.
         self._idle_nbytes_max = min(IDLE_NBYTES_MAX, int((host_nbytes or IDLE_NBYTES_MAX) * IDLE_FRACTION))
         self.pool = BlockPool(self._idle_nbytes_max)
+        #: The same for what goes to a device and comes from it.
+        self._device_pool = self.pool if self._gpu is None else pinned_pool(self._gpu, host_nbytes)
         self._stock: _Stock | None = None
         self._hooks: seams.WorkerHooks | None = None
         self._losses: Counter[Hashable] = Counter()
@@ -383,9 +387,9 @@ class MemoryManager:
             overflow=ObjectStore(self._objects, self._packer(Tier.OBJECT, self._objects)) if self._objects else None,
         )
         if self.ledger.limit(Tier.DEVICE) is not None:
-            # The bytes of the copies are counted by the HOST mover, which holds them.
-            spiller = Spiller(self.ledger, horizon, upper=Tier.DEVICE, lower=None)
-            self._device = Mover(spiller, HostFrames(host), loop, self._on_lost, threads=1)
+            self._device = device_mover(
+                host, horizon, loop, self._on_lost, device=self._gpu, lease=self._device_pool.lease
+            )
             self._rescuer = Rescuer(self._device, loop, self._whose_allocation, others=[host])
             self._unguarded = True
             self._guard_allocations()
@@ -589,6 +593,8 @@ class MemoryManager:
             await asyncio.get_running_loop().run_in_executor(None, self._objects.close)
             self._objects = None
         self.pool.trim()
+        # To unlock memory takes a while.
+        await asyncio.get_running_loop().run_in_executor(None, self._device_pool.trim)
 
     def _adapt(self, nbytes_max: int) -> None:
         """Leave room below the mark of the memory monitor for what is in the process and not in the books.
@@ -611,6 +617,9 @@ class MemoryManager:
         """Give back memory and files that were kept for later, when later does not come."""
         self.pool.decay()
         self._guard_allocations()
+        if self._device_pool is not self.pool:
+            # To unlock memory takes a while.
+            await asyncio.get_running_loop().run_in_executor(None, self._device_pool.decay)
         if self._watch is not None and self._watch.on:
             short = self._filled() > WATCH_FRACTION / 2 or not all(mover.spiller.calm for mover in self._movers())
             if not short:
@@ -645,9 +654,9 @@ class MemoryManager:
         configured = self._settings.device_limit
         if isinstance(configured, int):
             return configured
-        total = device_total_nbytes()
-        if total is None:
+        if self._gpu is None:
             return None
+        total = self._gpu.total_nbytes
         if configured is not None:
             return int(total * configured)
         # dask-cuda's own store says what the worker was told.
@@ -679,8 +688,27 @@ class MemoryManager:
         hooks = self._hooks
         assert hooks is not None
         if not self._losses and all(mover.spiller.calm for mover in self._movers()):
-            return hooks.execute(key, stimulus_id=stimulus_id)
+            return self._run(key, stimulus_id, hooks)
         return self._execute_when_ready(key, stimulus_id, hooks)
+
+    def _run(self, key: Hashable, stimulus_id: str, hooks: seams.WorkerHooks) -> Any:
+        running = hooks.execute(key, stimulus_id=stimulus_id)
+        return running if self._device is None else self._again_with_room(running, key, stimulus_id, hooks)
+
+    async def _again_with_room(
+        self, running: Awaitable[Any], key: Hashable, stimulus_id: str, hooks: seams.WorkerHooks
+    ) -> Any:
+        """Run a task once more that found the device full, after all that nobody uses has left it."""
+        event = await running
+        error = seams.failure_of(event)
+        device = self._device
+        if error is None or device is None or isinstance(error, DeviceFullError) or not is_out_of_memory(error):
+            return event
+        gone_nbytes = await device.make_room(self.ledger.held(Tier.DEVICE))
+        if not gone_nbytes or self._worker.status.name not in _ALIVE:
+            return event
+        logger.info("%r found the device full; %d bytes went to the host, and it is run again", key, gone_nbytes)
+        return await hooks.execute(key, stimulus_id=stimulus_id)
 
     async def _execute_when_ready(self, key: Hashable, stimulus_id: str, hooks: seams.WorkerHooks) -> Any:
         task = seams.worker_task(self._worker, key)
@@ -709,7 +737,7 @@ class MemoryManager:
             if lost:
                 return self._give_up(key, run_id, lost, self._last_error.get(lost[0]))
             self._prefetch()
-            return await hooks.execute(key, stimulus_id=stimulus_id)
+            return await self._run(key, stimulus_id, hooks)
         finally:
             for mover, names in pinned:
                 mover.unpin(names)

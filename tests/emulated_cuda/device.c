@@ -219,13 +219,6 @@ EXPORT CUresult cuCtxGetDevice(CUdevice *device) {
     return CUDA_SUCCESS;
 }
 
-EXPORT CUresult cuCtxGetDevice_v2(CUdevice *device, CUcontext context) {
-    if (!context)
-        return cuCtxGetDevice(device);
-    *device = context->device;
-    return CUDA_SUCCESS;
-}
-
 EXPORT CUresult cuCtxGetId(CUcontext context, unsigned long long *id) {
     if (!context)
         context = em_current();

@@ -1,6 +1,7 @@
 /* Finding functions, and naming errors.
  *
- * cuGetProcAddress finds what the files here define, under the name without its version. What is not defined is not found, and
+ * cuGetProcAddress_v2 finds what the files here define, under the name without its version: of no function are
+ * there two versions here, for the one that is asked for would have to be told from the other. What is not defined is not found, and
  * whoever needs it says so; EMULATED_CUDA_TRACE=1 prints what was asked for in vain.
  */
 
@@ -75,9 +76,4 @@ EXPORT CUresult cuGetProcAddress_v2(const char *symbol, void **function, int ver
     if (!*function && getenv("EMULATED_CUDA_TRACE"))
         fprintf(stderr, "emulated CUDA: there is no %s\n", symbol);
     return *function ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
-}
-
-/* The version of it that has no status. */
-EXPORT CUresult cuGetProcAddress(const char *symbol, void **function, int version, uint64_t flags) {
-    return cuGetProcAddress_v2(symbol, function, version, flags, NULL);
 }

@@ -21,6 +21,7 @@ from benchmarks.__main__ import main, subjects
 from benchmarks.contest import OURS, P2P, P2P_MEMORY, TASKS, Case, Run
 from benchmarks.frame import BrokenRunError, Subject, WrongAnswerError, line_of_pairs, rounds
 from dask_gpurt.demo.data import TABLES
+from dask_gpurt.memory.cuda import Device
 
 PARTS, ROWS = 4, 500
 
@@ -279,7 +280,7 @@ def test_a_case_without_its_gpu_is_skipped_and_says_why(monkeypatch: pytest.Monk
     def make(quick: bool) -> Any:
         return [line_of_pairs("c", "wall_s", [1.0], [2.0], "stock")]
 
-    monkeypatch.setattr(gpu, "device_total_nbytes", lambda: None)
+    monkeypatch.setattr(Device, "find", lambda: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cudf" else name)
     assert list(gpu.where_there_is_a_gpu("c", make, "cudf")(True)) == []
     assert list(gpu.where_there_is_a_gpu("c", make)(True)) == []
@@ -287,7 +288,7 @@ def test_a_case_without_its_gpu_is_skipped_and_says_why(monkeypatch: pytest.Monk
         "c is skipped: cudf is not installed",
         "c is skipped: there is no CUDA device",
     ]
-    monkeypatch.setattr(gpu, "device_total_nbytes", lambda: 1)
+    monkeypatch.setattr(Device, "find", lambda: 1)
     assert list(gpu.where_there_is_a_gpu("c", make)(True)) == make(True)
 
 
