@@ -530,10 +530,13 @@ def failure_event(key: Any, run_id: int, error: BaseException, stimulus_id: str)
 
 
 def failure_of(event: Any) -> BaseException | None:
-    """Return the error that a task failed with, if ``event`` says that it did."""
+    """Return the error that a task failed with on this worker, if ``event`` says that it did."""
+    from distributed.protocol import pickle
     from distributed.worker_state_machine import ExecuteFailureEvent
 
-    error = event.exception.data if isinstance(event, ExecuteFailureEvent) else None
+    if not isinstance(event, ExecuteFailureEvent):
+        return None
+    error = pickle.loads(event.exception.data)
     return error if isinstance(error, BaseException) else None
 
 

@@ -50,7 +50,7 @@ def build(folder: Path) -> None:
         subprocess.run(["cc", *FLAGS, f"-Wl,-soname,{library}", "-o", folder / library, *files], check=True)
 
 
-def emulated(timeout_s: float = 60, **settings: object) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def emulated(timeout_s: float = 110, **settings: object) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Run a test with the emulated driver and these settings: ``capacity=2**20`` is EMULATED_CUDA_CAPACITY; others are
     environment variables."""
 

@@ -659,9 +659,9 @@ class MemoryManager:
         total = self._gpu.total_nbytes
         if configured is not None:
             return int(total * configured)
-        # dask-cuda's own store says what the worker was told.
-        told = getattr(seams.worker_store(self._worker), "device_memory_limit", None)
-        return int(told) if isinstance(told, int) else int(total * DEVICE_FRACTION)
+        # dask-cuda's own store knows what the worker was told.
+        told = getattr(getattr(seams.worker_store(self._worker), "device_buffer", None), "n", None)
+        return int(total * DEVICE_FRACTION) if told is None else int(told)
 
     def _need_nbytes(self) -> int:
         """Bytes by which the process is above the mark that stock's memory monitor spills down to."""
@@ -704,11 +704,22 @@ class MemoryManager:
         device = self._device
         if error is None or device is None or isinstance(error, DeviceFullError) or not is_out_of_memory(error):
             return event
-        gone_nbytes = await device.make_room(self.ledger.held(Tier.DEVICE))
-        if not gone_nbytes or self._worker.status.name not in _ALIVE:
+        task = seams.worker_task(self._worker, key)
+        if task is None or self._worker.status.name not in _ALIVE:
             return event
-        logger.info("%r found the device full; %d bytes went to the host, and it is run again", key, gone_nbytes)
-        return await hooks.execute(key, stimulus_id=stimulus_id)
+        try:
+            pinned = await device.ensure(seams.input_keys(self._worker, task))
+        except (SpillError, MemoryError) as missing:
+            logger.debug("%r is not run again, for its inputs are not there: %s", key, missing)
+            return event
+        try:
+            gone_nbytes = await device.make_room(self.ledger.held(Tier.DEVICE))
+            if not gone_nbytes:
+                return event
+            logger.info("%r found the device full; %d bytes went to the host, and it is run again", key, gone_nbytes)
+            return await hooks.execute(key, stimulus_id=stimulus_id)
+        finally:
+            device.unpin(pinned)
 
     async def _execute_when_ready(self, key: Hashable, stimulus_id: str, hooks: seams.WorkerHooks) -> Any:
         task = seams.worker_task(self._worker, key)

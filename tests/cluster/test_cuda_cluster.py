@@ -1,0 +1,183 @@
+"""dask-cuda's cluster, numba's device arrays and UCX on the emulated CUDA driver, with dask-gpurt on them.
+
+See tests/emulated_cuda/README.md for what this shows, and what it does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import signal
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import cloudpickle
+import numpy as np
+import pytest
+from cuda_emulation import emulated
+from distributed import Client, wait
+
+import dask_gpurt
+
+pytest.importorskip("dask_cuda", reason="dask-cuda makes the cluster")
+pytest.importorskip("numba_cuda", reason="numba-cuda makes the arrays")
+
+# The servers cannot import this module.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+MIB = 2**20
+
+
+def make(number: int, nbytes: int = MIB) -> Any:
+    """Make a device array."""
+    import numba.cuda
+
+    return numba.cuda.to_device(np.random.default_rng(number).integers(0, 100, nbytes, "u1"))
+
+
+def add(left: Any, right: Any) -> Any:
+    """Add device arrays; there are no kernels here."""
+    import numba.cuda
+
+    return numba.cuda.to_device(left.copy_to_host() + right.copy_to_host())
+
+
+def read(value: Any) -> Any:
+    """Copy to the host."""
+    return value.copy_to_host()
+
+
+def figures(dask_worker: Any) -> dict[str, Any]:
+    memory = dask_worker.extensions["gpurt"].memory
+    return {"limit": memory.ledger.limit("device"), "pid": os.getpid(), **memory.metrics()}
+
+
+def total(client: Client, what: str) -> int:
+    return sum(each[what] for each in client.run(figures).values())
+
+
+@contextmanager
+def workers(count: int, device_limit: object, **config: object) -> Iterator[Client]:
+    with (
+        importlib.import_module("dask_cuda").LocalCUDACluster(
+            n_workers=count,
+            threads_per_worker=1,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+            memory_limit="1 GiB",
+            device_memory_limit=device_limit,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        answer = dask_gpurt.install(client, config=config)
+        assert answer.installed("memory"), str(answer)
+        yield client
+
+
+@emulated(devices=2, capacity=32 * MIB)
+def test_a_job_of_twice_the_device_limit_with_a_worker_that_is_killed() -> None:
+    count = 32
+    with workers(2, "8 MiB") as client:
+        arrays = client.map(make, range(count))
+        wait(arrays, timeout=60)
+        found = client.run(figures)
+        assert len(found) == 2
+        for each in found.values():
+            assert each["limit"] == 8 * MIB, "dask-cuda's"
+            assert each["device_held_nbytes"] <= 8 * MIB, "what is here, of all that was made"
+            assert each["device_written_nbytes"] > 0
+        sums = client.map(add, arrays, arrays[::-1])
+        wait(sums[: count // 4], timeout=60)
+        # Not the one that the client's futures would show first.
+        os.kill(max(each["pid"] for each in client.run(figures).values()), signal.SIGKILL)
+        results = client.gather(client.map(read, sums))
+        for number, result in enumerate(results):
+            left, right = (np.random.default_rng(n).integers(0, 100, MIB, "u1") for n in (number, count - 1 - number))
+            np.testing.assert_array_equal(result, left + right)
+        assert total(client, "device_corrupt_blocks") == 0
+        assert total(client, "device_read_nbytes") > 0
+
+
+def greedy(nbytes: int) -> int:
+    """Allocate more than the ledger knows of, as a task does for what it computes with."""
+    import numba.cuda
+
+    return int(numba.cuda.to_device(np.ones(nbytes, "u1")).copy_to_host().sum())
+
+
+@emulated(capacity=16 * MIB)
+def test_a_task_that_finds_the_device_full_runs_again_when_there_is_room() -> None:
+    with workers(1, None, **{"memory.device-limit": 15 * MIB}) as client:
+        arrays = client.map(make, range(12))
+        wait(arrays, timeout=60)
+        assert total(client, "device_written_nbytes") == 0, "there is room for these"
+        assert client.submit(greedy, 8 * MIB).result(timeout=60) == 8 * MIB
+        assert total(client, "device_written_nbytes") >= 4 * MIB
+        # More than there is: the task fails, and the worker goes on.
+        with pytest.raises(Exception, match="CUDA_ERROR_OUT_OF_MEMORY"):
+            client.submit(greedy, 17 * MIB).result(timeout=60)
+        for number, result in enumerate(client.gather(client.map(read, arrays))):
+            np.testing.assert_array_equal(result, np.random.default_rng(number).integers(0, 100, MIB, "u1"))
+        assert len(set(client.run(os.getpid).values())) == 1
+        dask_gpurt.uninstall(client)
+        np.testing.assert_array_equal(client.submit(read, arrays[3]).result(timeout=60), make_on_host(3))
+
+
+def make_on_host(number: int) -> Any:
+    return np.random.default_rng(number).integers(0, 100, MIB, "u1")
+
+
+SIZES = [MIB, 3 * MIB + 1]
+
+
+async def open_transport(dask_worker: Any) -> tuple[bytes, int]:
+    from dask_gpurt.shuffle.transport.ucx import UCXTransport
+
+    def make_current() -> None:
+        import numba.cuda
+
+        numba.cuda.current_context()
+
+    make_current()
+    dask_worker.transport = UCXTransport.open(asyncio.get_running_loop(), make_current)
+    assert "cuda_copy" in dask_worker.transport.describe()["found"], dask_worker.transport.describe()
+    return dask_worker.transport.address, dask_worker.transport.new_tag()
+
+
+async def exchange(peers: dict[str, tuple[bytes, int]], dask_worker: Any) -> list[list[int]]:
+    """Send device arrays to the other worker, and receive its; returns what was sent and what has come."""
+    import numba.cuda
+
+    me = dask_worker.address
+    (peer, its_tag), (_, my_tag) = next(p for a, p in peers.items() if a != me), peers[me]
+    rng = np.random.default_rng(zlib.crc32(me.encode()))
+    sent = [rng.integers(0, 256, nbytes, "u1") for nbytes in SIZES]
+    frames = [numba.cuda.to_device(array) for array in sent]
+    _, got = await asyncio.gather(
+        dask_worker.transport.send(peer, my_tag, frames),
+        dask_worker.transport.receive(peer, its_tag, SIZES, lambda nbytes: numba.cuda.device_array(nbytes, "u1")),
+    )
+    numba.cuda.synchronize()
+    return [[zlib.crc32(array) for array in sent], [zlib.crc32(array.copy_to_host()) for array in got]]
+
+
+async def close_transport(dask_worker: Any) -> None:
+    await dask_worker.transport.close()
+
+
+# By itself UCX takes 512 MiB of a device for fragments of what it stages.
+@emulated(devices=2, capacity=64 * MIB, UCX_RNDV_FRAG_ALLOC_COUNT="host:8,cuda:2")
+def test_device_arrays_go_from_one_process_to_another_by_ucx() -> None:
+    pytest.importorskip("ucxx", reason="ucxx is not installed", exc_type=ImportError)
+    with workers(2, None) as client:
+        peers = client.run(open_transport)
+        (one, one_got), (other, other_got) = client.run(exchange, peers).values()
+        assert one_got == other
+        assert other_got == one
+        assert one != other
+        # Only now that both have everything.
+        client.run(close_transport)
