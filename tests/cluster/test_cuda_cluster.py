@@ -32,18 +32,22 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 MIB = 2**20
 
 
-def make(number: int, nbytes: int = MIB) -> Any:
-    """Make a device array."""
-    import numba.cuda
+def numba_cuda() -> Any:
+    return importlib.import_module("numba.cuda")
 
-    return numba.cuda.to_device(np.random.default_rng(number).integers(0, 100, nbytes, "u1"))
+
+def on_host(number: int) -> Any:
+    return np.random.default_rng(number).integers(0, 100, MIB, "u1")
+
+
+def make(number: int) -> Any:
+    """Make a device array."""
+    return numba_cuda().to_device(on_host(number))
 
 
 def add(left: Any, right: Any) -> Any:
     """Add device arrays; there are no kernels here."""
-    import numba.cuda
-
-    return numba.cuda.to_device(left.copy_to_host() + right.copy_to_host())
+    return numba_cuda().to_device(left.copy_to_host() + right.copy_to_host())
 
 
 def read(value: Any) -> Any:
@@ -104,9 +108,7 @@ def test_a_job_of_twice_the_device_limit_with_a_worker_that_is_killed() -> None:
 
 def greedy(nbytes: int) -> int:
     """Allocate more than the ledger knows of, as a task does for what it computes with."""
-    import numba.cuda
-
-    return int(numba.cuda.to_device(np.ones(nbytes, "u1")).copy_to_host().sum())
+    return int(numba_cuda().to_device(np.ones(nbytes, "u1")).copy_to_host().sum())
 
 
 @emulated(capacity=16 * MIB)
@@ -121,14 +123,10 @@ def test_a_task_that_finds_the_device_full_runs_again_when_there_is_room() -> No
         with pytest.raises(Exception, match="CUDA_ERROR_OUT_OF_MEMORY"):
             client.submit(greedy, 17 * MIB).result(timeout=60)
         for number, result in enumerate(client.gather(client.map(read, arrays))):
-            np.testing.assert_array_equal(result, np.random.default_rng(number).integers(0, 100, MIB, "u1"))
+            np.testing.assert_array_equal(result, on_host(number))
         assert len(set(client.run(os.getpid).values())) == 1
         dask_gpurt.uninstall(client)
-        np.testing.assert_array_equal(client.submit(read, arrays[3]).result(timeout=60), make_on_host(3))
-
-
-def make_on_host(number: int) -> Any:
-    return np.random.default_rng(number).integers(0, 100, MIB, "u1")
+        np.testing.assert_array_equal(client.submit(read, arrays[3]).result(timeout=60), on_host(3))
 
 
 SIZES = [MIB, 3 * MIB + 1]
@@ -137,32 +135,27 @@ SIZES = [MIB, 3 * MIB + 1]
 async def open_transport(dask_worker: Any) -> tuple[bytes, int]:
     from dask_gpurt.shuffle.transport.ucx import UCXTransport
 
-    def make_current() -> None:
-        import numba.cuda
-
-        numba.cuda.current_context()
-
-    make_current()
-    dask_worker.transport = UCXTransport.open(asyncio.get_running_loop(), make_current)
+    # The device's context, here and in the transport's thread.
+    numba_cuda().current_context()
+    dask_worker.transport = UCXTransport.open(asyncio.get_running_loop(), lambda: numba_cuda().current_context())
     assert "cuda_copy" in dask_worker.transport.describe()["found"], dask_worker.transport.describe()
     return dask_worker.transport.address, dask_worker.transport.new_tag()
 
 
 async def exchange(peers: dict[str, tuple[bytes, int]], dask_worker: Any) -> list[list[int]]:
     """Send device arrays to the other worker, and receive its; returns what was sent and what has come."""
-    import numba.cuda
-
+    numba = numba_cuda()
     me = dask_worker.address
     (peer, its_tag), (_, my_tag) = next(p for a, p in peers.items() if a != me), peers[me]
     rng = np.random.default_rng(zlib.crc32(me.encode()))
     sent = [rng.integers(0, 256, nbytes, "u1") for nbytes in SIZES]
-    frames = [numba.cuda.to_device(array) for array in sent]
+    frames = [numba.to_device(array) for array in sent]
     _, got = await asyncio.gather(
         dask_worker.transport.send(peer, my_tag, frames),
-        dask_worker.transport.receive(peer, its_tag, SIZES, lambda nbytes: numba.cuda.device_array(nbytes, "u1")),
+        dask_worker.transport.receive(peer, its_tag, SIZES, lambda nbytes: numba.device_array(nbytes, "u1")),
     )
-    numba.cuda.synchronize()
-    return [[zlib.crc32(array) for array in sent], [zlib.crc32(array.copy_to_host()) for array in got]]
+    numba.synchronize()
+    return [[zlib.crc32(array.data) for array in sent], [zlib.crc32(array.copy_to_host().data) for array in got]]
 
 
 async def close_transport(dask_worker: Any) -> None:
