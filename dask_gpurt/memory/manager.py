@@ -326,6 +326,9 @@ class MemoryManager:
         self.pool = BlockPool(self._idle_nbytes_max)
         #: The same for what goes to a device and comes from it.
         self._device_pool = self.pool if self._gpu is None else pinned_pool(self._gpu, host_nbytes)
+        self._device_idle_nbytes_max = self._device_pool.idle_limit_nbytes
+        #: Whether the process is short of memory.
+        self._tight = False
         self._stock: _Stock | None = None
         self._hooks: seams.WorkerHooks | None = None
         self._losses: Counter[Hashable] = Counter()
@@ -610,6 +613,11 @@ class MemoryManager:
         tight = process_nbytes > mark * TIGHT_FRACTION
         idle_nbytes_max = self._idle_nbytes_max
         self.pool.set_idle_limit(int(idle_nbytes_max * TIGHT_IDLE_FRACTION) if tight else idle_nbytes_max)
+        if tight is not self._tight and self._device_pool is not self.pool:
+            # To unlock memory takes a while.
+            idle_nbytes = int(self._device_idle_nbytes_max * (TIGHT_IDLE_FRACTION if tight else 1))
+            asyncio.get_running_loop().run_in_executor(None, self._device_pool.set_idle_limit, idle_nbytes)
+        self._tight = tight
         room = mark - process_nbytes + self.ledger.used(Tier.HOST)
         self._host.set_limit(max(int(nbytes_max * LEAST_FRACTION), min(nbytes_max, room)))
 
