@@ -28,6 +28,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from dask.sizeof import sizeof
+from distributed.protocol.cuda import cuda_deserialize, cuda_serialize
 from distributed.protocol.serialize import dask_deserialize, dask_serialize
 
 from dask_gpurt.memory.store import Buffer, DeviceBuffer
@@ -228,12 +229,23 @@ def _lend(nbytes: int) -> memoryview:
     return np.empty(nbytes, np.uint8).data
 
 
-# Going down to HOST, and up again, is what serialization does with it; see dask_gpurt.memory.device.
+# Going down to HOST, and up again, is what serialization does with it; see dask_gpurt.memory.device. Where the driver can copy it,
+# the array goes as it is.
 
 
 @sizeof.register(DeviceBody)  # type: ignore[untyped-decorator]
 def _sizeof(body: DeviceBody) -> int:
     return body.nbytes
+
+
+@cuda_serialize.register(DeviceBody)  # type: ignore[untyped-decorator]
+def _serialize_in_place(body: DeviceBody) -> tuple[dict[str, str], list[Any]]:
+    return {"library": body.library.name}, [body.array]
+
+
+@cuda_deserialize.register(DeviceBody)  # type: ignore[untyped-decorator]
+def _deserialize_in_place(header: dict[str, str], frames: list[Any]) -> DeviceBody:
+    return DeviceBody(library_named(header["library"]), frames[0])
 
 
 @dask_serialize.register(DeviceBody)  # type: ignore[untyped-decorator]

@@ -44,6 +44,7 @@ from dask_gpurt.memory.ledger import Tier
 from dask_gpurt.memory.lower import Copy, RawName
 from dask_gpurt.memory.mover import Mover
 from dask_gpurt.memory.spiller import Spiller
+from dask_gpurt.memory.store import DeviceBuffer
 
 __all__ = ["DeviceFrames", "HostFrames", "device_mover", "on_device", "pinned_pool"]
 
@@ -133,22 +134,37 @@ class _Origin(NamedTuple):
 
 
 class _CopyOnHost:
-    __slots__ = ("_header", "_name", "_origins", "_store", "nbytes")
+    __slots__ = ("_header", "_may_stay", "_name", "_origins", "_store", "nbytes")
 
     tier = Tier.HOST
 
     def __init__(
-        self, store: HostFrames, header: bytes, name: DeviceFrames, origins: Sequence[_Origin | None], nbytes: int
+        self,
+        store: HostFrames,
+        header: bytes,
+        name: DeviceFrames,
+        origins: Sequence[_Origin | None],
+        nbytes: int,
+        *,
+        may_stay: bool,
     ) -> None:
         self._store = store
         self._header = header
         self._name = name
         #: None: a frame that is one of the host.
         self._origins = origins
+        self._may_stay = may_stay
         self.nbytes = nbytes
 
     def load(self) -> object:
-        frames = self._store.raise_frames(self._name, self._read(), self._origins)
+        lowered = self._read()
+        try:
+            frames = self._store.raise_frames(self._name, lowered, self._origins)
+        except DeviceFullError:
+            if not self._may_stay:
+                raise
+            (body,) = lowered
+            return memoryview(body)
         # A library that was not asked for frames may allocate here.
         return self._store.with_room(self._name, self.nbytes, lambda: codec.decode(self._header, frames))
 
@@ -204,7 +220,8 @@ class HostFrames:
             header, frames, origins = lowered
         host_name = DeviceFrames(name)
         self.host.put(host_name, frames)
-        return _CopyOnHost(self, header, host_name, origins, sum(memoryview(frame).nbytes for frame in frames))
+        nbytes = sum(memoryview(frame).nbytes for frame in frames)
+        return _CopyOnHost(self, header, host_name, origins, nbytes, may_stay=isinstance(value, DeviceBuffer))
 
     # Down
 

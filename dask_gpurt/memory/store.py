@@ -23,7 +23,8 @@ Meter = Callable[[str, int], None]
 class DeviceBuffer:
     """Base of contiguous buffers in the memory of a device, which are no :data:`Buffer`: nothing on the host can read them.
 
-    They have to be values that distributed can serialize, which copies them to the host.
+    They have to be values that distributed can serialize. One that went down may come back as a buffer of the host, where the
+    device has no room for it.
     """
 
     __slots__ = ("nbytes",)

@@ -30,7 +30,9 @@ from dask_gpurt.memory.horizon import IDLE, Use
 from dask_gpurt.memory.ledger import Ledger, Tier
 from dask_gpurt.memory.lower import DiskStore
 from dask_gpurt.memory.mover import Mover
+from dask_gpurt.memory.shards import DeviceShardStore
 from dask_gpurt.memory.spiller import Spiller
+from dask_gpurt.shuffle.device import DeviceBody, register
 
 pytest.importorskip("numba_cuda", reason="numba-cuda makes the arrays")
 
@@ -267,6 +269,48 @@ def test_what_comes_up_to_a_full_device_makes_room_or_stays_below(tmp_path: Path
             del others
             for number in range(6):
                 assert (await t.get(number) == number).all()
+            assert not t.lost
+
+    run(main())
+
+
+class NumbaLibrary:
+    """Numba's arrays as those of the shuffle, as far as they go down and up."""
+
+    name = "numba"
+    transports = frozenset({"cuda_copy"})
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"{name} was asked of the library")
+
+
+@emulated(capacity=8 * MIB)
+def test_bodies_of_shards_go_by_the_driver_and_stay_on_the_host_if_they_must(tmp_path: Path) -> None:
+    library: Any = NumbaLibrary()
+    register(library)
+
+    async def main() -> None:
+        async with tiers(tmp_path) as t:
+            store = DeviceShardStore(t.device)
+            expected = [np.full(MIB, number, "u1") for number in range(5)]
+            for number, array in enumerate(expected):
+                body = DeviceBody(library, to_device(array))
+                store.put("shards", [b"header", body], await store.reserve(body.nbytes), rank=number)
+            del body
+            await t.down()
+            collected()
+            assert counted("used") == 0
+            hog = to_device(np.zeros(5 * MIB, "u1"))
+            taken = await store.take("shards")
+            assert taken[::2] == [b"header"] * 5
+            bodies: list[Any] = taken[1::2]
+            kinds = [type(body) for body in bodies]
+            # Room for three, and whoever takes a body holds it.
+            assert kinds == [DeviceBody] * 3 + [memoryview] * 2
+            for body, array in zip(bodies, expected, strict=True):
+                found = body.array.copy_to_host() if isinstance(body, DeviceBody) else np.frombuffer(body, "u1")
+                np.testing.assert_array_equal(found, array)
+            del hog
             assert not t.lost
 
     run(main())
