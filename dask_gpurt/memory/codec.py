@@ -80,6 +80,9 @@ def footprint(value: object) -> tuple[Hashable, int, int]:
     ((8000, 80), True)
     """
     nbytes = max(0, int(safe_sizeof(value)))
+    if hasattr(type(value), "__cuda_array_interface__") and (base := getattr(value, "base", None)) is not None:
+        # CuPy's views name the array that they are of.
+        return id(base), int(base.nbytes), nbytes
     if not isinstance(value, np.ndarray) or value.dtype.hasobject or isinstance(value, np.memmap):
         return (id(value) if nbytes >= _IDENTITY_NBYTES else None), nbytes, nbytes
     root: Any = value

@@ -28,6 +28,7 @@ import ctypes
 import functools
 import logging
 import mmap
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -43,7 +44,8 @@ logger = logging.getLogger(__name__)
 
 #: CUDA_ERROR_OUT_OF_MEMORY
 OUT_OF_MEMORY = 2
-#: CU_STREAM_LEGACY, and CU_STREAM_PER_THREAD: the handles that are no streams of their own.
+#: CU_STREAM_LEGACY, and CU_STREAM_PER_THREAD: the handles that are no streams of their own. The latter means another stream in
+#: each thread; the legacy one comes after all of them.
 LEGACY_STREAM = 1
 PER_THREAD_STREAM = 2
 
@@ -208,7 +210,7 @@ class Device:
                 stream = driver.cuStreamCreate(driver.names.CUstream_flags.CU_STREAM_NON_BLOCKING)
             copier = Copier(driver, stream)
             try:
-                others = {handle for handle in after if handle not in (None, 0, LEGACY_STREAM)}
+                others = {handle for handle in after if handle not in (None, 0, LEGACY_STREAM, PER_THREAD_STREAM)}
                 for handle in (LEGACY_STREAM, *others):
                     copier.come_after(handle)
                 yield copier
@@ -339,4 +341,6 @@ class _Pinned:
         self._nbytes = nbytes
 
     def __del__(self) -> None:
-        self._pinner.unpin(self._address, self._nbytes)
+        # At the end of the process the system lets go of everything, and the driver may be gone.
+        if not sys.is_finalizing():
+            self._pinner.unpin(self._address, self._nbytes)

@@ -378,6 +378,21 @@ def test_a_copy_that_fails_loses_nothing_on_its_way_down(tmp_path: Path, caplog:
     run(main())
 
 
+@emulated(devices=2)
+def test_what_lies_on_another_device_goes_down_by_its_library(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with tiers(tmp_path) as t:
+            with numba_cuda().gpus[1]:
+                t.device.put("a", to_device(np.arange(10**6)))
+            set_driver(pinned_copies=0)
+            await t.down()
+            assert t.device.absent == {"a"}
+            assert counted("pinned_copies") == 0
+            np.testing.assert_array_equal(await t.get("a"), np.arange(10**6), strict=True)
+
+    run(main())
+
+
 @emulated()
 def test_an_array_that_would_not_come_back_as_it_was_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = np.array([(1, 1.5)] * 7, dtype=[("a", "u1"), ("b", "f8")])

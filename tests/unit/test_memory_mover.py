@@ -938,6 +938,22 @@ def test_footprints() -> None:
     assert codec.footprint(frame)[0] == id(frame)
 
 
+def test_views_on_a_device_count_once() -> None:
+    class View:
+        __cuda_array_interface__: Any = None
+
+        def __init__(self, nbytes: int, base: View | None = None) -> None:
+            self.nbytes = nbytes
+            self.base = base
+
+        def __sizeof__(self) -> int:
+            return self.nbytes
+
+    base = View(10**6)
+    assert codec.footprint(base)[0] == id(base)
+    assert codec.footprint(View(1000, base))[:2] == (id(base), 10**6)
+
+
 def test_errors_of_the_disk_are_not_taken_for_errors_of_the_value() -> None:
     assert issubclass(CorruptDataError, SpillError)
     assert issubclass(SpillError, OSError)
