@@ -92,7 +92,7 @@ def test_a_job_of_twice_the_device_limit_with_a_worker_that_is_killed() -> None:
         assert len(found) == 2
         for each in found.values():
             assert each["limit"] == 8 * MIB, "dask-cuda's"
-            assert each["device_held_nbytes"] <= 8 * MIB, "what is here, of all that was made"
+            assert each["device_held_nbytes"] <= 9 * MIB, "a result lies over the limit until something has gone down"
             assert each["device_written_nbytes"] > 0
         sums = client.map(add, arrays, arrays[::-1])
         wait(sums[: count // 4], timeout=60)
