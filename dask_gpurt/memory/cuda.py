@@ -78,10 +78,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     >>> is_out_of_memory(MemoryError()), is_out_of_memory(CudaError("CUDA_ERROR_OUT_OF_MEMORY", 2))
     (True, True)
     """
-    # CuPy and RMM raise kinds of MemoryError, Numba an error of the driver's with its number.
-    return isinstance(error, MemoryError) or (
-        type(error).__name__ in ("CudaAPIError", "CudaError") and getattr(error, "code", None) == OUT_OF_MEMORY
-    )
+    # CuPy and RMM raise kinds of MemoryError, as NumPy does for the host; Numba an error of the driver's with its number.
+    kind = type(error)
+    if isinstance(error, MemoryError):
+        return kind.__module__.partition(".")[0] != "numpy"
+    return kind.__name__ in ("CudaAPIError", "CudaError") and getattr(error, "code", None) == OUT_OF_MEMORY
 
 
 class Extent(NamedTuple):

@@ -476,7 +476,10 @@ def test_out_of_memory_is_known_whoever_says_it() -> None:
         def __init__(self, code: int) -> None:
             self.code = code
 
+    with pytest.raises(MemoryError) as of_numpy:
+        np.empty(2**62, "u1")
     errors: list[tuple[BaseException, bool]] = [
+        (of_numpy.value, False),
         (CudaAPIError(2), True),
         (CudaAPIError(700), False),
         (MemoryError("std::bad_alloc"), True),
