@@ -93,7 +93,8 @@ def test_a_job_of_twice_the_device_limit_with_a_worker_that_is_killed() -> None:
         for each in found.values():
             assert each["limit"] == 8 * MIB, "dask-cuda's"
             assert each["device_held_nbytes"] <= 9 * MIB, "a result lies over the limit until something has gone down"
-            assert each["device_written_nbytes"] > 0
+        # Whichever of the two has made more of them.
+        assert total(client, "device_written_nbytes") >= (count - 2 * 9) * MIB
         sums = client.map(add, arrays, arrays[::-1])
         wait(sums[: count // 4], timeout=60)
         # Not the one that the client's futures would show first.
