@@ -7,14 +7,17 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import dask
+import dask.array as da
 from distributed import Client
 
 from benchmarks.frame import BrokenRunError, WrongAnswerError
 from benchmarks.soak.growth import ROUNDS_MIN, complaints
-from benchmarks.soak.rounds import HOST_LIMIT_NBYTES, MEMORY_LIMIT_NBYTES, WORKERS, run_round, spilled_nbytes
+from benchmarks.soak.rounds import FULL, MEMORY_LIMIT_NBYTES, WORKERS, Load, run_round, spilled_nbytes
 from dask_gpurt import install
 from dask_gpurt.demo import machine
 from dask_gpurt.demo.cluster import ClusterSpec, open_client
@@ -22,7 +25,16 @@ from dask_gpurt.demo.cluster import ClusterSpec, open_client
 __all__ = ["main", "soak"]
 
 
-def soak(minutes: float, seed: int) -> tuple[list[dict[str, dict[str, float]]], int]:
+#: What Dask itself collects for an hour, or for a hundred graphs, would look like a leak.
+BOUNDED = {
+    "distributed.worker.profile.enabled": False,
+    "distributed.diagnostics.computations.max-history": 1,
+    "distributed.admin.log-length": 100,
+    "distributed.admin.low-level-log-length": 100,
+}
+
+
+def soak(load: Load, minutes: float, seed: int) -> tuple[list[dict[str, dict[str, float]]], int]:
     """Run rounds for so long; return the figures after each of them, and the bytes that were written to DISK.
 
     Raises
@@ -32,15 +44,15 @@ def soak(minutes: float, seed: int) -> tuple[list[dict[str, dict[str, float]]], 
     """
     spec = ClusterSpec(workers=WORKERS, threads=1, memory_limit_nbytes=MEMORY_LIMIT_NBYTES)
     samples: list[dict[str, dict[str, float]]] = []
-    with open_client(spec) as client:
-        answer = install(client, config={"memory.host-limit": HOST_LIMIT_NBYTES})
+    with dask.config.set(BOUNDED), open_client(spec) as client:
+        answer = install(client, config={"memory.host-limit": load.host_limit_nbytes})
         if not answer.installed("memory"):
             raise BrokenRunError(str(answer))
         pids = _pids(client)
         end = time.monotonic() + 60 * minutes
         while len(samples) < ROUNDS_MIN or time.monotonic() < end:
             begun = time.monotonic()
-            samples.append(run_round(client, seed, len(samples)))
+            samples.append(run_round(client, load, seed, len(samples)))
             if _pids(client) != pids:
                 raise BrokenRunError(f"round {len(samples) - 1} of seed {seed}: a worker was lost")
             print(_line(samples, time.monotonic() - begun), flush=True)
@@ -67,8 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the random jobs (the time)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of all rounds to FILE")
     options = parser.parse_args(arguments)
+    # Chunks are random, and do not go well together.
+    warnings.filterwarnings("ignore", "Increasing number of chunks", da.PerformanceWarning)
     try:
-        samples, written_nbytes = soak(options.minutes, options.seed)
+        samples, written_nbytes = soak(FULL, options.minutes, options.seed)
     except (WrongAnswerError, BrokenRunError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -38,7 +38,7 @@ def growth(figures: Sequence[float]) -> float:
     >>> growth([5, 80, 81, 80, 80, 81])
     0.0
     >>> growth([0, 1, 2, 3, 4, 5, 6, 7, 8])
-    3.0
+    3
     """
     third = len(figures) // 3
     return statistics.median(figures[-third:]) - statistics.median(figures[-2 * third : -third])

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NoAnswerError
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,16 +27,34 @@ from benchmarks.contest import dropping
 from benchmarks.frame import BrokenRunError, WrongAnswerError
 from benchmarks.soak.jobs import MismatchError, array_program, frame_program
 
-__all__ = ["HOST_LIMIT_NBYTES", "MEMORY_LIMIT_NBYTES", "WORKERS", "run_round"]
+__all__ = ["FULL", "MEMORY_LIMIT_NBYTES", "SMALL", "WORKERS", "Load", "run_round", "spilled_nbytes"]
 
 WORKERS = 2
 
-#: Of the arrays, which have 12 MB each then, and of the frames, which have about 10 MB.
-SIDE, ROWS = 1_250, 200_000
 
-#: The programs hold four arrays and three frames, some 80 MB, and what operations make on their way to the next one; each
-#: of the two workers may have so much in memory.
-HOST_LIMIT_NBYTES = 10_000_000
+@dataclass(frozen=True)
+class Load:
+    """How large the programs are.
+
+    Parameters
+    ----------
+    side, rows
+        Of the arrays, and of the frames.
+    host_limit_nbytes
+        What each worker may have in memory.
+    """
+
+    side: int
+    rows: int
+    host_limit_nbytes: int
+
+
+#: The programs hold up to four arrays of 12 MB and three frames of 10 MB, some 80 MB, on two workers, and what operations make on
+#: their way to the next one.
+FULL = Load(side=1_250, rows=200_000, host_limit_nbytes=10_000_000)
+
+#: The same in small.
+SMALL = Load(side=500, rows=32_000, host_limit_nbytes=1_600_000)
 
 #: Of a worker: enough for what is no data, so that the limit above is what counts.
 MEMORY_LIMIT_NBYTES = 3 * 2**29
@@ -47,7 +66,7 @@ ROUND_LIMIT_S = 240.0
 SETTLE_LIMIT_S = 30.0
 
 
-def run_round(client: Client, seed: int, number: int) -> dict[str, dict[str, float]]:
+def run_round(client: Client, load: Load, seed: int, number: int) -> dict[str, dict[str, float]]:
     """Run one round; return the figures of all processes at its end.
 
     Raises
@@ -59,7 +78,10 @@ def run_round(client: Client, seed: int, number: int) -> dict[str, dict[str, flo
     """
     name = f"round {number} of seed {seed}"
     with dropping(client), client.as_current():
-        programs: tuple[tuple[Callable[[Any, int], None], int], ...] = ((array_program, SIDE), (frame_program, ROWS))
+        programs: tuple[tuple[Callable[[Any, int], None], int], ...] = (
+            (array_program, load.side),
+            (frame_program, load.rows),
+        )
         threads = ThreadPoolExecutor(len(programs), thread_name_prefix="soak")
         running = [
             threads.submit(program, np.random.default_rng([seed, number, size]), size) for program, size in programs

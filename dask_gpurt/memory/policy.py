@@ -41,7 +41,7 @@ from typing import NamedTuple
 
 from dask_gpurt.memory.horizon import Kind, Use
 
-__all__ = ["Candidate", "cost_per_byte", "order"]
+__all__ = ["SMALL_NBYTES", "Candidate", "cost_per_byte", "order"]
 
 
 #: A page: what a file takes at least.

@@ -48,7 +48,7 @@ from typing import Any
 from dask_gpurt.memory import events as ev
 from dask_gpurt.memory.horizon import Horizon, Kind, Use
 from dask_gpurt.memory.ledger import Ledger, Reservation, Tier
-from dask_gpurt.memory.policy import Candidate, order
+from dask_gpurt.memory.policy import SMALL_NBYTES, Candidate, order
 
 __all__ = ["Block", "Spiller", "State"]
 
@@ -124,6 +124,9 @@ class Spiller:
         Where copies go that the lower tier has no room for, or does not take; None: nowhere.
     dearness
         Says how many times as dear a byte is that goes to the overflow, or comes from there, as one of the lower tier.
+    unwritten_min_nbytes
+        What is smaller is not dropped unwritten: nothing is gained by it, and who needs it may change. (The tasks that unpack a
+        shuffle first run anywhere, to be sent where they belong; all of them need its barrier, which is a number.)
     writes_max
         Writes under way at a time. Further ones are started as these complete, so that they are chosen late.
     """
@@ -137,6 +140,7 @@ class Spiller:
         lower: Tier | None = Tier.DISK,
         overflow: Tier | None = None,
         dearness: Callable[[], float] = lambda: 1.0,
+        unwritten_min_nbytes: int = SMALL_NBYTES,
         writes_max: int = 4,
     ) -> None:
         self.ledger = ledger
@@ -146,6 +150,7 @@ class Spiller:
         self.overflow = overflow
         self._below: tuple[Tier | None, ...] = (lower,) if overflow is None else (lower, overflow)
         self._dearness = dearness
+        self._unwritten_min_nbytes = unwritten_min_nbytes
         self.writes_max = writes_max
         #: Name -> block.
         self.blocks: dict[Hashable, Block] = {}
@@ -400,6 +405,9 @@ class Spiller:
                 return
             blocks = [self.blocks[name] for name in candidate.names]
             if candidate.use.kind is Kind.DYING:
+                if candidate.nbytes < self._unwritten_min_nbytes:
+                    # It will be deleted in a moment.
+                    continue
                 for block in blocks:
                     if block.state is State.RESIDENT:
                         self.dropped_unwritten_nbytes += block.nbytes

@@ -39,7 +39,12 @@ class Shell(RuleBasedStateMachine):
         self.oracle = Oracle()
         self.ledger = Ledger({Tier.HOST: LIMIT, Tier.DISK: DISK_LIMIT, Tier.OBJECT: OBJECT_LIMIT})
         self.spiller = Spiller(
-            self.ledger, self.oracle, overflow=self.overflow, dearness=lambda: self.dearness, writes_max=2
+            self.ledger,
+            self.oracle,
+            overflow=self.overflow,
+            dearness=lambda: self.dearness,
+            unwritten_min_nbytes=20,
+            writes_max=2,
         )
         self.dearness = 10.0
         #: Copies of copies under way, by the moves that make them; not all of them are wanted any more.
@@ -68,6 +73,7 @@ class Shell(RuleBasedStateMachine):
                         assert not self.pins.get(name), "a pinned value was dropped"
                         assert name in self.disk or self.oracle.known.get(name) is DYING, "the only value was dropped"
                         if name not in self.disk:
+                            assert self.memory[name][1] >= 20, "it was not worth that"
                             self.doomed.add(name)
                     del self.memory[name]
                 case ev.RemoveCopy():
