@@ -869,6 +869,21 @@ async def descended(mapping: TieredMapping) -> None:
     await mapping._descent
 
 
+def test_keys_that_look_alike_are_two(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(tmp_path, limit=None) as r:
+            mapping = TieredMapping(r.mover, lambda: r.held)
+            mapping[1], mapping["1"] = chunk(10), chunk(20)
+            mapping.evict()
+            await descended(mapping)
+            assert mapping.slow == {1, "1"}
+            assert [np.asarray(mapping[key])[0] for key in (1, "1")] == [10, 20]
+            assert mapping.pop("1", None) is not None
+            assert set(mapping) == {1}
+
+    run(main())
+
+
 def test_peers_are_served_the_copy_as_it_lies(tmp_path: Path) -> None:
     async def main() -> None:
         async with rig(tmp_path) as r:
