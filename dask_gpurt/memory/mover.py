@@ -16,7 +16,7 @@ a read is raised to whoever waits, and told to ``lost``. Where memory is lacking
 is tried again, and what was to be read stays where it is.
 
 Writes wait in queues of the mover's own, so that a thread that needs room at once, and must not wait for any other
-(:meth:`Mover.spill_here`), can take them over.
+(:meth:`Mover.relieve`), can take them over.
 
 Covers: values, copies, threads, waiting.
 Does not cover: what moves and when (:mod:`dask_gpurt.memory.spiller`); how a value becomes a copy
@@ -415,7 +415,7 @@ class Mover:
             await asyncio.sleep(0)
         return self.freed_nbytes - before
 
-    def spill_here(self, nbytes: int) -> int:
+    def relieve(self, nbytes: int) -> int:
         """As :meth:`make_room`, by the calling thread, which may be any: one that holds up the loop, or is one of the mover's own.
 
         It takes over what waits to be written, and waits, no longer than :data:`HAND_S` at a time, for what others have in hand.
@@ -664,11 +664,11 @@ class Mover:
         with self._acting() as garbage:
             if not self.spiller.current(name, epoch):
                 return
-            if isinstance(error, SpillError):
+            if isinstance(error, MemoryError):
+                self._handle(ev.ReadPutOff(name, epoch), garbage)
+            elif error is not None:
                 self.lost_blocks += 1
                 self._handle(ev.ReadFailed(name, epoch), garbage)
-            elif error is not None:
-                self._handle(ev.ReadPutOff(name, epoch), garbage)
             else:
                 if isinstance(name, RawName):
                     buffer, size = None, self.spiller.blocks[name].nbytes
@@ -677,7 +677,7 @@ class Mover:
                 self._values[name] = value
                 self._handle(ev.Raised(name, epoch, self._named(buffer), size), garbage)
             self._arrived(name, error)
-        if isinstance(error, SpillError):
+        if error is not None and not isinstance(error, MemoryError):
             self._call(self._lost, name, error)
 
     def _arrived(self, name: Hashable, error: Exception | None) -> None:

@@ -158,7 +158,7 @@ class Rescuer:
             self._ask_loop(failure)
             if self._mover.freed_nbytes > failure.freed_nbytes:
                 return
-        self._mover.spill_here(failure.wish_nbytes)
+        self._mover.relieve(failure.wish_nbytes)
 
     def _ask_loop(self, failure: Failure) -> None:
         answer: Future[None] = Future()
