@@ -535,10 +535,10 @@ class MemoryManager:
             home = mapping.home(key)
             try:
                 pinned = await home.ensure([key])
-            except SpillError:
-                continue  # it was reported lost
             except MemoryError:
                 continue  # there may be room when all others have gone
+            except SpillError:
+                continue  # it was reported lost
             if key not in home:
                 # Deleted while it was read.
                 home.unpin(pinned)
@@ -557,13 +557,13 @@ class MemoryManager:
             if not stock.holds(key, mapping.home(key).copy_of(key)):
                 try:
                     value = mapping[key]
-                except (KeyError, SpillError) as error:
-                    logger.debug("%r was lost: %r", key, error)  # and reported
-                    mapping.forget(key)
                 except MemoryError as error:
                     # Stock has no place for it either.
                     mapping.home(key).delete(key)
                     self._on_lost(key, error)
+                except (KeyError, SpillError) as error:
+                    logger.debug("%r was lost: %r", key, error)  # and reported
+                    mapping.forget(key)
                 else:
                     stock.give_back(key, value, 0)
         stock.release(mapping)
@@ -745,13 +745,13 @@ class MemoryManager:
                 for mover in self._movers():
                     # Wait for room, as long as something is on its way out.
                     (await mover.reserve(0)).release()
+            except MemoryError as error:
+                return seams.failure_event(key, run_id, error, f"gpurt-no-room-for-input-{time()}")
             except SpillError as error:
                 ruined = self._mapping is not None and any(k in self._mapping.ruined for k in inputs)
                 if ruined:
                     return seams.failure_event(key, run_id, error, f"gpurt-ruined-input-{time()}")
                 return self._give_up(key, run_id, inputs, error)
-            except MemoryError as error:
-                return seams.failure_event(key, run_id, error, f"gpurt-no-room-for-input-{time()}")
             lost = [k for k in inputs if self._is_lost(k)]
             if lost:
                 return self._give_up(key, run_id, lost, self._last_error.get(lost[0]))
