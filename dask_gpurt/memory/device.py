@@ -345,7 +345,7 @@ def device_mover(
     spiller = Spiller(host.ledger, horizon, upper=Tier.DEVICE, lower=None)
     # One thread copies while another computes checksums, and one copies up while another copies down.
     mover = Mover(spiller, below, loop, lost, threads=2)
-    below.relieve = mover.spill_here
+    below.relieve = mover.relieve
     return mover
 
 
