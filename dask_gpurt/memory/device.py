@@ -56,8 +56,8 @@ PIECE_NBYTES = 16 * 2**20
 #: nothing else with it; blocks are used again, so that it need not hold all that is on HOST.
 PINNED_FRACTION = 1 / 4
 PINNED_NBYTES_MAX = 8 * 2**30
-#: How often room is made for one allocation before it is given up.
-ALLOCATION_TRIES = 3
+#: How often room is made for one allocation before it is given up: others may take the room in between.
+ALLOCATION_TRIES = 10
 
 #: Packages whose tables and columns live on a device without having the array interface.
 _TABLES = ("cudf", "pylibcudf")
@@ -212,18 +212,26 @@ class HostFrames:
         if getattr(dtype, "names", None):
             # Of a type, distributed's serialization keeps what the array interface says, which is the size of a row.
             raise TypeError(f"distributed's serialization would lose the fields of {dtype}")
-        lowered = None if self._device is None else self._lower(self._device, value)
-        if lowered is None:
-            header, frames = codec.encode(value)
-            origins: Sequence[_Origin | None] = [None] * len(frames)
-        else:
-            header, frames, origins = lowered
+        try:
+            header, frames, origins = self._lowered(value)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            # To be put together in one piece, a view with gaps needs memory itself. Later, perhaps.
+            raise SpillError(f"cannot take {name!r} from the device, which is full: {error}") from None
         host_name = DeviceFrames(name)
         self.host.put(host_name, frames)
         nbytes = sum(memoryview(frame).nbytes for frame in frames)
         return _CopyOnHost(self, header, host_name, origins, nbytes, may_stay=isinstance(value, DeviceBuffer))
 
     # Down
+
+    def _lowered(self, value: object) -> tuple[bytes, list[Any], Sequence[_Origin | None]]:
+        lowered = None if self._device is None else self._lower(self._device, value)
+        if lowered is None:
+            header, frames = codec.encode(value)
+            lowered = header, frames, [None] * len(frames)
+        return lowered
 
     def _lower(self, device: Device, value: object) -> tuple[bytes, list[Any], list[_Origin | None]] | None:
         """Copy ``value`` to the host; None if it is none that the driver can copy as it lies."""

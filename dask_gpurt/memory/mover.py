@@ -661,6 +661,8 @@ class Mover:
     ) -> None:
         self.read_nbytes += nbytes
         _count(name, "read", nbytes)
+        # Not under the lock: what somebody's sizeof does is theirs.
+        footprint = None if error is not None or isinstance(name, RawName) else codec.footprint(value)
         with self._acting() as garbage:
             if not self.spiller.current(name, epoch):
                 return
@@ -670,10 +672,10 @@ class Mover:
                 self.lost_blocks += 1
                 self._handle(ev.ReadFailed(name, epoch), garbage)
             else:
-                if isinstance(name, RawName):
+                if footprint is None:
                     buffer, size = None, self.spiller.blocks[name].nbytes
                 else:
-                    buffer, size, _ = codec.footprint(value)
+                    buffer, size, _ = footprint
                 self._values[name] = value
                 self._handle(ev.Raised(name, epoch, self._named(buffer), size), garbage)
             self._arrived(name, error)

@@ -21,7 +21,7 @@ import pytest
 from cuda_emulation import counted, emulated, set_driver
 
 from dask_gpurt.errors import CorruptDataError, DeviceFullError
-from dask_gpurt.memory import cuda
+from dask_gpurt.memory import codec, cuda
 from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.cuda import Copier, Device, Pinner, is_out_of_memory
 from dask_gpurt.memory.device import PIECE_NBYTES, device_mover, pinned_pool
@@ -332,10 +332,12 @@ def test_threads_that_need_room_at_once_all_get_it(tmp_path: Path) -> None:
                     value: Any = t.device.get(name)
                     return bool((value.copy_to_host() == name).all())
 
-                # Three threads beside the mover's own.
-                rights = await asyncio.gather(*(asyncio.to_thread(read, name) for name in names[:1]), t.get(names[1]))
-                assert rights[0]
-                assert (rights[1] == names[1]).all()
+                # Two threads beside the mover's own, for four that have room.
+                *rights, back = await asyncio.gather(
+                    *(asyncio.to_thread(read, name) for name in names[:2]), t.get(names[2])
+                )
+                assert rights == [True, True]
+                assert (back == names[2]).all()
             del hog
             assert not t.lost
 
@@ -405,6 +407,37 @@ def test_an_array_that_would_not_come_back_as_it_was_stays(tmp_path: Path, caplo
             assert "distributed's serialization would lose the fields of" in caplog.text
             assert t.device.absent == {"numbers"}
             np.testing.assert_array_equal(await t.get("rows"), rows, strict=True)
+
+    run(main())
+
+
+@emulated()
+def test_a_view_that_cannot_be_put_together_on_a_full_device_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    encode = codec.encode
+    full = True
+
+    def refused(value: object, **options: Any) -> Any:
+        if full:
+            raise MemoryError("std::bad_alloc: out_of_memory")
+        return encode(value, **options)
+
+    async def main() -> None:
+        nonlocal full
+        monkeypatch.setattr(codec, "encode", refused)
+        async with tiers(tmp_path) as t:
+            t.device.put("view", to_device(np.arange(10**6)))
+            with caplog.at_level(logging.WARNING):
+                await t.down()
+            assert "cannot take 'view' from the device, which is full" in caplog.text
+            assert not t.device.absent
+            full = False
+            t.device.set_limit(0)
+            while not t.device.absent:  # noqa: ASYNC110  tried again a second later
+                await asyncio.sleep(0.01)
+            t.device.set_limit(None)
+            np.testing.assert_array_equal(await t.get("view"), np.arange(10**6), strict=True)
 
     run(main())
 
