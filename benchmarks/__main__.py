@@ -13,7 +13,7 @@ import benchmarks
 from benchmarks.frame import BrokenRunError, Subject, WrongAnswerError, run_subject
 
 #: Modules of this folder that are no subjects.
-FRAME = ("__main__", "contest", "frame", "gpu", "soak", "spilling", "tables", "tpch_queries")
+FRAME = ("__main__", "contest", "frame", "gpu", "simulation", "soak", "spilling", "tables", "tpch_queries")
 
 
 def subjects() -> dict[str, Subject]:

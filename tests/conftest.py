@@ -37,6 +37,10 @@ settings.register_profile("dask-gpurt", deadline=None)
 settings.load_profile("dask-gpurt")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seeds", type=int, default=20, help="how many seeds of chaos run in the simulator")
+
+
 def _gpus() -> int:
     """Count the CUDA devices of this machine without loading CUDA."""
     if shutil.which("nvidia-smi") is None:

@@ -1,0 +1,78 @@
+"""Workers that join, die, pause and slow down while graphs run: no task is lost or stuck, and all states agree.
+
+``--seeds 1000`` runs that many; a seed that fails is the report of a bug.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from dask._task_spec import Task, TaskRef
+from dask.order import order
+
+from benchmarks.simulation.cluster import Cluster, Spec, gpurt
+from benchmarks.simulation.faults import Faults, unleash
+from benchmarks.simulation.graphs import workload
+from benchmarks.simulation.network import FABRICS
+from benchmarks.simulation.workload import Phase, Workload
+
+REAL = ("thin-tree", "task-shuffle", "aligned", "tsqr")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "seed" in metafunc.fixturenames:
+        metafunc.parametrize("seed", range(metafunc.config.getoption("--seeds")))
+
+
+def random_workload(rng: random.Random) -> Workload:
+    """Make a graph of some layers, in which tasks take a few results of the layers before."""
+    graph: dict[Any, Task] = {}
+    layers: list[list[tuple[str, int]]] = []
+    for depth in range(rng.randint(1, 6)):
+        layer = [(f"layer{depth}", i) for i in range(rng.randint(1, 60))]
+        for key in layer:
+            above = [rng.choice(rng.choice(layers)) for _ in range(rng.choice([0, 1, 1, 2, 2, 3, 9]))] if layers else []
+            graph[key] = Task(key, max, *(TaskRef(dep) for dep in dict.fromkeys(above)))
+        layers.append(layer)
+    wanted = layers[-1] + [key for key in graph if rng.random() < 0.05]
+    needed: dict[Any, Task] = {}
+    stack = list(wanted)
+    while stack:
+        key = stack.pop()
+        if key not in needed:
+            needed[key] = graph[key]
+            stack.extend(graph[key].dependencies)
+    return Workload(
+        "random",
+        [Phase(needed, list(dict.fromkeys(wanted)), order(needed))],
+        {key: rng.choice([100, 10**6, 10**8]) for key in needed},
+        {key: rng.choice([0.001, 0.01, 0.1]) for key in needed},
+    )
+
+
+def test_nothing_is_lost_or_stuck(seed: int) -> None:
+    rng = random.Random(seed)
+    graph = workload(rng.choice(REAL)) if rng.random() < 0.2 else random_workload(rng)
+    spec = Spec(
+        nworkers=rng.randint(2, 8),
+        nthreads=rng.choice([1, 1, 3]),
+        fabric=rng.choice(list(FABRICS.values())),
+        memory_nbytes=rng.choice([1e9, 1e12]),
+        validate=True,
+    )
+    cluster = Cluster(spec, graph, seed)
+    with cluster.started(gpurt):
+        faults = Faults(rng.choice([1, 4]) * graph.bound_s(spec.nworkers), *(rng.randint(0, 3) for _ in range(4)))
+        unleash(cluster, faults)
+        report = cluster.compute()
+        cluster.settle()
+        cluster.validate()
+        for phase in graph.phases:
+            for key in phase.keys:
+                holders = {ws.address for ws in cluster.scheduler.tasks[key].who_has or ()}
+                assert holders <= {address for address, worker in cluster.workers.items() if key in worker.store}
+        metrics = cluster.placement_metrics()
+    assert report.tasks >= len(graph.sizes)
+    assert metrics["errors"] == metrics["waiting"] == metrics["planned"] == 0
