@@ -21,6 +21,8 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from time import thread_time
 from typing import Any
 
 import dask
@@ -32,7 +34,7 @@ from benchmarks.simulation import seams
 from benchmarks.simulation.clock import Clock
 from benchmarks.simulation.network import FABRICS, Fabric, Network
 from benchmarks.simulation.worker import SimulatedWorker
-from benchmarks.simulation.workload import Workload
+from benchmarks.simulation.workload import Phase, Workload
 
 __all__ = ["STOCK", "Cluster", "Policy", "Report", "Spec", "StuckError", "gpurt", "run"]
 
@@ -123,6 +125,8 @@ class Report:
         Written to disks.
     tasks
         Tasks that have been computed.
+    scheduler_cpu_s
+        Processor time of the scheduler: the only figure that is not the same in the next run.
     metrics
         What the placement says of itself; empty if there is none.
     """
@@ -134,6 +138,7 @@ class Report:
     peak_nbytes: int
     spilled_nbytes: int
     tasks: int
+    scheduler_cpu_s: float
     metrics: Mapping[str, Any]
 
 
@@ -233,6 +238,7 @@ class Cluster:
         self._loop = asyncio.new_event_loop()
         self._registered: set[asyncio.Task[None]] = set()
         self._peak_nbytes = self._spilled_nbytes = 0
+        self._scheduler_cpu_s = 0.0
         #: What the client wants and does not have yet.
         self._missing: set[Any] = set()
         self._failure: str | None = None
@@ -281,7 +287,8 @@ class Cluster:
             callback.stop()
             if name not in _HOUSEKEEPING:
                 period_s = callback.callback_time / 1000
-                self.clock.every(period_s, callback.callback, first_s=period_s * self._vary())
+                act = partial(self._scheduler, callback.callback)
+                self.clock.every(period_s, act, first_s=period_s * self._vary())
 
     async def _stop(self) -> None:
         # What listens to a worker removes it at its end, unless it is gone.
@@ -379,6 +386,12 @@ class Cluster:
 
     # --- messages -----------------------------------------------------------------------------------------------------
 
+    def _scheduler(self, act: Callable[[], Any]) -> None:
+        """Let the scheduler do something, and count its processor time."""
+        started = thread_time()
+        act()
+        self._scheduler_cpu_s += thread_time() - started
+
     def send_to_scheduler(self, worker: SimulatedWorker, message: dict[str, Any]) -> None:
         """Bring a worker's message to the scheduler."""
         fields = dict(message)
@@ -387,7 +400,7 @@ class Cluster:
         def arrive() -> None:
             # A connection that has broken brings nothing any more.
             if worker.address in self.scheduler.workers:
-                handler(worker=worker.address, **fields)
+                self._scheduler(lambda: handler(worker=worker.address, **fields))
 
         self.clock.after(self.spec.latency_s, arrive)
 
@@ -415,7 +428,7 @@ class Cluster:
         for phase in self.workload.phases:
             self._missing = set(phase.keys)
             self.clock.now += latency_s
-            seams.submit(self.scheduler, phase, _CLIENT, self.clock.now)
+            self.submit(phase)
             while self._missing:
                 if self._failure is not None:
                     raise StuckError(f"{self.workload.name}: {self._failure}")
@@ -425,6 +438,10 @@ class Cluster:
             if phase.released:
                 self.scheduler.client_releases_keys(phase.released, _CLIENT, stimulus_id="release")
         return self._report()
+
+    def submit(self, phase: Phase) -> None:
+        """Give a graph to the scheduler, in the name of the client."""
+        self._scheduler(lambda: seams.submit(self.scheduler, phase, _CLIENT, self.clock.now))
 
     def settle(self, elapsed_s: float = 5.0) -> None:
         """Let time pass."""
@@ -444,6 +461,7 @@ class Cluster:
             peak_nbytes=self._peak_nbytes,
             spilled_nbytes=self._spilled_nbytes,
             tasks=self.computed,
+            scheduler_cpu_s=self._scheduler_cpu_s,
             metrics=self.placement_metrics(),
         )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ import dask.array as da
 import dask.dataframe as dd
 import numpy as np
 import pandas as pd
+from dask.array.core import PerformanceWarning
 from dask.delayed import delayed
 
 from benchmarks.simulation.workload import LONG, Recorder, Workload
@@ -324,6 +326,8 @@ GRAPHS: Mapping[str, Callable[[Recorder], None]] = {**TUNED, **ASIDE}
 def workload(name: str) -> Workload:
     """Return a graph, with sizes and durations."""
     user = Recorder(name, SCALE, ROWS_SCALE)
-    with dask.config.set({"dataframe.convert-string": False}):
+    with dask.config.set({"dataframe.convert-string": False}), warnings.catch_warnings():
+        # A product of blocks has more of them, and Dask warns of that.
+        warnings.simplefilter("ignore", PerformanceWarning)
         GRAPHS[name](user)
     return user.workload
