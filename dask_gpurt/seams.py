@@ -93,6 +93,7 @@ PLACEMENT: tuple[Seam, ...] = (
     Seam("scheduler", "distributed.scheduler:WorkerState.long_running"),
     Seam("scheduler", "distributed.scheduler:WorkerState.needs_what"),
     Seam("scheduler", "distributed.scheduler:WorkerState.task_prefix_count"),
+    Seam("scheduler", "distributed.scheduler:WorkerState._network_occ"),
     Seam("scheduler", "distributed.scheduler:_task_slots_available", ("ws", "saturation_factor")),
     Seam(
         "scheduler",
@@ -308,6 +309,12 @@ def assert_ready(scheduler: Any, ts: Any) -> None:
 def is_queueable(ts: Any) -> bool:
     """Whether the task may wait in the scheduler's queue."""
     return bool(ts._queueable)
+
+
+def incoming_nbytes(ws: Any) -> int:
+    """Return the bytes that a worker has to fetch for the tasks that it was given."""
+    nbytes: int = ws._network_occ
+    return nbytes
 
 
 def task_slots_available() -> Callable[[Any, float], int]:

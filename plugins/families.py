@@ -68,13 +68,16 @@ class Family:
         The members, in order of priority.
     home
         The worker to which the family was dealt.
+    waits
+        Whether members wait until their worker has a free slot, as roots do, or are sent as soon as they are ready.
     """
 
-    __slots__ = ("home", "keys")
+    __slots__ = ("home", "keys", "waits")
 
-    def __init__(self, keys: Sequence[Any], home: Hashable) -> None:
+    def __init__(self, keys: list[Any], home: Hashable, *, waits: bool = True) -> None:
         self.keys = keys
         self.home = home
+        self.waits = waits
 
     def __repr__(self) -> str:
         return f"Family({list(self.keys)!r}, home={self.home!r})"

@@ -45,7 +45,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from tornado.ioloop import PeriodicCallback
 
 from dask_gpurt import seams
-from dask_gpurt.plugins import families, policy, stealing
+from dask_gpurt.plugins import crossings, families, policy, stealing
 from dask_gpurt.plugins.families import Family
 from dask_gpurt.plugins.queues import Queues
 from dask_gpurt.plugins.view import Backlog, Candidate, Share, Tail
@@ -275,7 +275,7 @@ class Placement:
                 continue
             leads_on = leads_on or bool(dependents)
             roots[key] = ts
-        if len(roots) < 2:
+        if len(roots) + len(others) < 2:
             return
         self._write(self._families(roots, others, shares, leads_on))
 
@@ -284,15 +284,23 @@ class Placement:
     ) -> Iterator[Family]:
         meets: dict[Any, Any] = {}
         ends: dict[Any, Any] = roots
-        if leads_on:
+        if leads_on or others:
             meets, ends = families.meetings([*roots.values(), *others], roots)
-        meeting = [ts for key, ts in roots.items() if key in meets]
+        crossing, crossed, homes = crossings.by_crossing(others, roots, meets, shares)
+        yield from crossing
+        yield from crossed
+        dealt = {key for family in crossed for key in family.keys}
+        meeting = [ts for key, ts in roots.items() if key in meets and key not in dealt]
         if meeting:
             meeting.sort(key=_priority)
-            yield from families.by_meeting(meeting, meets, shares, self._holder_of, _expected_s)
+
+            def holder_of(node: Any) -> Any | None:
+                return homes.get(node.key) or self._holder_of(node)
+
+            yield from families.by_meeting(meeting, meets, shares, holder_of, _expected_s)
         collections: defaultdict[str, list[tuple[Any, tuple[int, ...]]]] = defaultdict(list)
         for key in roots:
-            if key not in meets:
+            if key not in meets and key not in dealt:
                 block = families.index_of(ends[key].key) or families.index_of(key)
                 if block is not None:
                     collections[block[0]].append((key, block[1]))
@@ -311,7 +319,7 @@ class Placement:
         present = [dts for dts in meeting.dependencies if dts.who_has]
         if not present:
             return None
-        held, _ = policy.holdings(present)
+        held, _ = policy.holdings(present, len(self._running))
         best = policy.best_holders(held, self._running, limit=1)
         return best[0] if best else None
 
@@ -392,12 +400,17 @@ class Placement:
         if ts.dependencies and not self._pays_to_fetch(ts, ws):
             del self._plan[ts.key]
             return self._decide_by_inputs(ts)
-        if ws in self._with_slots or math.isinf(self.scheduler.WORKER_SATURATION) or not seams.is_queueable(ts):
+        if (
+            not family.waits
+            or ws in self._with_slots
+            or math.isinf(self.scheduler.WORKER_SATURATION)
+            or not seams.is_queueable(ts)
+        ):
             return self._decided(ts, ws, "planned")
         return _QUEUED
 
     def _pays_to_fetch(self, ts: TaskState, ws: WorkerState) -> bool:
-        held, total = policy.holdings(ts.dependencies)
+        held, total = policy.holdings(ts.dependencies, len(self._running))
         coming = ws.needs_what
         missing = sum(d.get_nbytes() for d in ts.dependencies if ws not in (d.who_has or ()) and d not in coming)
         output_nbytes = self._output_nbytes.get(ts.prefix.name)
@@ -416,7 +429,8 @@ class Placement:
                 (ws,) = holders
                 return self._decided(ts, ws, "only-holder") if ws in running else None
         self._siblings.pop(ts.key, None)
-        held, total = policy.holdings(inputs)
+        nworkers = len(running)
+        held, total = policy.holdings(inputs, nworkers)
         workers = policy.best_holders(held, running)
         if not workers:
             return None
@@ -433,7 +447,7 @@ class Placement:
                 missing += apart_nbytes
             coming = ws.needs_what
             if missing and coming:
-                missing -= sum(d.get_nbytes() for d in inputs if d in coming)
+                missing -= sum(policy.share_nbytes(d, nworkers) for d in inputs if d in coming)
             candidates.append(Candidate(ws, missing, self._wait_s(ws)))
         choice = policy.choose(candidates, self.scheduler.bandwidth)
         if consumer is not None:
@@ -448,7 +462,7 @@ class Placement:
         busy_s = 0.0
         for name, count in ws.task_prefix_count.items():
             busy_s += count * (_duration_s(prefixes[name]) or policy.UNKNOWN_S)
-        return busy_s / ws.nthreads
+        return busy_s / ws.nthreads + seams.incoming_nbytes(ws) / self.scheduler.bandwidth
 
     def _decided(self, ts: TaskState, ws: Any, reason: str) -> Any:
         self._counts[reason] += 1
@@ -492,7 +506,7 @@ class Placement:
         """Send queued tasks to the workers that have free slots, a task a worker and round."""
         assert self._stock is not None
         scheduler = self.scheduler
-        free = list(self._with_slots)
+        free = self._queues.able(self._with_slots)
         if len(free) > 1:
             free.sort(key=_load)
         while free and self._waiting:

@@ -12,6 +12,9 @@ the next task finds its inputs apart), and because a queue is a guess while byte
 *Stay together*: results that are inputs of the same later task have to meet, so a worker on which the task's siblings
 were placed counts as holding a result's worth of bytes more than others.
 
+*Shared inputs*: what a worker fetches serves all tasks there that take it. So of an input that more tasks wait for than
+there are workers, a task counts its part alone: it stays with a block of its own, and not with the table that every block is joined with.
+
 Only workers that hold an input are looked at, and of inputs with many replicas only if there is nothing else to go by:
 a broadcast that is everywhere says nothing, and walking all its holders is what makes a scheduler slow.
 """
@@ -35,6 +38,7 @@ __all__ = [
     "choose",
     "holdings",
     "result_nbytes",
+    "share_nbytes",
 ]
 
 #: How much later a task may start where its inputs lie, in units of what moving them costs.
@@ -60,12 +64,30 @@ class Held(Protocol):
     def who_has(self) -> Collection[Any] | None:
         """Workers that hold it."""
 
+    @property
+    def waiters(self) -> Collection[Any] | None:
+        """Tasks that take it and have not ended."""
+
     def get_nbytes(self) -> int:
         """Return its size, or a guess."""
 
 
-def holdings(inputs: Iterable[Held], *, many: int = MANY) -> tuple[dict[Any, int], int]:
-    """Count the bytes of ``inputs`` by the worker that holds them.
+def share_nbytes(dep: Held, nworkers: int) -> int:
+    """Count what it costs one task that ``dep`` is fetched, if its tasks are spread over all workers.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> share_nbytes(SimpleNamespace(waiters=range(32), get_nbytes=lambda: 1000), nworkers=8)
+    250
+    """
+    nbytes = dep.get_nbytes()
+    waiters = dep.waiters
+    return nbytes * nworkers // len(waiters) if waiters and len(waiters) > nworkers else nbytes
+
+
+def holdings(inputs: Iterable[Held], nworkers: int, *, many: int = MANY) -> tuple[dict[Any, int], int]:
+    """Count the bytes of ``inputs`` by the worker that holds them, of each input as :func:`share_nbytes` does.
 
     Returns
     -------
@@ -75,7 +97,7 @@ def holdings(inputs: Iterable[Held], *, many: int = MANY) -> tuple[dict[Any, int
     total = 0
     everywhere: list[tuple[int, Collection[Any]]] = []
     for dep in inputs:
-        nbytes = dep.get_nbytes()
+        nbytes = share_nbytes(dep, nworkers)
         total += nbytes
         holders = dep.who_has or ()
         if len(holders) > many:

@@ -36,10 +36,13 @@ class Queues:
     ----------
     waiting
         Key of each planned task that waits to its family. Read only for others.
+    wanted
+        Workers for which planned tasks wait. Read only for others.
     """
 
     def __init__(self) -> None:
         self.waiting: dict[Any, Family] = {}
+        self.wanted: set[Any] = set()
         self._heaps: defaultdict[Any, _Heap] = defaultdict(list)
         #: Tasks without a plan; None while no planned task waits.
         self._unplanned: _Heap | None = None
@@ -56,6 +59,7 @@ class Queues:
         home = family.home
         self.waiting[key] = family
         self._backlog[home] += 1
+        self.wanted.add(home)
         self._pushed += 1
         heapq.heappush(self._heaps[home], (priority, self._pushed, key))
         dealt = self._dealt[home]
@@ -73,13 +77,14 @@ class Queues:
         family = self.waiting.pop(key, None)
         if family is None:
             return
-        self._backlog[family.home] -= 1
+        self._count_down(family.home, 1)
         if not self.waiting:
             self.clear()
 
     def clear(self) -> None:
         """Forget everything."""
         self.waiting.clear()
+        self.wanted.clear()
         self._heaps.clear()
         self._unplanned = None
         self._backlog.clear()
@@ -111,6 +116,10 @@ class Queues:
                 continue
             return entry[2] if own is None or entry < own else own[2]
         return None if own is None else own[2]
+
+    def able(self, workers: set[Any]) -> list[Any]:
+        """List those of ``workers`` for which anything waits, with a plan or without one."""
+        return list(workers if self._unplanned else workers & self.wanted)
 
     def backlog(self, worker: Any) -> int:
         """Count the planned tasks that wait for ``worker``."""
@@ -150,16 +159,22 @@ class Queues:
     def move(self, family: Family, home: Any, priority_of: Callable[[Any], Any]) -> None:
         """Change the home of a family, for its members that wait and for those to come."""
         keys = self._waiting_members(family)
-        self._backlog[family.home] -= len(keys)
+        self._count_down(family.home, len(keys))
         family.home = home
         if not keys:
             return
         self._backlog[home] += len(keys)
+        self.wanted.add(home)
         heap = self._heaps[home]
         for key in keys:
             self._pushed += 1
             heapq.heappush(heap, (priority_of(key), self._pushed, key))
         self._dealt[home].append(family)
+
+    def _count_down(self, home: Any, number: int) -> None:
+        self._backlog[home] -= number
+        if not self._backlog[home]:
+            self.wanted.discard(home)
 
     def _waiting_members(self, family: Family) -> list[Any]:
         return [key for key in family.keys if self.waiting.get(key) is family]

@@ -326,7 +326,10 @@ GRAPHS: Mapping[str, Callable[[Recorder], None]] = {**TUNED, **ASIDE}
 def workload(name: str) -> Workload:
     """Return a graph, with sizes and durations."""
     user = Recorder(name, SCALE, ROWS_SCALE)
-    with dask.config.set({"dataframe.convert-string": False}), warnings.catch_warnings():
+    with (
+        dask.config.set({"dataframe.convert-string": False, "dataframe.shuffle.method": "tasks"}),
+        warnings.catch_warnings(),
+    ):
         # A product of blocks has more of them, and Dask warns of that.
         warnings.simplefilter("ignore", PerformanceWarning)
         GRAPHS[name](user)

@@ -12,6 +12,7 @@ from dask_gpurt.plugins.view import Backlog, Candidate, Tail
 class Input:
     nbytes: int
     who_has: frozenset[str] | None
+    waiters: frozenset[int] = frozenset()
 
     def get_nbytes(self) -> int:
         return self.nbytes
@@ -23,22 +24,30 @@ def held(nbytes: int, *workers: str) -> Input:
 
 def test_holdings_are_summed_over_all_inputs() -> None:
     inputs = [held(1, "a"), held(2, "b"), held(3, "c"), held(4, "d"), *[held(2, "e")] * 4]
-    assert policy.holdings(inputs) == ({"a": 1, "b": 2, "c": 3, "d": 4, "e": 8}, 18)
+    assert policy.holdings(inputs, 4) == ({"a": 1, "b": 2, "c": 3, "d": 4, "e": 8}, 18)
 
 
 def test_a_broadcast_counts_only_for_workers_that_hold_something_else() -> None:
     everyone = [f"w{i}" for i in range(20)]
-    assert policy.holdings([held(100, *everyone), held(1, "w3"), held(1, "x")]) == ({"w3": 101, "x": 1}, 102)
+    assert policy.holdings([held(100, *everyone), held(1, "w3"), held(1, "x")], 4) == ({"w3": 101, "x": 1}, 102)
 
 
 def test_of_an_input_that_is_everywhere_a_few_holders_are_looked_at() -> None:
-    nbytes, total = policy.holdings([held(100, *[f"w{i}" for i in range(20)])], many=8)
+    nbytes, total = policy.holdings([held(100, *[f"w{i}" for i in range(20)])], 4, many=8)
     assert len(nbytes) == 8
     assert set(nbytes.values()) == {total} == {100}
 
 
 def test_an_input_without_holder_counts_for_nobody() -> None:
-    assert policy.holdings([Input(5, None)]) == ({}, 5)
+    assert policy.holdings([Input(5, None)], 4) == ({}, 5)
+
+
+def test_an_input_that_many_wait_for_counts_by_the_share_of_one() -> None:
+    table = Input(1000, frozenset({"a"}), frozenset(range(40)))
+    part = Input(150, frozenset({"b"}), frozenset({1}))
+    assert policy.holdings([table, part], nworkers=4) == ({"a": 100, "b": 150}, 250)
+    # No more than one task for each worker: all of it has to be fetched for one.
+    assert policy.holdings([table, part], nworkers=40) == ({"a": 1000, "b": 150}, 1150)
 
 
 def test_best_holders_run_and_are_few() -> None:

@@ -1,0 +1,135 @@
+"""Crossings: products are made where they are summed, near others that take the same blocks."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from dask_gpurt.plugins import crossings, families
+from dask_gpurt.plugins.view import Share
+
+
+@dataclass(eq=False, repr=False)
+class Node:
+    key: Any
+    priority: tuple[int, ...]
+    dependencies: set[Node] = field(default_factory=set)
+    dependents: set[Node] = field(default_factory=set)
+
+
+class Graph:
+    """Nodes are added in order of priority, inputs first."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[Any, Node] = {}
+
+    def add(self, key: Any, *inputs: Any) -> Node:
+        node = Node(key, (0, len(self.nodes)))
+        self.nodes[key] = node
+        for name in inputs:
+            node.dependencies.add(self.nodes[name])
+            self.nodes[name].dependents.add(node)
+        return node
+
+    def deal(
+        self, shares: list[Share]
+    ) -> tuple[list[families.Family], list[families.Family], dict[Any, Any], dict[Any, Any]]:
+        roots = {key: node for key, node in self.nodes.items() if not node.dependencies}
+        others = [node for node in self.nodes.values() if node.dependencies]
+        meets, _ = families.meetings(self.nodes.values(), roots)
+        crossing, crossed, homes = crossings.by_crossing(others, roots, meets, shares)
+        return crossing, crossed, homes, {key: family.home for family in crossing + crossed for key in family.keys}
+
+
+WORKERS = [Share(name, 1) for name in "abcd"]
+SIDE = 8
+
+
+def product(fan_in: int = 4) -> Graph:
+    """Multiply two squares of blocks; the products of a block are summed a few at a time."""
+    graph = Graph()
+    for i in range(SIDE):
+        for k in range(SIDE):
+            graph.add(("x", i, k))
+            graph.add(("y", i, k))
+    for i in range(SIDE):
+        for j in range(SIDE):
+            for k in range(SIDE):
+                graph.add(("dot", i, j, k), ("x", i, k), ("y", k, j))
+            parts = []
+            for start in range(0, SIDE, fan_in):
+                dots = [("dot", i, j, k) for k in range(start, start + fan_in)]
+                parts.append(graph.add(("partial", i, j, start), *dots).key)
+            graph.add(("z", i, j), *parts)
+    return graph
+
+
+def test_products_are_made_where_they_are_summed() -> None:
+    crossing, _, homes, home_of = product().deal(WORKERS)
+    assert not any(family.waits for family in crossing)
+    for i in range(SIDE):
+        for j in range(SIDE):
+            assert {home_of["dot", i, j, k] for k in range(SIDE)} == {homes["z", i, j]}
+    assert set(Counter(homes.values()).values()) == {SIDE * SIDE // 4}
+
+
+def test_a_worker_has_a_square_of_blocks() -> None:
+    _, _, homes, _ = product().deal(WORKERS)
+    blocks = defaultdict(list)
+    for (_, i, j), home in homes.items():
+        blocks[home].append((i, j))
+    for of_worker in blocks.values():
+        assert len({i for i, _ in of_worker}) == len({j for _, j in of_worker}) == SIDE // 2
+
+
+def test_workers_with_more_threads_have_more() -> None:
+    _, _, homes, _ = product().deal([Share("a", 3), Share("b", 1)])
+    assert Counter(homes.values()) == {"a": 48, "b": 16}
+
+
+def test_roots_go_where_they_are_taken_and_are_shared_fairly() -> None:
+    _, crossed, _, home_of = product().deal(WORKERS)
+    assert all(family.waits and len(family.keys) <= families.PIECE for family in crossed)
+    roots = [(name, i, k) for name in "xy" for i in range(SIDE) for k in range(SIDE)]
+    assert max(Counter(home_of[root] for root in roots).values()) <= len(roots) / 4
+    dots_of = {
+        (name, i, k): [("dot", i, j, k) if name == "x" else ("dot", j, k, i) for j in range(SIDE)]
+        for name, i, k in roots
+    }
+    there = [root for root in roots if home_of[root] in {home_of[dot] for dot in dots_of[root]}]
+    assert len(there) >= 0.95 * len(roots)
+
+
+def test_a_stencil_has_no_crossings() -> None:
+    graph = Graph()
+    for step in range(3):
+        for i in range(20):
+            near = [("step", step - 1, (i + d) % 20) for d in range(-3, 4)] if step else []
+            graph.add(("step", step, i), *near)
+    assert graph.deal(WORKERS) == ([], [], {}, {})
+
+
+def test_a_few_products_are_left_alone() -> None:
+    graph = Graph()
+    for i in range(2):
+        graph.add(("x", i))
+    for i in range(8):
+        graph.add(("dot", i), ("x", 0), ("x", 1))
+    graph.add("sum", *[("dot", i) for i in range(8)])
+    assert graph.deal(WORKERS) == ([], [], {}, {})
+
+
+def test_a_front_has_all_workers_in_any_part() -> None:
+    graph, side = Graph(), 12
+    for i in range(side):
+        for j in range(i + 1):
+            dots = [graph.add(("dot", i, j, k), ("block", i, k), ("block", j, k)).key for k in range(j)]
+            graph.add(("block", i, j), *dots)
+    _, _, homes, _ = graph.deal(WORKERS)
+    blocks = {key[1:]: home for key, home in homes.items() if key[0] == "block"}
+    low = {home for (i, _), home in blocks.items() if i < side / 2}
+    high = {home for (i, _), home in blocks.items() if i >= side / 2}
+    assert low == high == set("abcd")
+    # A row of blocks is shared by few workers.
+    assert all(len({home for (i, _), home in blocks.items() if i == row}) <= 2 for row in range(side))
