@@ -11,7 +11,8 @@ Where inputs are taken by one or two tasks, these tasks go where the inputs are.
 whatever is done, and two things count: that the results of crossings which meet (the products that are summed into one block) are made
 on one worker, as each of them is as large as an input; and that a worker has crossings with few different inputs between them.
 Both are answered by the index of the block in which they meet: the blocks are walked along a Z-shaped curve, which is cut
-into a piece for each worker. Pieces of that curve are close to squares, and a square of blocks has the fewest rows and columns. Where
+into a piece for each worker. Pieces of that curve are close to squares, and a square of blocks has the fewest rows and columns. If all
+inputs are of one collection (``x @ x.T``), a block and its mirror image take the same inputs, and have one place on the curve. Where
 crossings take what is made of other crossings (a factorization), the work goes over the blocks as a front, and pieces would be
 idle before and after; there, rows and columns are dealt in turns to a grid of workers.
 
@@ -38,6 +39,8 @@ __all__ = ["SHARED", "by_crossing"]
 SHARED = 5
 #: Crossings for each worker at least: fewer make no pieces of a curve.
 ENOUGH = 4
+#: Groups for each worker's thread at least, so that all have as many crossings.
+GROUPS = 4
 #: How far up it is sought where crossings meet.
 LEVELS = 4
 
@@ -71,8 +74,13 @@ def by_crossing(
     crossing = [node for node in nodes if _is_crossing(node)]
     if len(crossing) < ENOUGH * len(shares):
         return [], [], {}
-    groups = _groups(crossing, meets)
-    dealt = _in_turns(groups, shares) if _is_front(crossing) else _in_pieces(groups, shares, len(crossing))
+    fair = len(crossing) // sum(share.nthreads for share in shares)
+    groups = _groups(crossing, meets, min(fair // GROUPS, MAX_FAMILY))
+    if _is_front(crossing):
+        dealt = _in_turns(groups, shares)
+    else:
+        folded = len({_collection(dep.key) for node in crossing for dep in node.dependencies}) == 1
+        dealt = _in_pieces(groups, shares, len(crossing), folded)
     families: list[Family] = []
     homes: dict[Any, Hashable] = {}
     home_of: dict[Any, Hashable] = {}
@@ -90,12 +98,17 @@ def _is_front(crossing: Sequence[Node]) -> bool:
     return any(origin.key in keys for node in crossing for dep in node.dependencies for origin in dep.dependencies)
 
 
-def _in_pieces(groups: _Groups, shares: Sequence[Share], ncrossings: int) -> Iterator[_Dealt]:
+def _collection(key: Any) -> Any:
+    block = index_of(key)
+    return key if block is None else block[0]
+
+
+def _in_pieces(groups: _Groups, shares: Sequence[Share], ncrossings: int, folded: bool) -> Iterator[_Dealt]:
     """Deal groups by pieces of the curve."""
     total_threads = sum(share.nthreads for share in shares)
     bounds = [upto / total_threads for upto in accumulate(share.nthreads for share in shares)]
     position = 0
-    for target, members in sorted(groups.values(), key=lambda group: _along_the_curve(group[0])):
+    for target, members in sorted(groups.values(), key=lambda group: _along_the_curve(group[0], folded)):
         fraction = (position + len(members) / 2) / ncrossings
         position += len(members)
         yield target, members, shares[min(bisect_right(bounds, fraction), len(shares) - 1)].worker
@@ -120,8 +133,8 @@ def _is_crossing(node: Node) -> bool:
     return all(len(dep.dependents) >= SHARED for dep in inputs)
 
 
-def _groups(crossing: Sequence[Node], meets: Mapping[Any, Node]) -> _Groups:
-    """Group crossings by where they meet, as far up as a group has no more than :data:`MAX_FAMILY` members."""
+def _groups(crossing: Sequence[Node], meets: Mapping[Any, Node], most: int) -> _Groups:
+    """Group crossings by where they meet first, and by what is above that as far as a group has no more than ``most``."""
     groups: _Groups = {}
     for node in crossing:
         target = meets.get(node.key)
@@ -139,7 +152,7 @@ def _groups(crossing: Sequence[Node], meets: Mapping[Any, Node]) -> _Groups:
         wider: _Groups = {}
         for key, (target, members) in groups.items():
             following = above.get(key)
-            _add(wider, target if following is None or sizes[following.key] > MAX_FAMILY else following, members)
+            _add(wider, target if following is None or sizes[following.key] > most else following, members)
         if wider.keys() == groups.keys():
             break
         groups = wider
@@ -150,13 +163,15 @@ def _add(groups: _Groups, target: Node, members: list[Node]) -> None:
     groups.setdefault(target.key, (target, []))[1].extend(members)
 
 
-def _along_the_curve(target: Node) -> tuple[int, Any]:
+def _along_the_curve(target: Node, folded: bool) -> tuple[int, Any]:
     """Return the position of a block on the curve; blocks without an index come in the order of their priority."""
     block = index_of(target.key)
     if block is None:
         return 0, target.priority
     # The bits of the coordinates, in turns.
     _, index = block
+    if folded and index[0] < index[-1]:
+        index = index[::-1]
     position = 0
     for bit in range(max(index).bit_length()):
         for axis, coordinate in enumerate(reversed(index)):
