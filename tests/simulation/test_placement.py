@@ -1,0 +1,44 @@
+"""What the placement is for, in the simulator: fewer bytes, and no graph much slower than with stock Dask."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.simulation.cluster import STOCK, Cluster, Spec, gpurt, run
+from benchmarks.simulation.graphs import workload
+from benchmarks.simulation.network import FABRICS
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_part"),
+    [
+        ("aligned", 0.0),
+        ("transposed", 0.0),
+        ("thin-tree", 0.25),
+        ("climatology", 0.25),
+        ("gram-sum", 0.7),
+        ("matmul-persisted", 0.7),
+        ("broadcast-join", 1.1),
+        ("task-shuffle", 1.1),
+    ],
+)
+def test_bytes(name: str, bytes_part: float) -> None:
+    spec = Spec(fabric=FABRICS["tcp"])
+    ours, stock = run(spec, workload(name), gpurt), run(spec, workload(name), STOCK)
+    assert ours.metrics["errors"] == 0
+    assert ours.moved_nbytes <= bytes_part * stock.moved_nbytes
+    assert ours.makespan_s <= 1.25 * stock.makespan_s
+
+
+def test_crossings_wait_for_no_worker_that_is_gone() -> None:
+    # All products of a worker that dies are made elsewhere.
+    graph = workload("matmul")
+    cluster = Cluster(Spec(validate=True), graph)
+    with cluster.started(gpurt):
+        for number, when in ((1, 0.5), (5, 2.0)):
+            cluster.clock.at(when, lambda number=number: cluster.remove_worker(cluster.numbered[number]))  # type: ignore[misc]
+        report = cluster.compute()
+        cluster.settle()
+        cluster.validate()
+    assert report.metrics["errors"] == 0
+    assert report.metrics["decisions"]["rehomed"] > 0
