@@ -126,7 +126,10 @@ SHUFFLE: tuple[Seam, ...] = (
         "distributed.shuffle:ShuffleWorkerPlugin.add_partition",
         ("data", "partition_id", "id", "kwargs"),
     ),
+    Seam("worker", "distributed.shuffle:ShuffleWorkerPlugin.get_or_create_shuffle", ("shuffle_id",)),
+    Seam("worker", "distributed.shuffle:ShuffleWorkerPlugin.get_shuffle_run", ("shuffle_id", "run_id")),
     Seam("worker", "distributed.shuffle._worker_plugin:_ShuffleRunManager._active_runs"),
+    Seam("worker", "distributed.shuffle._worker_plugin:_ShuffleRunManager.closed"),
     Seam("worker", "distributed.shuffle._worker_plugin:_ShuffleRunManager._fetch", ("shuffle_id", "key")),
     Seam("worker", "distributed.shuffle._worker_plugin:_ShuffleRunManager.close", ("shuffle_run",)),
     Seam("worker", "distributed.shuffle._worker_plugin:_ShuffleRunManager.get_with_run_id", ("shuffle_id", "run_id")),
@@ -159,6 +162,11 @@ SHUFFLE: tuple[Seam, ...] = (
     Seam("worker", "distributed.shuffle._exceptions:ShuffleClosedError"),
     Seam("worker", "distributed.shuffle._exceptions:DataUnavailable"),
     Seam("worker", "dask.dataframe.shuffle:partitioning_index", ("df", "npartitions", "cast_dtype")),
+    Seam(
+        "worker",
+        "dask.dataframe.dask_expr._shuffle:AssignPartitioningIndex.operation",
+        ("df", "index", "name", "npartitions", "meta", "index_shuffle"),
+    ),
     Seam("worker", ".extensions"),
     Seam("worker", ".periodic_callbacks"),
     Seam("worker", ".monitor.get_process_memory"),
@@ -193,6 +201,7 @@ MEMORY: tuple[Seam, ...] = (
     Seam("worker", "distributed.worker_state_machine:TaskState.dependents"),
     Seam("worker", "distributed.worker_state_machine:TaskState.dependencies"),
     Seam("worker", "distributed.worker_state_machine:TaskState.run_spec"),
+    Seam("worker", "distributed.worker_state_machine:TaskState.nbytes"),
     Seam("worker", "distributed.worker_state_machine:TaskState.who_has"),
     Seam("worker", "distributed.worker_state_machine:TaskState.priority"),
     Seam("worker", "distributed.worker_state_machine:FreeKeysEvent", ("stimulus_id", "keys")),
@@ -471,6 +480,12 @@ def running_key(worker: Any, thread: int) -> Any:
     return worker.active_threads.get(thread)
 
 
+def worker_result_nbytes(worker: Any, key: Any) -> int | None:
+    """Return the bytes that a worker has counted of a task's result, or None. They are known before the result is stored."""
+    task = worker.state.tasks.get(key)
+    return None if task is None else task.nbytes
+
+
 def input_keys(worker: Any, task: Any) -> list[Any]:
     """Return the keys that a worker's task takes from the store."""
     actors = worker.state.actors
@@ -659,6 +674,15 @@ def replace_partitioning_index(over: Callable[[Any], Any]) -> Callable[[], None]
     return restore
 
 
+def replace_assigning(over: Callable[[Any], Any]) -> Callable[[], None]:
+    """Replace what Dask assigns output partitions with by ``over`` of it, in this process; returns how to undo it.
+
+    Tasks name it as an attribute of its class, so that what they say is true with both.
+    """
+    owner = importlib.import_module("dask.dataframe.dask_expr._shuffle").AssignPartitioningIndex
+    return _override(owner, "operation", staticmethod(over(owner.operation)))
+
+
 def shuffle_spec(plugin: Any, shuffle_id: str) -> Any:
     """Return the spec that a new run of a shuffle would have, or None if the scheduler does not know its barrier."""
     try:
@@ -709,6 +733,42 @@ def override_shuffle_hooks(plugin: Any, hooks: ShuffleHooks) -> Callable[[], Non
             restore_one()
 
     return restore
+
+
+@dataclass(frozen=True)
+class ShuffleLookups:
+    """How a task's thread gets a worker's part of a run: the entries of the shuffle plugin, or what stands before them."""
+
+    #: shuffle_id
+    get_or_create: Callable[..., Any]
+    #: shuffle_id, run_id
+    get: Callable[..., Any]
+
+
+def shuffle_lookups(plugin: Any) -> ShuffleLookups:
+    """Return the look-ups of a worker's shuffle plugin as they are now."""
+    return ShuffleLookups(plugin.get_or_create_shuffle, plugin.get_shuffle_run)
+
+
+def override_shuffle_lookups(plugin: Any, lookups: ShuffleLookups) -> Callable[[], None]:
+    """Put ``lookups`` into a worker's shuffle plugin; returns how to undo it."""
+    undo = (
+        _override(plugin, "get_or_create_shuffle", lookups.get_or_create),
+        _override(plugin, "get_shuffle_run", lookups.get),
+    )
+
+    def restore() -> None:
+        for restore_one in undo:
+            restore_one()
+
+    return restore
+
+
+def sound_shuffle_run(plugin: Any, shuffle_id: str) -> Any:
+    """Return the active run of a shuffle that a worker has, unless it failed or all end; else None. For any thread."""
+    runs = plugin.shuffle_runs
+    run = runs._active_runs.get(shuffle_id)
+    return None if run is None or runs.closed or run._exception is not None else run
 
 
 #: Beside the ids of shuffles in the heartbeats of workers. Stock's scheduler passes over ids that it does not know.

@@ -293,12 +293,14 @@ class Carrier:
                 raise TransportError(str(sending.exception()) if failed else reply["reason"])
             if reply["status"] == "OK":
                 await sending
-                nbytes = nbytes_of(large)
+                nbytes, called_nbytes = nbytes_of(large), nbytes_of(views) - nbytes_of(large)
                 self.ucx_nbytes += nbytes
+                self.comm_nbytes += called_nbytes
                 self.device_nbytes += sum(view.nbytes for view in large if isinstance(view, DeviceBody))
                 self.credit_wait_s += reply["waited_s"]
                 context_meter.digest_metric("credit-wait", reply["waited_s"], "seconds")
                 context_meter.digest_metric("send-ucx", nbytes, "bytes")
+                context_meter.digest_metric("send-comm", called_nbytes, "bytes")
                 # The memory of a device is another place, at another price.
                 if large and not any(libraries):
                     way.carried(nbytes, (reply["carried_nbytes"], reply["carried_s"]))

@@ -34,6 +34,11 @@ class ByteWindow:
     def __repr__(self) -> str:
         return f"<ByteWindow {self.used_nbytes}/{self.limit_nbytes} bytes, {len(self._waiting)} waiting>"
 
+    @property
+    def waiting(self) -> bool:
+        """Whether somebody waits."""
+        return bool(self._waiting)
+
     def try_acquire(self, nbytes: int) -> bool:
         """Acquire ``nbytes`` if nobody has to wait for that; says whether it did."""
         if self._waiting or not self._fits(nbytes):

@@ -84,6 +84,8 @@ class FrameRun(Run):
 
         if type(data) is not pd.DataFrame:
             raise Declined(f"input partition {partition_id} is a {type(data).__name__}")
+        # Dask, and its functions for frames, are loaded by now.
+        hashing.replacement.attach(self.part)
         shards = frames.split(
             data,
             partition_id,
@@ -98,11 +100,7 @@ class FrameRun(Run):
     def _kernels(self, rows: int) -> Kernels | None:
         if not self.part.compiles or rows < KERNEL_ROWS:
             return None
-        kernels = kernels_if_ready()
-        if kernels is not None:
-            # Dask, and its functions for frames, are loaded by now.
-            hashing.replacement.attach(self.part, kernels)
-        return kernels
+        return kernels_if_ready()
 
     def _identity(self, header: Header) -> Hashable:
         (number,) = header.input_id

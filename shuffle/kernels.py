@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MAX_POSITIONS", "SCATTERED", "Kernels", "Memory", "compile_kernels", "kernels_if_ready"]
+__all__ = ["MAX_POSITIONS", "SCATTERED", "Kernels", "Memory", "compile_kernels", "compiled_kernels", "kernels_if_ready"]
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +116,11 @@ class _Compilation:
 
 
 _state = _Compilation()
+
+
+def compiled_kernels() -> Kernels | None:
+    """Return the kernels if they are ready."""
+    return _state.kernels
 
 
 def kernels_if_ready() -> Kernels | None:

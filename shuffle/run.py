@@ -29,9 +29,11 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Coroutine, Generator, Hashable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Hashable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import dask.config
@@ -73,6 +75,10 @@ MAX_RESTARTS = 3
 #: Shards for a peer go out in messages of about so many bytes, so that the first are on their way, and taken in, while
 #: the others wait for their turn.
 MESSAGE_NBYTES = 8 * 2**20
+
+#: The shards of an input that are no more than this are handed to the event loop without waiting for it: its thread can
+#: prepare the next input meanwhile, and has at most one such ahead. Larger ones take longer than the waiting.
+HANDED_NBYTES = 2**20
 
 #: Address of a peer to the messages for it, each of headers and bodies in turn; and what stays here.
 Shards = tuple[dict[str, list[list[Any]]], list[Parcel]]
@@ -160,6 +166,8 @@ class Run(ShuffleRun[Any, Any]):
         # For the watchdog: what is done, and what is being waited for since when.
         self._numbers = itertools.count()
         self._inputs = 0
+        #: By thread: what it has handed to the event loop last without waiting.
+        self._ahead: dict[int, Future[None]] = {}
         self._outputs = 0
         self._granted = 0
         # For the dashboard: bytes to and from DISK, files written, and the seconds of all deliveries.
@@ -243,9 +251,29 @@ class Run(ShuffleRun[Any, Any]):
             context_meter.digest_metric("p2p-shards", sum(sent) + sum(parcel.nbytes for parcel in own), "bytes")
             context_meter.digest_metric("p2p-shards", len(sent) + bool(own), "count")
             del data
-            sync(self._loop, self._dispatch, messages, own)
+            nbytes = sum(sent) + sum(parcel.nbytes for parcel in own)
+            self._hand_over(messages, own, nbytes)
         self._inputs += 1
         return self.run_id
+
+    def _hand_over(self, messages: dict[str, list[list[Any]]], own: list[Parcel], nbytes: int) -> None:
+        """Give shards to the event loop, and wait until it has taken them, or those before them if these are small."""
+        thread = threading.get_ident()
+        before = self._ahead.pop(thread, None)
+        if before is not None:
+            with context_meter.meter("p2p-comms-limiter"):
+                before.result()
+        if nbytes > HANDED_NBYTES:
+            self._call(self._dispatch, messages, own).result()
+            return
+        # What it waits for is not this task's, which may have ended by then.
+        with context_meter.clear_callbacks():
+            self._ahead[thread] = self._call(self._dispatch, messages, own)
+
+    def _call(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> Future[T]:
+        """Have the event loop do something, from a thread, in its context. Takes a third of the time of Dask's ``sync``."""
+        loop: Any = self._loop
+        return asyncio.run_coroutine_threadsafe(function(*args), loop.asyncio_loop)
 
     async def _dispatch(self, messages: dict[str, list[list[Any]]], own: list[Parcel]) -> None:
         self.raise_if_closed()
@@ -304,6 +332,9 @@ class Run(ShuffleRun[Any, Any]):
         self.raise_if_closed()
         self.transferred = True
         try:
+            # All inputs were added, so that no thread adds to these any more.
+            for ahead in list(self._ahead.values()):
+                await asyncio.shield(asyncio.wrap_future(ahead))
             await self._outbox.flush()
         except Exception as error:
             self.raise_if_closed()
@@ -481,7 +512,7 @@ class Run(ShuffleRun[Any, Any]):
         self.raise_if_closed()
         with self._noted(self._tasks, "output", partition_id), self._capture_metrics("foreground"):
             with context_meter.meter("p2p-shards-read"):
-                buffers = sync(self._loop, self._collect, partition_id, key)
+                buffers = self._call(self._collect, partition_id, key).result()
             with (
                 context_meter.meter("p2p-get-output-noncpu"),
                 context_meter.meter("p2p-get-output-cpu", func=thread_time),

@@ -24,6 +24,7 @@ from dask_gpurt.shuffle.carrier import Carrier
 from dask_gpurt.shuffle.credits import ByteWindow
 from dask_gpurt.shuffle.links import LinkReporter
 from dask_gpurt.shuffle.sampler import Sampler
+from dask_gpurt.shuffle.shortcut import Shortcut
 from dask_gpurt.shuffle.watchdog import Watchdog, describe, interval_s
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class ShuffleWorker:
         self.window = ByteWindow(settings.send_limit)
         self.carrier = Carrier(worker, self, ucx=settings.transport != "dask", compress=settings.compression != "off")
         self.sampler = Sampler(worker)
+        self._shortcut = Shortcut(worker)
         self._reporter = LinkReporter(worker, self.carrier.topology)
         limit = seams.worker_memory_limit(worker)
         #: Whether there is room for compiled kernels.
@@ -113,6 +115,7 @@ class ShuffleWorker:
         # Where Dask stops them when the worker closes.
         self.carrier.start()
         self.sampler.start()
+        self._shortcut.start()
         self._reporter.start()
         trim = self.worker.periodic_callbacks[_TRIM] = PeriodicCallback(self.trim, 1000 * TRIM_INTERVAL_S)
         trim.start()
@@ -124,6 +127,7 @@ class ShuffleWorker:
     async def stop(self) -> None:
         """End. Runs that are under way go on to their end with what they hold, in memory, for the store may go now."""
         self.sampler.stop()
+        self._shortcut.stop()
         hashing.replacement.detach(self)
         self._reporter.stop()
         for name in (_TRIM, _WATCH):
@@ -176,6 +180,7 @@ class ShuffleWorker:
         self.runs += 1
         self._runs[str(run.id), run.run_id] = run
         self.sampler.attach()
+        self._shortcut.attach()
         self._reporter.attach()
         self.carrier.prepare()
 

@@ -67,11 +67,12 @@ def serialized(header: bytes, frames: list[Any]) -> Any:
     return Serialized(pickle.loads(header), frames)  # noqa: S301 - as above
 
 
-def footprint(value: object) -> tuple[Hashable, int, int]:
+def footprint(value: object, nbytes: int | None = None) -> tuple[Hashable, int, int]:
     """Say in which buffer ``value`` lies (None: one of its own), the bytes of that buffer, and those of the value.
 
     Views of arrays are followed to the memory that they keep alive: an array, a mapping, or a network message that
-    several arrays were cut from.
+    several arrays were cut from. ``nbytes`` are those of the value, where they are known: to count a frame takes longer
+    than all else that is done to hold it.
 
     Examples
     --------
@@ -79,7 +80,7 @@ def footprint(value: object) -> tuple[Hashable, int, int]:
     >>> footprint(base[:10])[1:], footprint(base)[0] == footprint(base[:10])[0]
     ((8000, 80), True)
     """
-    nbytes = max(0, int(safe_sizeof(value)))
+    nbytes = max(0, int(safe_sizeof(value) if nbytes is None else nbytes))
     if hasattr(type(value), "__cuda_array_interface__") and (base := getattr(value, "base", None)) is not None:
         # CuPy's views name the array that they are of.
         return id(base), int(base.nbytes), nbytes

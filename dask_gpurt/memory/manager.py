@@ -403,6 +403,7 @@ class MemoryManager:
             on_device=on_device,
             announce=self._announce,
             dropped=horizon.drop,
+            known_nbytes=lambda key: seams.worker_result_nbytes(self._worker, key),
         )
         host_nbytes_max = self.ledger.limit(Tier.HOST)
         # From here on nothing waits: the worker sees one store or the other.

@@ -92,6 +92,8 @@ class TieredMapping(MutableMapping[Hashable, object]):
         Hears of a key right before its value is put.
     dropped
         Hears of a key that was deleted.
+    known_nbytes
+        Says how many bytes the value of a key has that is about to be put, if somebody has counted them already.
     need
         Bytes by which the process is above the mark that the memory monitor spills to.
     """
@@ -105,6 +107,7 @@ class TieredMapping(MutableMapping[Hashable, object]):
         on_device: Callable[[object], bool] = lambda value: False,  # noqa: ARG005
         announce: Callable[[Hashable], None] = lambda key: None,  # noqa: ARG005
         dropped: Callable[[Hashable], None] = lambda key: None,  # noqa: ARG005
+        known_nbytes: Callable[[Hashable], int | None] = lambda key: None,  # noqa: ARG005
     ) -> None:
         self._host = host
         self._device = device
@@ -113,6 +116,7 @@ class TieredMapping(MutableMapping[Hashable, object]):
         self._announce = announce
         self._dropped = dropped
         self._descent: asyncio.Task[None] | None = None
+        self._known_nbytes = known_nbytes
         #: Keys in the order in which they were put -> where they are.
         self._homes: dict[Hashable, Mover] = {}
         #: Keys whose value is lost for good -> why.
@@ -145,7 +149,7 @@ class TieredMapping(MutableMapping[Hashable, object]):
             return
         self.ruined.pop(key, None)
         self._announce(key)
-        home.put(key, value)
+        home.put(key, value, nbytes=self._known_nbytes(key))
 
     def __delitem__(self, key: Hashable) -> None:
         home = self._homes.pop(key)

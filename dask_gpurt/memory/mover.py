@@ -176,14 +176,15 @@ class Mover:
         reservation: Reservation | None = None,
         *,
         buffer: tuple[Hashable, int] | None = None,
+        nbytes: int | None = None,
     ) -> None:
-        """Hold ``value`` under ``name``, in place of what was there.
+        """Hold ``value`` under ``name``, in place of what was there. ``nbytes`` are its bytes, where they are known.
 
         ``buffer`` is the identity and the bytes of the memory in which a list of buffers lies that is not alone in it.
         """
         memory: Hashable
         if not isinstance(name, RawName):
-            memory, memory_nbytes, nbytes = codec.footprint(value)
+            memory, memory_nbytes, nbytes = codec.footprint(value, nbytes)
         else:
             nbytes = _nbytes(value)
             memory, memory_nbytes = buffer or (None, nbytes)

@@ -16,14 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from dask_gpurt.shuffle import hashing
 from dask_gpurt.shuffle.hashing import partitioning_index, replacement
-from dask_gpurt.shuffle.kernels import compile_kernels
+from dask_gpurt.shuffle.kernels import Kernels, compile_kernels
 
 #: Where Dask keeps its function, and where it uses it.
 HOME, *USERS = (
     importlib.import_module(f"dask.dataframe.{name}") for name in ("shuffle", "dask_expr._shuffle", "dask_expr._merge")
 )
 STOCK = HOME.partitioning_index
+ASSIGN = USERS[0].AssignPartitioningIndex
+STOCK_ASSIGN = ASSIGN.operation
 kernels = functools.cache(compile_kernels)
 
 NUMBERS = st.sampled_from(
@@ -54,10 +57,61 @@ def frames(draw: st.DrawFn) -> pd.DataFrame:
     return frame[:: draw(st.sampled_from([1, 2]))]
 
 
+COUNTS = st.sampled_from([1, 2, 7, 64, 127, 128, 129, 500, 2**15, 70_001, 2**31 + 5])
+
+
 @settings(deadline=None)  # the first one compiles
-@given(frames(), st.sampled_from([1, 2, 7, 64, 127, 128, 129, 500, 2**15, 70_001, 2**31 + 5]))
-def test_rows_go_where_dask_sends_them(frame: pd.DataFrame, npartitions: int) -> None:
-    pd.testing.assert_series_equal(partitioning_index(frame, npartitions, kernels()), STOCK(frame, npartitions))
+@given(frames(), COUNTS, st.booleans())
+def test_rows_go_where_dask_sends_them(frame: pd.DataFrame, npartitions: int, compiled: bool) -> None:
+    found = partitioning_index(frame, npartitions, kernels() if compiled else None)
+    pd.testing.assert_series_equal(found, STOCK(frame, npartitions))
+
+
+@st.composite
+def keyed_frames(draw: st.DrawFn) -> tuple[pd.DataFrame, Any, pd.DataFrame]:
+    """A frame, the labels of its keys, and the empty frame that it is known by, whose types may differ."""
+    frame = draw(frames())
+    frame.columns = [f"c{number}" for number in range(len(frame.columns))]
+    meta = frame.iloc[:0]
+    for label in frame.columns:
+        kind = draw(st.sampled_from([None, None, "f8", "i4", "Int64", "str"]))
+        if kind is not None:
+            meta = meta.assign(**{label: pd.Series([], dtype=kind, index=meta.index)})
+    labels: Any = draw(
+        st.one_of(
+            st.lists(st.sampled_from(list(frame.columns)), min_size=1, max_size=3),
+            st.sampled_from(["c0", ["c0", "i"], ["i"], ["c0", "missing"]]),
+        )
+    )
+    return frame, labels, meta
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex values to real")
+@settings(deadline=None)
+@given(keyed_frames(), COUNTS, st.sampled_from(["_partitions", "c0"]), st.booleans())
+def test_frames_get_the_column_that_dask_assigns(
+    keyed: tuple[pd.DataFrame, Any, pd.DataFrame], npartitions: int, name: str, compiled: bool
+) -> None:
+    frame, labels, meta = keyed
+    arguments = frame, labels, name, npartitions, meta, False
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hashing, "compiled_kernels", kernels if compiled else lambda: None)
+        over = hashing._over_assigning(STOCK_ASSIGN)
+        pd.testing.assert_frame_equal(over(*arguments), STOCK_ASSIGN(*arguments))
+
+
+def test_plain_keys_are_assigned_here_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[Any] = []
+    over = hashing._over_assigning(lambda df, index, *_: left.append(index))
+    frame = pd.DataFrame({"a": [1, 2], "b": [0.5, np.nan], "c": ["x", "y"], "d": pd.array([1, 2], dtype="Int64")})
+    frame.index.name = "i"
+    for labels in (["a"], ["b", "a"], ["c"]):
+        assert over(frame, labels, "p", 3, frame.iloc[:0], False) is not None
+    others: list[Any] = ["a", ["d"], ["i"], ["a", "i"], ["a", "a"], [], frame["a"], frame[["a"]]]
+    for labels in others:
+        over(frame, labels, "p", 3, frame.iloc[:0], False)
+    over(frame, ["_index"], "p", 3, frame.iloc[:0], True)
+    assert len(left) == len(others) + 1
 
 
 @pytest.mark.parametrize("rows", [4095, 4096, 4097, 100_003])
@@ -69,8 +123,10 @@ def test_frames_of_many_blocks(rows: int, npartitions: int) -> None:
 
 
 @pytest.fixture
-def owners() -> Iterator[list[object]]:
-    """Owners whose claims on Dask's function end with the test."""
+def owners(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
+    """Owners whose claims on Dask's functions end with the test."""
+    ready: Callable[[], Kernels] = kernels
+    monkeypatch.setattr(hashing, "compiled_kernels", ready)
     them: list[object] = [object(), object()]
     yield them
     for owner in them:
@@ -79,19 +135,21 @@ def owners() -> Iterator[list[object]]:
 
 def test_dask_is_given_its_function_back_by_the_last_owner(owners: list[object]) -> None:
     for owner in owners:
-        replacement.attach(owner, kernels())
-        replacement.attach(owner, kernels())
+        replacement.attach(owner)
+        replacement.attach(owner)
     over = HOME.partitioning_index
     assert over is not STOCK
     assert all(user.partitioning_index is over for user in USERS)
+    assert ASSIGN.operation is not STOCK_ASSIGN
     replacement.detach(owners[0])
     assert HOME.partitioning_index is over
     replacement.detach(owners[1])
     assert all(module.partitioning_index is STOCK for module in (HOME, *USERS))
+    assert ASSIGN.operation is STOCK_ASSIGN
 
 
 def test_what_the_loop_cannot_do_is_left_to_dask(owners: list[object]) -> None:
-    replacement.attach(owners[0], kernels())
+    replacement.attach(owners[0])
     over = HOME.partitioning_index
     frame = pd.DataFrame({"a": [1, 2, 3], "b": [0.5, 1.5, np.nan]})
     for found, expected in (
@@ -104,7 +162,9 @@ def test_what_the_loop_cannot_do_is_left_to_dask(owners: list[object]) -> None:
 
 
 def test_graphs_made_here_name_dasks_function(owners: list[object]) -> None:
-    replacement.attach(owners[0], kernels())
+    replacement.attach(owners[0])
     sent = [pickle.dumps(HOME.partitioning_index), cloudpickle.dumps(USERS[1].partitioning_index)]
+    assigning = pickle.dumps(ASSIGN.operation), cloudpickle.dumps(ASSIGN.operation)
     replacement.detach(owners[0])
     assert all(pickle.loads(one) is STOCK for one in sent)
+    assert all(pickle.loads(one) is STOCK_ASSIGN for one in assigning)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from dask_gpurt.shuffle import outbox as outbox_module
 from dask_gpurt.shuffle.credits import ByteWindow
-from dask_gpurt.shuffle.outbox import JOIN_NBYTES, SENDERS, Outbox
+from dask_gpurt.shuffle.outbox import JOIN_NBYTES, LINGER_S, LOT_NBYTES, SENDERS, Outbox
 
 
 class Wire:
@@ -16,6 +17,7 @@ class Wire:
 
     def __init__(self) -> None:
         self.open = asyncio.Event()
+        self.came = asyncio.Event()
         self.sent: list[tuple[str, list[Any]]] = []
         self.in_flight = 0
         self.most_in_flight = 0
@@ -29,6 +31,7 @@ class Wire:
             if self.error is not None:
                 raise self.error
             self.sent.append((address, buffers))
+            self.came.set()
         finally:
             self.in_flight -= 1
 
@@ -109,11 +112,11 @@ def test_messages_are_joined_and_limited() -> None:
         for number in range(10):
             await outbox.post("a", [bytes([number])], 10)
         await turns()
-        assert 1 <= wire.in_flight <= SENDERS
         assert outbox.pending_nbytes == window.used_nbytes == 100
         waiting = asyncio.create_task(outbox.post("b", [b"last"], 1))
         await turns()
         assert not waiting.done()
+        assert 1 <= wire.in_flight <= SENDERS  # Nothing is held back of what somebody waits for.
         wire.open.set()
         await waiting
         await outbox.flush()
@@ -137,6 +140,52 @@ def test_large_messages_go_alone() -> None:
             await outbox.post("a", [bytes([number])], JOIN_NBYTES)
         await outbox.flush()
         assert sorted(wire.sent) == [("a", [bytes([number])]) for number in range(4)]
+
+    asyncio.run(main())
+
+
+def test_small_messages_wait_for_others_to_the_same_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox_module, "LINGER_S", 3600)
+
+    async def main() -> None:
+        wire = Wire()
+        wire.open.set()
+        outbox = Outbox(wire, ByteWindow(10 * LOT_NBYTES))
+        for number in range(3):
+            await outbox.post("a", [bytes([number])], LOT_NBYTES // 3)
+            await outbox.post("b", [bytes([number])], LOT_NBYTES // 4)
+            await turns()
+            assert wire.sent == []
+        await outbox.post("a", [b"more"], LOT_NBYTES // 3)
+        await turns()
+        assert wire.sent == [("a", [b"\0", b"\1", b"\2", b"more"])]
+        await outbox.post("a", [b"last"], 1)
+        await turns()
+        assert len(wire.sent) == 1
+        await outbox.flush()
+        assert sorted(wire.sent[1:]) == [("a", [b"last"]), ("b", [b"\0", b"\1", b"\2"])]
+
+    asyncio.run(main())
+
+
+def test_small_messages_wait_no_longer_than_they_should() -> None:
+    async def main() -> None:
+        wire = Wire()
+        wire.open.set()
+        outbox = Outbox(wire, ByteWindow(100))
+        posted_s = asyncio.get_running_loop().time()
+        await outbox.post("a", [b"1"], 1)
+        for more in (b"2", b"3"):
+            await outbox.post("a", [more], 1)
+            await asyncio.wait_for(wire.came.wait(), 30)
+            wire.came.clear()
+            assert asyncio.get_running_loop().time() - posted_s >= LINGER_S
+            posted_s = asyncio.get_running_loop().time()
+        assert wire.sent == [("a", [b"1", b"2"]), ("a", [b"3"])]
+        await outbox.post("a", [b"4"], 1)
+        await outbox.close()
+        await turns()
+        assert (outbox.pending_nbytes, len(wire.sent)) == (0, 2)
 
     asyncio.run(main())
 
@@ -191,7 +240,7 @@ def test_a_message_that_is_queued_when_all_senders_end_is_sent() -> None:
             # Woken after all senders, which have ended then, in the same turn of the loop.
             await wire.open.wait()
             assert wire.in_flight == 0
-            await outbox.post("a", [b"late"], 4)
+            await outbox.post("a", [b"late"], JOIN_NBYTES)
 
         late = asyncio.create_task(post_late())
         await turns()
