@@ -408,10 +408,11 @@ class Carrier:
         if any(type(nbytes) is not int or nbytes < 0 for nbytes in sizes):
             raise TransportError("a size that was announced is none")
         large = [number for number, nbytes in enumerate(sizes) if nbytes]
+        called_nbytes = nbytes_of(buffers)
         asked_s = time.perf_counter()
         reservation, frames = await self._memory_for(
             run,
-            nbytes_of(buffers) + _raw_nbytes(packed),
+            called_nbytes + _raw_nbytes(packed),
             [(libraries[number] if libraries else "", sizes[number]) for number in large],
         )
         waited_s = time.perf_counter() - asked_s
@@ -437,6 +438,7 @@ class Carrier:
             carried_nbytes, carried_s = gauge.end(begun, sum(sizes), time.perf_counter())
             run.meter("receive", carried_s, "seconds")
             run.meter("receive-ucx", sum(sizes), "bytes")
+            run.meter("receive-comm", called_nbytes, "bytes")
             for number, frame in zip(large, received, strict=True):
                 buffers[number] = frame
             del received

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -18,6 +19,7 @@ from distributed import Client, Event, LocalCluster, Worker
 
 from dask_gpurt.config import ShuffleSettings
 from dask_gpurt.memory.store import DictBufferStore
+from dask_gpurt.shuffle.dataframe import FrameRun
 from dask_gpurt.shuffle.run import Run
 from dask_gpurt.shuffle.scheduler import ShuffleScheduler, supports
 from dask_gpurt.shuffle.shelves import Shelves
@@ -349,22 +351,27 @@ def test_garbage_from_a_peer_is_refused_and_does_no_harm() -> None:
     async def main() -> None:
         async with parts() as cluster:
             data = frame()
-            reached, go_on = Event("garbage-reached"), Event("garbage-go-on")
+            reached, go_on = threading.Event(), threading.Event()
+            join = FrameRun._join
 
-            def hold(part: pd.DataFrame) -> pd.DataFrame:
-                Event("garbage-reached").set()
-                assert Event("garbage-go-on").wait(30)
-                return part
+            def hold(self: FrameRun, partition_id: int, buffers: list[Any]) -> pd.DataFrame:
+                # In the middle of an output: until this is there, the run is.
+                reached.set()
+                assert go_on.wait(30)
+                return join(self, partition_id, buffers)
 
-            collection = shuffled(data)
-            future = cluster.client.compute(collection.map_partitions(hold, meta=data.iloc[:0]))
-            await reached.wait()
-            run = cluster.runs()[0]
-            for garbage in ([b"x"], [b"x", b"y"], [b"GPSH" + bytes(40), b""]):
-                with pytest.raises(WireError):
-                    await run.receive(garbage)
-            await go_on.set()
-            pd.testing.assert_frame_equal((await future).sort_index(), data)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(FrameRun, "_join", hold)
+                future = cluster.client.compute(shuffled(data))
+                assert await asyncio.to_thread(reached.wait, 30)
+                try:
+                    run = cluster.runs()[0]
+                    for garbage in ([b"x"], [b"x", b"y"], [b"GPSH" + bytes(40), b""]):
+                        with pytest.raises(WireError):
+                            await run.receive(garbage)
+                finally:
+                    go_on.set()
+                pd.testing.assert_frame_equal((await future).sort_index(), data)
             # A peer that is late is told so, and does not try again.
             await asyncio.wait_for(run._closed_event.wait(), 10)
             reply: Any = await run.receive([])
