@@ -113,6 +113,11 @@ SHUFFLE: tuple[Seam, ...] = (
     Seam("scheduler", "distributed.shuffle:ShuffleSchedulerPlugin.get_or_create", ("shuffle_id", "key", "worker")),
     Seam("scheduler", "distributed.shuffle:ShuffleSchedulerPlugin.heartbeat", ("ws", "data")),
     Seam("scheduler", "distributed.shuffle:ShuffleSchedulerPlugin.active_shuffles"),
+    Seam(
+        "scheduler",
+        "distributed.shuffle:ShuffleSchedulerPlugin.transition",
+        ("key", "start", "finish", "args", "stimulus_id", "kwargs"),
+    ),
     Seam("scheduler", "distributed.shuffle._core:barrier_key", ("shuffle_id",)),
     Seam("scheduler", "distributed.shuffle._core:id_from_key", ("key",)),
     Seam("scheduler", "distributed.shuffle._shuffle:DataFrameShuffleSpec.create_run_on_worker"),
@@ -809,6 +814,38 @@ def restart_shuffle(scheduler: Any, shuffle_id: str, run_id: int) -> bool:
     if active is None or active.run_id != run_id:
         return False
     plugin._restart_shuffle(shuffle_id, scheduler, stimulus_id=f"gpurt-shuffle-declined-{time.time()}")
+    return True
+
+
+def hear_ended_runs(plugin: Any, hear: Callable[[str], None]) -> Callable[[], None]:
+    """Tell ``hear`` of each shuffle whose run ends because its barrier is taken from the worker that does it.
+
+    Returns how to undo it.
+    """
+    from distributed.shuffle._core import id_from_key
+
+    stock = plugin.transition
+
+    def transition(key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
+        shuffle_id = id_from_key(key) if start == "processing" and finish == "released" else None
+        ends = shuffle_id is not None and shuffle_id in plugin.active_shuffles
+        stock(key, start, finish, *args, **kwargs)
+        if ends:
+            hear(str(shuffle_id))
+
+    return _override(plugin, "transition", transition)
+
+
+def restart_without_run(scheduler: Any, shuffle_id: str) -> bool:
+    """Restart a shuffle whose barrier is asked for though it has no run; says whether it was so."""
+    plugin = scheduler.plugins["shuffle"]
+    try:
+        barrier = shuffle_barrier(scheduler, shuffle_id)
+    except KeyError:
+        return False
+    if shuffle_id in plugin.active_shuffles or barrier.state not in {"processing", "queued", "no-worker"}:
+        return False
+    plugin._restart_shuffle(shuffle_id, scheduler, stimulus_id=f"gpurt-shuffle-without-run-{time.time()}")
     return True
 
 

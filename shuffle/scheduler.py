@@ -3,12 +3,30 @@
 Covers: the decision, once for each new run, by the class of the spec that all workers of the run receive. So they agree
 by construction, and runs that exist when this is installed or removed end on the plane on which they began.
 Does not cover: which worker makes which output, which is :mod:`dask_gpurt.shuffle.assigner`'s; and everything else: run
-ids, barrier and restart are distributed's.
+ids, barrier and restart are distributed's, but for the one below.
 See also: :mod:`dask_gpurt.shuffle.run`, which asks for a run to be declined.
+
+Theory of operation, of a barrier that ends a run which is not its own
+    What tells a worker of a restart (``shuffle-fail``, then ``free-keys``, then ``compute-task``) comes in this order, by one
+    stream. So no task that belongs to a run meets the one before it there, whatever else has told the worker of the new
+    run meanwhile: an old run's failure is for that run alone, and an old task's end is known by the number of the task's
+    run. That is not enough for the barrier:
+
+    1. A does the barrier of run 1. A worker is lost; run 1 ends; this is on its way to A, which is busy.
+    2. The others repeat all inputs of A and theirs: run 2. Its barrier goes to A again.
+    3. A hears of 1 and of 2 at once. It still does the barrier of run 1, and takes that for the one it is asked for.
+    4. It ends, in whichever way. Since it is an old one, Dask takes the barrier from A, to do it again.
+    5. That a barrier is taken from its worker ends, in Dask, the run: run 2 is "forgotten". Its barrier is asked for again, of
+       inputs that are there, and finds no run: ``P2PConsistencyError``, for the user.
+
+    With stock, A's barrier of run 1 lasts for as long as the scheduler tries to reach the lost worker, so there is half a
+    minute for this. Therefore a shuffle whose barrier is asked for though it has no run is restarted, as Dask does where a
+    worker's loss ends a run.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -72,6 +90,7 @@ class ShuffleScheduler:
             seams.override_shuffle_spec(plugin, self.choose),
             seams.override_shuffle_assignment(plugin, self.assigner.assign),
             self.links.start(),
+            seams.hear_ended_runs(plugin, self._ended),
         ]
         self.scheduler.handlers["gpurt_shuffle_decline"] = self.decline
         self.scheduler.handlers["gpurt_shuffle_open"] = self.assigner.open
@@ -84,6 +103,14 @@ class ShuffleScheduler:
         self.scheduler.handlers.pop("gpurt_shuffle_decline", None)
         self.scheduler.handlers.pop("gpurt_shuffle_open", None)
         self.assigner.stop()
+
+    def _ended(self, shuffle_id: str) -> None:
+        # When all that follows from it has been decided: mostly it is restarted then, or nobody wants it any more.
+        asyncio.get_running_loop().call_soon(self._see_to, shuffle_id)
+
+    def _see_to(self, shuffle_id: str) -> None:
+        if seams.restart_without_run(self.scheduler, shuffle_id):
+            logger.info("Shuffle %s is restarted: its run ended with a barrier that was none of its own", shuffle_id)
 
     def set_capable(self, address: str, capable: bool) -> None:
         """Note whether a worker has our part."""

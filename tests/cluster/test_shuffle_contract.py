@@ -280,6 +280,75 @@ def test_a_barrier_that_fails_before_it_hears_of_the_restart_is_run_again() -> N
     run(main)
 
 
+class Late:
+    """Stands before the scheduler's stream to a worker, which is busy: what is sent comes later, all at once, in order."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.kept: list[Any] = []
+        self.hears = asyncio.Event()
+
+    def send(self, *messages: Any) -> None:
+        self.kept += messages
+        if any(message["op"] == "compute-task" for message in messages):
+            self.hears.set()
+
+    def arrive(self) -> None:
+        self._stream.send(*self.kept)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def test_the_end_of_an_old_barrier_does_not_end_the_new_run() -> None:
+    async def main() -> None:
+        async with parts() as cluster:
+            data = frame()
+            scheduler, plugin = cluster.scheduler, cluster.scheduler.plugins["shuffle"]
+            busy, other = cluster.workers
+            inputs_go_on = Event("inputs-go-on")
+
+            def hold(part: pd.DataFrame) -> pd.DataFrame:
+                assert Event("inputs-go-on").wait(30)
+                return part
+
+            source = dd.from_pandas(data, npartitions=4).map_partitions(hold, meta=data.iloc[:0])
+            collection = source.shuffle("key", npartitions=4, shuffle_method="p2p")
+            asked, late = asyncio.Event(), Late(scheduler.stream_comms[busy.address])
+
+            async def barrier(id: str, run_id: int, consistent: bool) -> None:  # noqa: A002
+                # Run 1 ends while its barrier is here, as it does when a worker is lost.
+                scheduler.handlers["shuffle_barrier"] = plugin.barrier
+                scheduler.stream_comms[busy.address] = late
+                await plugin.barrier(id, run_id, consistent=False)
+                asked.set()
+                await asyncio.Event().wait()
+
+            scheduler.handlers["shuffle_barrier"] = barrier
+            # All inputs are made and split by the other worker, which needs no word of the busy one.
+            future = cluster.client.compute(collection, workers=[other.address])
+            while not (  # noqa: ASYNC110 - a graph that arrives tells nobody
+                barriers := [key for key in scheduler.tasks if str(key).startswith("shuffle-barrier")]
+            ):
+                await asyncio.sleep(0.001)
+            (key,) = barriers
+            both = {busy.address, other.address}
+            scheduler.set_restrictions({ts.key: both for ts in scheduler.tasks[key].dependents})
+            scheduler.set_restrictions({key: {busy.address}})
+            await inputs_go_on.set()
+            await asyncio.wait_for(asked.wait(), 15)
+            # Its barrier of run 2 is on its way.
+            await asyncio.wait_for(late.hears.wait(), 15)
+            assert scheduler.tasks[key].state == "processing"
+            scheduler.stream_comms[busy.address] = late._stream
+            late.arrive()
+            pd.testing.assert_frame_equal((await asyncio.wait_for(future, 20)).sort_index(), data)
+            del future
+            await cluster.at_rest()
+
+    run(main)
+
+
 def test_types_that_do_not_go_together_are_named_with_their_column() -> None:
     def make(number: int) -> pd.DataFrame:
         return pd.DataFrame({"key": range(4), "price": ["dear"] * 4 if number % 2 else [1.5] * 4})
