@@ -13,6 +13,7 @@ Theory of operation
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -132,9 +133,14 @@ class _Placement:
     def __init__(self, schema: Schema, order: RowOrder, cuts: Sequence[Cut], bodies: Sequence[_Body]) -> None:
         self._order = order
         self._cuts = cuts
+        self._schema = schema
         self._bodies = bodies
-        self._views = [schema.view_parts(body.memory, body.rows) for body in bodies]
         self._scratch: dict[np.dtype[Any], npt.NDArray[Any]] = {}
+
+    @cached_property
+    def _views(self) -> list[list[npt.NDArray[Any]]]:
+        # Not made where the kernels do all of it.
+        return [self._schema.view_parts(body.memory, body.rows) for body in self._bodies]
 
     def part(self, number: int, column: npt.NDArray[Any]) -> None:
         """Fill a part."""
