@@ -167,6 +167,7 @@ SHUFFLE: tuple[Seam, ...] = (
     Seam("worker", "distributed.shuffle._exceptions:ShuffleClosedError"),
     Seam("worker", "distributed.shuffle._exceptions:DataUnavailable"),
     Seam("worker", "dask.dataframe.shuffle:partitioning_index", ("df", "npartitions", "cast_dtype")),
+    Seam("worker", "dask.dataframe.multi:merge_chunk", ("lhs", "args", "result_meta", "kwargs")),
     Seam(
         "worker",
         "dask.dataframe.dask_expr._shuffle:AssignPartitioningIndex.operation",
@@ -648,8 +649,8 @@ def _override(owner: Any, name: str, function: Callable[..., Any]) -> Callable[[
     return restore
 
 
-#: Modules that know Dask's ``partitioning_index`` by that name.
-_PARTITIONING = (
+#: Modules that know Dask's functions for frames by their names.
+_FRAME_MODULES = (
     "dask.dataframe.shuffle",
     "dask.dataframe.multi",
     "dask.dataframe.dask_expr._shuffle",
@@ -658,19 +659,24 @@ _PARTITIONING = (
 
 
 def replace_partitioning_index(over: Callable[[Any], Any]) -> Callable[[], None]:
-    """Replace Dask's function by ``over`` of it, in this process; returns how to undo it.
+    """Replace Dask's function by ``over`` of it, in this process; returns how to undo it."""
+    return _replace_everywhere("dask.dataframe.shuffle", "partitioning_index", over)
 
-    Where it is imported from and where it is used: a graph that is made here must not hold another function than the one
-    of that name, or it would be sent as code.
+
+def replace_merge_chunk(over: Callable[[Any], Any]) -> Callable[[], None]:
+    """Replace what Dask merges two partitions with by ``over`` of it, in this process; returns how to undo it."""
+    return _replace_everywhere("dask.dataframe.multi", "merge_chunk", over)
+
+
+def _replace_everywhere(home: str, name: str, over: Callable[[Any], Any]) -> Callable[[], None]:
+    """Replace a function where it is and where it is imported to.
+
+    A graph that is made here must not hold another function than the one of that name, or it would be sent as code.
     """
-    modules = [importlib.import_module(name) for name in _PARTITIONING]
-    stock = modules[0].partitioning_index
+    stock = getattr(importlib.import_module(home), name)
     function = over(stock)
-    undo = [
-        _override(module, "partitioning_index", function)
-        for module in modules
-        if getattr(module, "partitioning_index", None) is stock
-    ]
+    modules = [importlib.import_module(each) for each in _FRAME_MODULES]
+    undo = [_override(module, name, function) for module in modules if getattr(module, name, None) is stock]
 
     def restore() -> None:
         for restore_one in undo:

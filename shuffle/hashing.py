@@ -30,6 +30,7 @@ import numpy as np
 
 from dask_gpurt import seams
 from dask_gpurt.shuffle.kernels import Memory, compiled_kernels
+from dask_gpurt.shuffle.merging import over_merge_chunk
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -213,5 +214,7 @@ def _over_assigning(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 #: Those of this process.
 replacement = Replacement(
-    (seams.replace_partitioning_index, _over_partitioning), (seams.replace_assigning, _over_assigning)
+    (seams.replace_partitioning_index, _over_partitioning),
+    (seams.replace_assigning, _over_assigning),
+    (seams.replace_merge_chunk, over_merge_chunk),
 )
