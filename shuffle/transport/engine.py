@@ -17,6 +17,11 @@ Theory of operation
     *Buffers.* UCX cannot take back a request that is under way. What a caller has cancelled is answered at once, but its
     buffers stay referenced here until UCX is done with them: they are in *quarantine*. A send ends when its peer takes
     it, refuses it (which a withdrawal makes it do), or is dropped; a receive ends by itself or with the endpoint.
+
+    There is one case in which UCX (1.21) is never done: shared memory without CMA, to a peer that is killed while the queue
+    that it reads is full. Closing the endpoint by force, cancelling what is in flight and going on for as long as one likes
+    leave the requests as they are. What they send, which is no more than a worker may have under way, stays in quarantine
+    until the transport is closed: it cannot be given back earlier, for UCX may look at it.
 """
 
 from __future__ import annotations
