@@ -19,7 +19,9 @@ from distributed import Client, Event, LocalCluster, Worker
 
 from dask_gpurt.config import ShuffleSettings
 from dask_gpurt.memory.store import DictBufferStore
+from dask_gpurt.shuffle import merging
 from dask_gpurt.shuffle.dataframe import FrameRun
+from dask_gpurt.shuffle.merging import inner_merge
 from dask_gpurt.shuffle.run import Run
 from dask_gpurt.shuffle.scheduler import ShuffleScheduler, supports
 from dask_gpurt.shuffle.shelves import Shelves
@@ -446,6 +448,36 @@ def test_garbage_from_a_peer_is_refused_and_does_no_harm() -> None:
             reply: Any = await run.receive([])
             assert reply["status"] == "error"
             assert "P2PConsistencyError" in reply["exception_text"]
+
+    run(main)
+
+
+def test_large_merges_are_those_of_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[bool] = []
+
+    def noted(*sides: Any) -> Any:
+        merged = inner_merge(*sides)
+        done.append(merged is not None)
+        return merged
+
+    monkeypatch.setattr(merging, "inner_merge", noted)
+
+    async def main() -> None:
+        async with parts() as cluster:
+            rng = np.random.default_rng(0)
+            rows = 4 * merging.ROWS_MIN
+            left = pd.DataFrame({"key": rng.integers(0, rows, rows), "left": np.arange(rows)})
+            right = pd.DataFrame({"key": rng.permutation(rows)[: rows // 2], "right": rng.random(rows // 2)})
+            merged = dd.from_pandas(left, npartitions=2).merge(
+                dd.from_pandas(right, npartitions=2), on="key", shuffle_method="p2p"
+            )
+            found = await cluster.client.compute(merged)
+            expected = left.merge(right, on="key")
+            order = ["left"]
+            pd.testing.assert_frame_equal(
+                found.sort_values(order, ignore_index=True), expected.sort_values(order, ignore_index=True)
+            )
+            assert done == [True, True]
 
     run(main)
 
