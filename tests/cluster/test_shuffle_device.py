@@ -23,7 +23,7 @@ from distributed import Client, wait
 import dask_gpurt
 from dask_gpurt.shuffle import carrier, run
 from dask_gpurt.shuffle.transport.ucx import TransportError, UCXTransport
-from dask_gpurt.shuffle.wire import Header, WireError, encode
+from dask_gpurt.shuffle.wire import Header, encode
 
 # The servers cannot import this module; the stand-in they can, by the path that they have from here.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -247,5 +247,6 @@ def test_a_shard_that_is_not_what_its_description_says_ends_the_shuffle(monkeypa
         shuffled = tables().shuffle("key", npartitions=3, shuffle_method="p2p")
         with pytest.raises(RuntimeError, match="failed during") as caught:
             client.compute(shuffled).result(60)
-        assert isinstance(caught.value.__cause__, WireError)
+        # Of a later input, or of the barrier, which says what a worker has told it.
+        assert "WireError(" in repr(caught.value.__cause__)
         assert "0 rows' for" in str(caught.value.__cause__)
