@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from dask_gpurt.seams import DataFrameShuffleSpec
-from dask_gpurt.shuffle import frames, hashing, tables
+from dask_gpurt.shuffle import frames, tables
 from dask_gpurt.shuffle.kernels import Kernels, kernels_if_ready
 from dask_gpurt.shuffle.plan import PartitionPlan
 from dask_gpurt.shuffle.run import Declined, Run, Shards
@@ -84,8 +84,7 @@ class FrameRun(Run):
 
         if type(data) is not pd.DataFrame:
             raise Declined(f"input partition {partition_id} is a {type(data).__name__}")
-        # Dask, and its functions for frames, are loaded by now.
-        hashing.replacement.attach(self.part)
+        self.part.replace_functions()
         shards = frames.split(
             data,
             partition_id,

@@ -88,6 +88,7 @@ class ShuffleWorker:
         limit = seams.worker_memory_limit(worker)
         #: Whether there is room for compiled kernels.
         self.compiles = limit is None or limit >= COMPILER_MEMORY_LIMIT
+        self._started = False
         self._stopped = False
         self._runs: dict[tuple[str, int], Run] = {}
         self._watchdog = None if settings.watchdog is None else Watchdog(settings.watchdog)
@@ -112,6 +113,7 @@ class ShuffleWorker:
         Dask's own plugin, which owns the runs, need not be there yet: a worker that joins is given both at once, and
         one that preloads dask-gpurt has it first.
         """
+        self._started = True
         # Where Dask stops them when the worker closes.
         self.carrier.start()
         self.sampler.start()
@@ -128,6 +130,7 @@ class ShuffleWorker:
         """End. Runs that are under way go on to their end with what they hold, in memory, for the store may go now."""
         self.sampler.stop()
         self._shortcut.stop()
+        self._started = False
         hashing.replacement.detach(self)
         self._reporter.stop()
         for name in (_TRIM, _WATCH):
@@ -174,6 +177,11 @@ class ShuffleWorker:
     def _tell(self, action: str, run: str, **what: Any) -> None:
         # Where there is no connection to the scheduler it is dropped, and the worker ends anyway.
         self.worker.log_event("gpurt", {"action": action, "run": run, **what})
+
+    def replace_functions(self) -> None:
+        """Have Dask's functions for frames replaced in this process, from start to stop. Call it when they are loaded."""
+        if self._started:
+            hashing.replacement.attach(self)
 
     def opened(self, run: Run) -> None:
         """Note a run."""
