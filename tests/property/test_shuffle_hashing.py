@@ -12,7 +12,7 @@ import cloudpickle
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -94,10 +94,15 @@ def test_frames_get_the_column_that_dask_assigns(
 ) -> None:
     frame, labels, meta = keyed
     arguments = frame, labels, name, npartitions, meta, False
+    try:
+        expected = STOCK_ASSIGN(*arguments)
+    except ValueError:
+        # Of numbers in another order of bytes pandas takes no column twice.
+        reject()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hashing, "compiled_kernels", kernels if compiled else lambda: None)
         over = hashing._over_assigning(STOCK_ASSIGN)
-        pd.testing.assert_frame_equal(over(*arguments), STOCK_ASSIGN(*arguments))
+        pd.testing.assert_frame_equal(over(*arguments), expected)
 
 
 def test_plain_keys_are_assigned_here_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
