@@ -436,6 +436,7 @@ class Placement:
             return None
         if len(workers) == 1:
             return self._decided(ts, workers[0], "only-holder")
+        workers = policy.with_room(workers)
         consumer = next(iter(ts.dependents)).key if len(ts.dependents) == 1 else None
         sibling = self._siblings.get(consumer)
         # What this task makes has to come to its siblings' results, unless it is made beside them.

@@ -1,6 +1,6 @@
 """Where a task goes whose inputs are in memory, and whether a planned worker is worth what it misses.
 
-Covers: :func:`holdings`, :func:`best_holders`, :func:`choose`, :func:`accepts`.
+Covers: :func:`holdings`, :func:`best_holders`, :func:`with_room`, :func:`choose`, :func:`accepts`.
 Does not cover: roots; see :mod:`dask_gpurt.plugins.families`. Restrictions, actors: those decisions stay Dask's.
 
 Theory of operation
@@ -15,6 +15,9 @@ were placed counts as holding a result's worth of bytes more than others.
 *Shared inputs*: what a worker fetches serves all tasks there that take it. So of an input that more tasks wait for than
 there are workers, a task counts its part alone: it stays with a block of its own, and not with the table that every block is joined with.
 
+*Room*: among several workers that hold inputs, one that is short of memory is passed over. What it would gain on the network it
+would lose on its disk.
+
 Only workers that hold an input are looked at, and of inputs with many replicas only if there is nothing else to go by:
 a broadcast that is everywhere says nothing, and walking all its holders is what makes a scheduler slow.
 """
@@ -23,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from dask_gpurt.plugins.view import Candidate, Choice
 
@@ -31,6 +34,7 @@ __all__ = [
     "CANDIDATES",
     "GUARD",
     "MANY",
+    "ROOM",
     "STAY_PUT",
     "UNKNOWN_S",
     "accepts",
@@ -39,6 +43,7 @@ __all__ = [
     "holdings",
     "result_nbytes",
     "share_nbytes",
+    "with_room",
 ]
 
 #: How much later a task may start where its inputs lie, in units of what moving them costs.
@@ -50,11 +55,28 @@ GUARD = 2.0
 CANDIDATES = 4
 #: An input with more replicas than this is counted only for workers that are candidates for another reason.
 MANY = 8
+#: Part of a worker's memory that is in use when it is short of it: where Dask begins to spill.
+ROOM = 0.7
 #: What it costs to start a transfer, whatever its size: a round trip and a turn of two event loops.
 MOVE_LATENCY_S = 0.005
 #: What a task of unknown duration adds to a wait. Little: moving inputs for a wait that nobody has seen yet is what
 #: takes apart the first tasks of each kind, and with them all that follows. Long tasks soon become known.
 UNKNOWN_S = 0.01
+
+
+class Holder(Protocol):
+    """A worker that holds data."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+
+    @property
+    def memory_limit(self) -> int:
+        """Bytes that it may hold; 0: no limit."""
+
+
+W = TypeVar("W", bound=Holder)
 
 
 class Held(Protocol):
@@ -180,6 +202,12 @@ def result_nbytes(inputs_nbytes: int, ninputs: int) -> int:
     50
     """
     return inputs_nbytes // (2 * max(ninputs, 1))
+
+
+def with_room(workers: list[W]) -> list[W]:
+    """List those of ``workers`` that are not short of memory, or all if all of them are."""
+    roomy = [worker for worker in workers if not worker.memory_limit or worker.nbytes < ROOM * worker.memory_limit]
+    return roomy or workers
 
 
 def best_holders(held: dict[Any, int], running: Collection[Any], limit: int = CANDIDATES) -> list[Any]:

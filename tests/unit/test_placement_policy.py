@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 from dask_gpurt.plugins import policy, stealing
 from dask_gpurt.plugins.view import Backlog, Candidate, Tail
@@ -54,6 +55,12 @@ def test_best_holders_run_and_are_few() -> None:
     nbytes = {"a": 1, "b": 5, "c": 3, "d": 4, "e": 2}
     assert policy.best_holders(nbytes, {"a", "b", "c", "e"}, limit=3) == ["b", "c", "e"]
     assert policy.best_holders(nbytes, set()) == []
+
+
+def test_a_worker_short_of_memory_is_passed_over() -> None:
+    full, roomy, unlimited = (SimpleNamespace(nbytes=75, memory_limit=limit) for limit in (100, 200, 0))
+    assert policy.with_room([full, roomy, unlimited]) == [roomy, unlimited]
+    assert policy.with_room([full, full]) == [full, full]
 
 
 def test_a_task_stays_with_its_bytes_until_waiting_costs_twice_the_move() -> None:
