@@ -18,7 +18,8 @@ import dask.array as da
 import numpy as np
 import pandas as pd
 import pytest
-from distributed import Client, LocalCluster, wait
+from clusters import local_cluster
+from distributed import Client, wait
 
 import dask_gpurt
 from dask_gpurt.memory.blocks import BlockPool
@@ -267,7 +268,7 @@ def test_a_job_on_dask_cudas_cluster(pool: str | None) -> None:
 def test_two_workers_on_one_gpu() -> None:
     pytest.importorskip("cupy")
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0") as cluster,
+        local_cluster(2) as cluster,
         Client(cluster) as client,
     ):
         assert dask_gpurt.install(client, config={"memory.device-limit": "96 MiB"}).installed("memory")
@@ -300,7 +301,7 @@ def test_a_full_device_does_not_end_the_worker() -> None:
     pytest.importorskip("cupy")
     pytest.importorskip("rmm")
     with (
-        LocalCluster(n_workers=1, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0") as cluster,
+        local_cluster(1) as cluster,
         Client(cluster) as client,
     ):
         # The ledger allows more than there is.
