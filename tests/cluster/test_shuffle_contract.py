@@ -40,12 +40,14 @@ class Parts:
         self.scheduler: Any = cluster.scheduler
         self.workers: list[Worker] = list(cluster.workers.values())
         self.shuffle = ShuffleScheduler(self.scheduler, ShuffleSettings())
+        self.equipped: list[ShuffleWorker] = []
         for worker in self.workers:
             self.equip(worker)
         self.shuffle.start()
 
     def equip(self, worker: Worker) -> None:
         part = ShuffleWorker(worker, ShuffleSettings(), DictBufferStore())
+        self.equipped.append(part)
         part.start()
         worker.extensions["gpurt"] = SimpleNamespace(shuffle=part)
         self.shuffle.set_capable(worker.address, True)
@@ -73,7 +75,13 @@ async def parts() -> AsyncIterator[Parts]:
         local_cluster(2, 2, processes=False, asynchronous=True) as cluster,
         Client(cluster, asynchronous=True) as client,
     ):
-        yield Parts(cluster, client)
+        found = Parts(cluster, client)
+        try:
+            yield found
+        finally:
+            # Of this process, too, nothing stays changed.
+            for part in found.equipped:
+                await part.stop()
 
 
 def frame(rows: int = 1000) -> pd.DataFrame:
