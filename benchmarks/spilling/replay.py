@@ -130,7 +130,11 @@ class _OurStore:
     def see(self, event: Seen) -> None:
         """Look what comes next when a task has come; one that starts right away is too late for that."""
         if event.state == "waiting" or (event.state == "ready" and self._running):
-            self._prefetch()
+            blocks = self._spiller.blocks
+            absent = [blocks[key] for key in self._view.next_inputs() if key in self._spiller.absent]
+            lacking_nbytes = sum(max(block.nbytes, block.copy_nbytes) for block in absent)
+            if self._ledger.used(Tier.HOST) + lacking_nbytes <= self.capacity_nbytes:
+                self._prefetch()
 
     def _prefetch(self) -> None:
         inputs = self._view.next_inputs()

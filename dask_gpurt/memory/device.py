@@ -20,7 +20,7 @@ that does not help, nothing is lost: the copy below stays, and who wanted the ob
 :class:`~dask_gpurt.errors.DeviceFullError`.
 
 Covers: what is a device object, how much the device may hold, the copies on HOST.
-Does not cover: allocations of tasks that fail (RMM's failure callback).
+Does not cover: allocations of tasks that fail (:mod:`dask_gpurt.memory.rmm`).
 
 Nothing here imports a CUDA package unless there is one, and this module can be tested without any: whatever has
 ``__cuda_array_interface__``, and a way to be serialized, is a device object.

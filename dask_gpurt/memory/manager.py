@@ -691,7 +691,7 @@ class MemoryManager:
         self._looking = False
         # One that is paused starts nothing, and needs its memory.
         if self._worker.status is Status.running:
-            self._prefetch()
+            self._prefetch(making_room=False)
 
     def _execute(self, key: Hashable, *, stimulus_id: str) -> Any:
         hooks = self._hooks
@@ -756,7 +756,7 @@ class MemoryManager:
             lost = [k for k in inputs if self._is_lost(k)]
             if lost:
                 return self._give_up(key, run_id, lost, self._last_error.get(lost[0]))
-            self._prefetch()
+            self._prefetch(making_room=True)
             return await self._run(key, stimulus_id, hooks)
         finally:
             for mover, names in pinned:
@@ -776,19 +776,20 @@ class MemoryManager:
             return seams.failure_event(key, run_id, error, f"gpurt-lost-input-{time()}")
         return seams.reschedule_event(key, f"gpurt-lost-input-{time()}")
 
-    def _prefetch(self) -> None:
+    def _prefetch(self, *, making_room: bool) -> None:
         """Begin to fetch the inputs of the task that comes next; one task ahead."""
         task = None if self._mapping is None else seams.next_task(self._worker)
         if task is None:
             return
-        if self._prefetching is not None and not self._prefetching.done():
-            if self._prefetched_for == task.key:
-                return
-            # That one comes later now. What is being read for it arrives all the same.
-            self._prefetching.cancel()
+        under_way = self._prefetching is not None and not self._prefetching.done()
+        if under_way and self._prefetched_for == task.key:
+            return
         inputs = seams.input_keys(self._worker, task)
         movers = [m for m in self._movers() if any(k in m.absent for k in inputs)]
-        if movers:
+        if movers and (making_room or all(mover.has_room_for(inputs) for mover in movers)):
+            if under_way and self._prefetching is not None:
+                # That one comes later now. What is being read for it arrives all the same.
+                self._prefetching.cancel()
             self._prefetched_for = task.key
             self._prefetching = asyncio.create_task(_fetch(movers, inputs), name=f"gpurt-prefetch-{task.key!r}")
 

@@ -167,6 +167,12 @@ class Mover:
         block = self.spiller.blocks.get(name)
         return 0 if block is None else max(block.nbytes, block.copy_nbytes)
 
+    def has_room_for(self, names: Iterable[Hashable]) -> bool:
+        """Whether those of ``names`` that are here, and not in memory, can be read without anything being moved away."""
+        limit_nbytes = self.ledger.limit(self.tier)
+        lacking_nbytes = sum(self.raised_nbytes(name) for name in names if name in self.absent)
+        return limit_nbytes is None or self.ledger.used(self.tier) + lacking_nbytes <= limit_nbytes
+
     # Putting and getting
 
     def put(

@@ -59,6 +59,14 @@ class Site:
     def is_absent(self, value: Any) -> bool:
         return value in self.absent
 
+    async def make_room(self) -> None:
+        """Let go of a value that is in memory."""
+        gone = next(value for value in self.values if not self.is_absent(value))
+        self.values.remove(gone)
+        key = gone.key
+        gone.release()
+        await poll(lambda: key not in self.worker.data)
+
     async def busy(self, name: str, *inputs: Any) -> Any:
         """Keep the only thread busy until the event of that name."""
         future = self.client.submit(hold, name, *inputs, pure=False)
@@ -88,32 +96,31 @@ def first(value: Any) -> float:
 
 
 @gen_test(timeout=60)
-async def test_what_comes_while_another_runs_is_fetched() -> None:
+async def test_what_comes_while_another_runs_is_fetched_into_free_room() -> None:
     async with site() as s:
-        done = await s.busy("go")
         value = s.absent[0]
+        expected = s.values.index(value)
+        await s.make_room()
+        done = await s.busy("go")
         result = s.client.submit(first, value)
         await poll(lambda: not s.is_absent(value))
         assert not done.done(), "it was not fetched because the task began"
         await Event("go", client=s.client).set()
-        assert await result == s.values.index(value)
+        assert await result == expected
 
 
 @gen_test(timeout=60)
-async def test_what_is_more_urgent_is_fetched_first() -> None:
+async def test_nothing_goes_for_a_task_that_has_come() -> None:
     async with site() as s:
-        # No room for anything but what it holds.
-        done = await s.busy("go", *s.values[:ROOM])
-        early, urgent = s.absent[:2]
-        later = s.client.submit(first, early)
-        await poll(lambda: s.memory._prefetched_for == later.key)
-        sooner = s.client.submit(first, urgent, priority=1)
-        await poll(lambda: s.memory._prefetched_for == sooner.key)
-        assert s.is_absent(early)
-        assert s.is_absent(urgent)
+        done = await s.busy("go")
+        held = set(s.values) - set(s.absent)
+        value = s.absent[0]
+        result = s.client.submit(first, value)
+        await poll(lambda: result.key in s.worker.state.tasks and not s.memory._looking)
+        assert s.memory._prefetching is None
+        assert set(s.values) - set(s.absent) == held
         await Event("go", client=s.client).set()
-        assert await later == s.values.index(early)
-        assert await sooner == s.values.index(urgent)
+        assert await result == s.values.index(value)
         await done
 
 
@@ -136,10 +143,12 @@ async def test_local_inputs_are_fetched_while_a_task_waits_for_those_of_peers() 
 
         peer.handlers["get_data"] = slow
         value = s.absent[0]
+        expected = s.values.index(value) + 7
+        await s.make_room()
         result = s.client.submit(lambda a, b: first(a) + first(b), value, remote, workers=[s.worker.address])
         await poll(lambda: not s.is_absent(value))
         arrived.set()
-        assert await result == s.values.index(value) + 7
+        assert await result == expected
 
 
 @gen_test(timeout=60)
