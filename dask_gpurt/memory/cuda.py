@@ -139,7 +139,8 @@ class Device:
         self._number = self._driver.cuDeviceGet(0)
         #: Bytes of memory that it has.
         self.total_nbytes = int(self._driver.cuDeviceTotalMem(self._number))
-        self._lock = threading.Lock()
+        # A garbage collection, which comes at any moment, may unlock memory in the thread that holds it.
+        self._lock = threading.RLock()
         self._context: Any = None
         self._idle_streams: list[Any] = []
 
@@ -291,7 +292,8 @@ class Pinner:
     def __init__(self, device: Device, limit_nbytes: int) -> None:
         self._device = device
         self.limit_nbytes = limit_nbytes
-        self._lock = threading.Lock()
+        # As above.
+        self._lock = threading.RLock()
         #: Bytes that are page-locked.
         self.nbytes = 0
         self._warned = False
