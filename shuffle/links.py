@@ -15,9 +15,10 @@ for what a peer says: Dask closes a worker whose heartbeat fails.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dask_gpurt import seams
+from dask_gpurt.shuffle.extension import Extension
 from dask_gpurt.topology import News, Report, Topology
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ __all__ = ["REPORTS_MAX", "LinkBoard", "LinkReporter"]
 REPORTS_MAX = 32
 
 
-class LinkReporter:
+class LinkReporter(Extension):
     """Adds what is new about a worker's links to its heartbeats.
 
     Parameters
@@ -41,28 +42,12 @@ class LinkReporter:
     """
 
     def __init__(self, worker: Worker, topology: Topology) -> None:
-        self._worker = worker
+        super().__init__(worker)
         self._news = News(topology)
-        self._started = False
-        self._restore: Callable[[], None] | None = None
 
-    def start(self) -> None:
-        """Begin, or do so with the first run on a worker that preloads dask-gpurt, and has Dask's own plugin later."""
-        self._started = True
-        self.attach()
-
-    def attach(self) -> None:
-        """Add to the heartbeats of Dask's own plugin, if that is there, and this has been started."""
-        plugin = self._worker.extensions.get("shuffle")
-        if self._started and self._restore is None and plugin is not None:
-            self._restore = seams.add_to_shuffle_heartbeat(plugin, lambda: self._news.take(REPORTS_MAX))
-
-    def stop(self) -> None:
-        """Put stock back."""
-        self._started = False
-        if self._restore is not None:
-            self._restore()
-            self._restore = None
+    def extend(self, plugin: Any) -> Callable[[], None]:
+        """Add to the plugin's heartbeats; returns how to undo it."""
+        return seams.add_to_shuffle_heartbeat(plugin, lambda: self._news.take(REPORTS_MAX))
 
 
 class LinkBoard:

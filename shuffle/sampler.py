@@ -18,6 +18,7 @@ import numpy as np
 from distributed.core import clean_exception
 
 from dask_gpurt import seams
+from dask_gpurt.shuffle.extension import Extension
 from dask_gpurt.shuffle.sizes import Sample, sample_of
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ COLUMNS = ("__hash_partition", "_partitions")
 SAMPLED_ROWS_MIN = 1024
 
 
-class Sampler:
+class Sampler(Extension):
     """Takes samples on one worker.
 
     Parameters
@@ -42,22 +43,12 @@ class Sampler:
     """
 
     def __init__(self, worker: Worker) -> None:
-        self.worker = worker
-        self._started = False
-        self._restore: Callable[[], None] | None = None
+        super().__init__(worker)
         #: Shuffle to the sample that goes with the question for its run.
         self._samples: dict[str, Sample] = {}
 
-    def start(self) -> None:
-        """Begin, or do so with the first run on a worker that preloads dask-gpurt, and has Dask's own plugin later."""
-        self._started = True
-        self.attach()
-
-    def attach(self) -> None:
-        """Stand before Dask's own plugin, if that is there, and this has been started."""
-        plugin = self.worker.extensions.get("shuffle")
-        if not self._started or self._restore is not None or plugin is None:
-            return
+    def extend(self, plugin: Any) -> Callable[[], None]:
+        """Stand before the plugin's own methods; returns how to undo it."""
         stock = seams.shuffle_hooks(plugin)
 
         def add_partition(data: Any, partition_id: Any, id: str, **kwargs: Any) -> Any:  # noqa: A002  stock's name
@@ -74,14 +65,7 @@ class Sampler:
             found = None if sample is None else await self._ask(shuffle_id, key, sample)
             return await stock.fetch(shuffle_id, key) if found is None else found
 
-        self._restore = seams.override_shuffle_hooks(plugin, seams.ShuffleHooks(add_partition, fetch))
-
-    def stop(self) -> None:
-        """Put stock back."""
-        self._started = False
-        if self._restore is not None:
-            self._restore()
-            self._restore = None
+        return seams.override_shuffle_hooks(plugin, seams.ShuffleHooks(add_partition, fetch))
 
     def _sample(self, data: Any) -> Sample | None:
         import pandas as pd

@@ -13,17 +13,15 @@ can happen in stock Dask, too, and the run itself tells when it is over.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dask_gpurt import seams
-
-if TYPE_CHECKING:
-    from distributed import Worker
+from dask_gpurt.shuffle.extension import Extension
 
 __all__ = ["Shortcut"]
 
 
-class Shortcut:
+class Shortcut(Extension):
     """Stands before the look-ups of one worker.
 
     Parameters
@@ -32,21 +30,8 @@ class Shortcut:
         The worker.
     """
 
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-        self._started = False
-        self._restore: Callable[[], None] | None = None
-
-    def start(self) -> None:
-        """Begin, or do so with the first run on a worker that preloads dask-gpurt, and has Dask's own plugin later."""
-        self._started = True
-        self.attach()
-
-    def attach(self) -> None:
-        """Stand before Dask's own plugin, if that is there, and this has been started."""
-        plugin = self._worker.extensions.get("shuffle")
-        if not self._started or self._restore is not None or plugin is None:
-            return
+    def extend(self, plugin: Any) -> Callable[[], None]:
+        """Stand before the plugin's own methods; returns how to undo it."""
         stock = seams.shuffle_lookups(plugin)
 
         def get_or_create(shuffle_id: Any) -> Any:
@@ -57,11 +42,4 @@ class Shortcut:
             run = seams.sound_shuffle_run(plugin, shuffle_id)
             return stock.get(shuffle_id, run_id) if run is None or run.run_id != run_id else run
 
-        self._restore = seams.override_shuffle_lookups(plugin, seams.ShuffleLookups(get_or_create, get))
-
-    def stop(self) -> None:
-        """Put stock back."""
-        self._started = False
-        if self._restore is not None:
-            self._restore()
-            self._restore = None
+        return seams.override_shuffle_lookups(plugin, seams.ShuffleLookups(get_or_create, get))

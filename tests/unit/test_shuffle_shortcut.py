@@ -73,8 +73,8 @@ def test_stock_is_put_back() -> None:
 
 def test_the_plugin_may_come_later() -> None:
     one, plugin, run = shortcut()
-    one._worker.extensions.clear()
+    one.worker.extensions.clear()
     one.start()
-    one._worker.extensions["shuffle"] = plugin
+    one.worker.extensions["shuffle"] = plugin
     one.attach()
     assert plugin.get_or_create_shuffle("a") is run
