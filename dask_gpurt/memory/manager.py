@@ -630,7 +630,7 @@ class MemoryManager:
             # To unlock memory takes a while.
             await asyncio.get_running_loop().run_in_executor(None, self._device_pool.decay)
         if self._watch is not None and self._watch.on:
-            short = self._filled() > WATCH_FRACTION / 2 or not all(mover.spiller.calm for mover in self._movers())
+            short = self._filled() > WATCH_FRACTION / 2 or not self._calm()
             if not short:
                 self._watch.set(False)
                 assert self._horizon is not None
@@ -652,6 +652,11 @@ class MemoryManager:
             return None
         packer = self._packers[tier] = Packer(folder.meter, self.pool.lease)
         return packer
+
+    def _calm(self) -> bool:
+        """Whether everything is in memory and there is room. Asked for each task, and more."""
+        host, device = self._host, self._device
+        return (host is None or host.spiller.calm) and (device is None or device.spiller.calm)
 
     def _movers(self) -> list[Mover]:
         # From the top down: what is above may still need what is below.
@@ -681,7 +686,7 @@ class MemoryManager:
 
     def task_came(self) -> None:
         """Take note that a task was given to the worker, or has got its inputs: it may be the next one."""
-        if self._looking or self._mapping is None or all(mover.spiller.calm for mover in self._movers()):
+        if self._looking or self._mapping is None or self._calm():
             return
         self._looking = True
         # The worker is in the midst of it. Others may come in the same message, or the task starts right away.
@@ -696,7 +701,7 @@ class MemoryManager:
     def _execute(self, key: Hashable, *, stimulus_id: str) -> Any:
         hooks = self._hooks
         assert hooks is not None
-        if not self._losses and all(mover.spiller.calm for mover in self._movers()):
+        if not self._losses and self._calm():
             return self._run(key, stimulus_id, hooks)
         return self._execute_when_ready(key, stimulus_id, hooks)
 
