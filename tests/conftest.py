@@ -27,6 +27,7 @@ collect_ignore = [
     "cuda_emulation.py",
     "device_standin.py",
     "emulated_cuda",
+    "placement_nodes.py",
     "rmm_standin.py",
     "s3_server.py",
 ]

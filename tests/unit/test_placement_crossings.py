@@ -3,39 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
 from typing import Any
+
+from placement_nodes import Nodes
 
 from dask_gpurt.plugins import crossings, families
 from dask_gpurt.plugins.view import Share
 
 
-@dataclass(eq=False, repr=False)
-class Node:
-    key: Any
-    priority: tuple[int, ...]
-    dependencies: set[Node] = field(default_factory=set)
-    dependents: set[Node] = field(default_factory=set)
-
-
-class Graph:
-    """Nodes are added in order of priority, inputs first."""
-
-    def __init__(self) -> None:
-        self.nodes: dict[Any, Node] = {}
-
-    def add(self, key: Any, *inputs: Any) -> Node:
-        node = Node(key, (0, len(self.nodes)))
-        self.nodes[key] = node
-        for name in inputs:
-            node.dependencies.add(self.nodes[name])
-            self.nodes[name].dependents.add(node)
-        return node
-
+class Graph(Nodes):
     def deal(
         self, shares: list[Share]
     ) -> tuple[list[families.Family], list[families.Family], dict[Any, Any], dict[Any, Any]]:
-        roots = {key: node for key, node in self.nodes.items() if not node.dependencies}
+        roots = self.roots
         others = [node for node in self.nodes.values() if node.dependencies]
         meets, _ = families.meetings(self.nodes.values(), roots)
         crossing, crossed, homes = crossings.by_crossing(others, roots, meets, shares)

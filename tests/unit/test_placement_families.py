@@ -3,39 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
 from typing import Any
+
+from placement_nodes import Node, Nodes
 
 from dask_gpurt.plugins import families
 from dask_gpurt.plugins.view import Share
 
 
-@dataclass(eq=False)
-class Node:
-    key: Any
-    priority: tuple[int, ...]
-    dependencies: set[Node] = field(default_factory=set)
-    dependents: set[Node] = field(default_factory=set)
-
-
-class Graph:
-    """Nodes are added in order of priority, inputs first."""
-
-    def __init__(self) -> None:
-        self.nodes: dict[Any, Node] = {}
-
-    def add(self, key: Any, *inputs: Any) -> Node:
-        node = Node(key, (0, len(self.nodes)))
-        self.nodes[key] = node
-        for name in inputs:
-            node.dependencies.add(self.nodes[name])
-            self.nodes[name].dependents.add(node)
-        return node
-
-    @property
-    def roots(self) -> dict[Any, Node]:
-        return {key: node for key, node in self.nodes.items() if not node.dependencies}
-
+class Graph(Nodes):
     def meetings(self, **kwargs: Any) -> tuple[dict[Any, Any], dict[Any, Any]]:
         meets, ends = families.meetings(self.nodes.values(), self.roots, **kwargs)
         return {k: n.key for k, n in meets.items()}, {k: n.key for k, n in ends.items()}
