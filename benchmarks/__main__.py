@@ -13,7 +13,18 @@ import benchmarks
 from benchmarks.frame import BrokenRunError, Subject, WrongAnswerError, run_subject
 
 #: Modules of this folder that are no subjects.
-FRAME = ("__main__", "contest", "frame", "gpu", "simulation", "soak", "spilling", "tables", "tpch_queries")
+FRAME = (
+    "__main__",
+    "contest",
+    "frame",
+    "gpu",
+    "simulation",
+    "soak",
+    "spilling",
+    "tables",
+    "tpch_large",
+    "tpch_queries",
+)
 
 
 def subjects() -> dict[str, Subject]:
@@ -54,12 +65,18 @@ def main(arguments: Sequence[str] | None = None, known: dict[str, Subject] | Non
         metavar="CASE",
         help="only this case; can be given several times; not all subjects can",
     )
+    parser.add_argument("--scale", type=float, metavar="N", help="size of the data, where a subject has one to choose")
     options = parser.parse_args(arguments)
     if options.name not in known:
         parser.print_usage(sys.stderr)
         print(f"there is no subject {options.name!r}; there are:\n{listed}", file=sys.stderr)
         return 2
     subject = known[options.name]
+    if options.scale is not None:
+        if subject.scaled is None or options.scale <= 0:
+            print(f"{subject.name} can't be run at scale {options.scale:g}", file=sys.stderr)
+            return 2
+        subject = subject.scaled(options.scale)
     if options.case:
         if missing := [case for case in options.case if case not in subject.cases]:
             there = f"there are {', '.join(subject.cases)}" if subject.cases else "it runs as a whole"

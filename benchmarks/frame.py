@@ -94,12 +94,15 @@ class Subject:
         Called with whether it is to be quick (two minutes on two cores); yields the cases as they are done.
     cases
         What does the same for one case, by its name, where cases can be run alone; see :meth:`of_cases`.
+    scaled
+        Makes the subject for another scale of its data, where that can be chosen.
     """
 
     name: str
     title: str
     run: Callable[[bool], Iterable[Line]]
     cases: Mapping[str, Callable[[bool], Iterable[Line]]] = field(default_factory=dict)
+    scaled: Callable[[float], Subject] | None = None
 
     @classmethod
     def of_cases(cls, name: str, title: str, cases: Mapping[str, Callable[[bool], Iterable[Line]]]) -> Subject:
@@ -180,6 +183,7 @@ def _plain(line: Line) -> dict[str, object]:
     """Return the line as plain data; JSON has no infinity, which becomes null."""
     plain = dataclasses.asdict(line)
     plain["ratio"] = line.ratio if math.isfinite(line.ratio) else None
+    plain["ours"], plain["peer"] = (figure if math.isfinite(figure) else None for figure in (line.ours, line.peer))
     plain["quartiles"] = [ratio if math.isfinite(ratio) else None for ratio in line.quartiles]
     return plain
 

@@ -49,9 +49,6 @@ __all__ = [
 #: Coprime to any count of rows below it, so that ``number * STRIDE % rows`` meets each key once.
 STRIDE = 2_147_483_647
 
-#: Columns of lineitem that the files hold as decimals.
-MONEY = ("l_quantity", "l_extendedprice", "l_discount", "l_tax")
-
 #: Multipliers of the columns other than the key: odd, so that no two rows have the same value.
 FACTORS = np.array(
     [
@@ -124,15 +121,11 @@ def values(key: Any, number: Any, prefix: str = "") -> pd.DataFrame:
 
 
 def lineitem(part: int, *, files: Sequence[Path], parts: int) -> pd.DataFrame:
-    """Read one of equal parts of lineitem, as dask.dataframe does, with decimals as floats.
-
-    Stock's p2p makes Python objects of Arrow's decimals, which would be another table, and slow it down manyfold.
-    """
+    """Read one of equal parts of lineitem, as dask.dataframe does."""
     import dask.dataframe as dd
 
     per_file = parts // len(files)
     whole = dd.read_parquet(str(files[part // per_file])).compute(scheduler="synchronous")
-    whole = whole.astype(dict.fromkeys(MONEY, "float64"))
     bounds = np.linspace(0, len(whole), per_file + 1).astype(int)
     # A slice would share the strings of the whole file, and ship them.
     return whole.take(np.arange(*bounds[part % per_file :][:2])).reset_index(drop=True)

@@ -16,7 +16,8 @@ single queries had ratios from 0.78 to 1.27 in three pairs, more than the quarti
 was 0.996.
 
 The workers have several times the memory that the queries need, so that what is measured is placement, the shuffle and
-the overhead of all three parts. The subject ``demo`` has memory that is scarce.
+the overhead of all three parts. The subject ``demo`` has memory that is scarce, and so has this one at a larger scale
+(``--scale 10``), where it asks which queries come to their end at all: :mod:`benchmarks.tpch_large`.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from collections.abc import Callable, Iterator, Sequence
 import pandas as pd
 from distributed import Client
 
+from benchmarks import tpch_large
 from benchmarks.frame import Line, Subject, WrongAnswerError, line_of_pairs, turns
-from benchmarks.tpch_queries import NAMES, differences, finish, open_tables, queries
+from benchmarks.tpch_queries import NAMES, differences, finish, queries
 from dask_gpurt import InstallError, status
 from dask_gpurt.demo.cluster import GPURT, STOCK, ClusterSpec, Side, open_client, warm_up
 from dask_gpurt.demo.data import default_cache, ensure_tables
-from dask_gpurt.demo.tpch import Query, Reader, truth
+from dask_gpurt.demo.tpch import Query, Reader, reader, truth
 
 SPEC = ClusterSpec(workers=2, threads=1, memory_limit_nbytes=4 * 2**30)
 
@@ -57,7 +59,7 @@ def run(*, quick: bool, side: Side = GPURT, names: Sequence[str] | None = None) 
     chosen = every if names is None else {name: every[name] for name in names}
     # Before there is a cluster: DuckDB takes every core.
     expected = {name: truth(query, folder) for name, query in chosen.items()}
-    read = open_tables(folder)
+    read = reader(folder)
     walls = []
     with contextlib.ExitStack() as stack:
         stock, ours = (stack.enter_context(_open(each)) for each in (STOCK, side))
@@ -147,6 +149,13 @@ def line_of_all(walls: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Lin
     )
 
 
+def _scaled(scale: float) -> Subject:
+    def case(*names: str) -> Callable[[bool], Iterator[Line]]:
+        return lambda quick: tpch_large.run(scale, names=names)  # noqa: ARG005 - one run is as quick as it gets
+
+    return Subject("tpch", SUBJECT.title, case(*NAMES), cases={name: case(name) for name in NAMES})
+
+
 def _alone(name: str) -> Callable[[bool], Iterator[Line]]:
     return lambda quick: run(quick=quick, names=[name])
 
@@ -156,4 +165,5 @@ SUBJECT = Subject(
     "the 22 TPC-H queries beside stock Dask",
     lambda quick: run(quick=quick),
     cases={name: _alone(name) for name in NAMES},
+    scaled=_scaled,
 )

@@ -1,22 +1,21 @@
 """All 22 TPC-H queries: with dask.dataframe, as its users write them, and in SQL for the truth.
 
-Covers: the queries with the specification's validation parameters, how their tables are opened, what becomes of what a
-query computes (:func:`finish`), and how it is compared with what DuckDB says (:func:`differences`).
-Does not cover: queries 3, 5, 9 and 18, which are those of :mod:`dask_gpurt.demo.tpch`; the files; the measuring, see
+Covers: the queries with the specification's validation parameters, what becomes of what a query computes
+(:func:`finish`), and how it is compared with what DuckDB says (:func:`differences`).
+Does not cover: queries 3, 5, 9 and 18, which are those of :mod:`dask_gpurt.demo.tpch`, as are the tables; the measuring, see
 :mod:`benchmarks.tpch`.
 
 The Dask form keeps to what the Dask documentation advises and to nothing more. Columns are named where a table is
 opened; filters stand before the merges; EXISTS and IN are merges of the kind ``leftsemi``; NOT EXISTS is a left merge
 of which the unmatched rows are kept; a subquery on the same rows is a groupby whose result is merged back. A groupby
 whose groups grow with the scale factor to a good part of its rows says ``split_out=True``, because one partition would
-have to hold them otherwise. No partition counts, no hints, no persisting. Decimals become floats, and the last step,
-ordering some rows that are left, is done in pandas, as in the demonstration.
+have to hold them otherwise. No partition counts, no hints, no persisting. The last step, ordering some rows
+that are left, is done in pandas, as in the demonstration.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -24,29 +23,9 @@ import pandas as pd
 from dask_gpurt.demo.compare import frame_differences
 from dask_gpurt.demo.tpch import Q3, Q5, Q9, Q18, Query, Reader
 
-__all__ = ["NAMES", "differences", "finish", "open_tables", "queries"]
-
-#: Columns that the files hold as decimals.
-MONEY = frozenset(
-    {
-        *("l_quantity", "l_extendedprice", "l_discount", "l_tax", "o_totalprice"),
-        *("p_retailprice", "ps_supplycost", "c_acctbal", "s_acctbal"),
-    }
-)
+__all__ = ["NAMES", "differences", "finish", "queries"]
 
 NAMES = tuple(f"q{number}" for number in range(1, 23))
-
-
-def open_tables(folder: Path) -> Reader:
-    """Return what opens columns of the tables in ``folder`` with dask.dataframe."""
-    import dask.dataframe as dd
-
-    def read(table: str, *columns: str) -> Any:
-        frame = dd.read_parquet(str(folder / table), columns=list(columns))
-        floats = {column: "float64" for column in columns if column in MONEY}
-        return frame.astype(floats) if floats else frame
-
-    return read
 
 
 def queries(scale: float) -> dict[str, Query]:

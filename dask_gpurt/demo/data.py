@@ -3,6 +3,9 @@
 Covers: where the files lie, how they are made (``tpchgen-cli``, from PyPI) and how they are opened.
 Does not cover: the queries; see :mod:`dask_gpurt.demo.tpch`.
 
+Decimals become floats as the tables are made. pandas has no decimals: it would make a Python object of every price each time
+the files are read, and a float of every object, which takes several times what a query does.
+
 A scale factor's tables are made in a folder beside the final one, which is renamed when it is complete: a folder that
 bears the final name is whole, and of two processes that make the same one, the second finds the work done.
 """
@@ -15,7 +18,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 from dask_gpurt.errors import GpurtError
 
@@ -32,7 +38,7 @@ TABLES = (*LARGE_TABLES, *SMALL_TABLES)
 FILES_PER_SCALE = 8
 
 #: Goes into the folder's name: another layout of the files is another folder.
-LAYOUT = 1
+LAYOUT = 2
 
 
 class DataError(GpurtError, RuntimeError):
@@ -64,6 +70,9 @@ def ensure_tables(scale: float, cache: Path) -> Path:
         parts = max(2, math.ceil(FILES_PER_SCALE * scale))
         _generate(scale, parts, LARGE_TABLES, unfinished)
         _generate(scale, 1, SMALL_TABLES, unfinished)
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
+            for _ in threads.map(_decimals_to_floats, unfinished.glob("*/*.parquet")):
+                pass
         try:
             unfinished.rename(target)
         except OSError:
@@ -85,3 +94,34 @@ def _generate(scale: float, parts: int, tables: tuple[str, ...], folder: Path) -
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode != 0:
         raise DataError(f"{' '.join(command)} failed with status {done.returncode}: {done.stderr.strip()}")
+
+
+def _decimals_to_floats(path: Path) -> None:
+    """Rewrite a file that has decimals, with the same row groups."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rewritten = path.with_suffix(".floats")
+    with pq.ParquetFile(path) as file:
+        schema = file.schema_arrow
+        decimals = [index for index, field in enumerate(schema) if pa.types.is_decimal(field.type)]
+        if not decimals:
+            return
+        for index in decimals:
+            schema = schema.set(index, schema.field(index).with_type(pa.float64()))
+        with pq.ParquetWriter(rewritten, schema) as writer:
+            for number in range(file.num_row_groups):
+                group = file.read_row_group(number)
+                for index in decimals:
+                    group = group.set_column(index, schema.field(index), _floats(group.column(index)))
+                writer.write_table(group)
+    rewritten.rename(path)
+
+
+def _floats(decimals: Any) -> Any:
+    """Return the nearest floats; Arrow's own cast multiplies by 0.01, and may be off by a last bit."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    unit = 10**decimals.type.scale
+    return pc.divide(pc.multiply(decimals, pa.scalar(Decimal(unit))).cast(pa.int64()).cast(pa.float64()), float(unit))

@@ -124,14 +124,14 @@ def test_an_output_without_rows_has_sums_too() -> None:
 def test_lineitem_is_cut_into_equal_parts(tmp_path: Path) -> None:
     for file in range(2):
         count = 10
-        columns: dict[str, Any] = {name: [f"{file}.{row}" for row in range(count)] for name in tables.MONEY}
-        frame = pd.DataFrame({"l_orderkey": range(file * count, (file + 1) * count), **columns})
+        keys = range(file * count, (file + 1) * count)
+        frame = pd.DataFrame({"l_orderkey": keys, "l_tax": [key / 100 for key in keys]})
         frame.to_parquet(tmp_path / f"{file}.parquet")
     files = sorted(tmp_path.iterdir())
     parts = [tables.lineitem(part, files=files, parts=6) for part in range(6)]
     assert [row for part in parts for row in part["l_orderkey"]] == list(range(20))
     assert {len(part) for part in parts} == {3, 4}
-    assert all(str(part[name].dtype) == "float64" for part in parts for name in tables.MONEY)
+    assert [tax for part in parts for tax in part["l_tax"]] == [key / 100 for key in range(20)]
     assert parts[4].index.tolist() == [0, 1, 2][: len(parts[4])]
 
 
@@ -303,7 +303,7 @@ def parted() -> dict[str, Subject]:
 
     return {
         "parted": Subject.of_cases("parted", "cases", {case: make(case) for case in "abc"}),
-        "whole": Subject("whole", "one", make("d")),
+        "whole": Subject("whole", "one", make("d"), scaled=lambda scale: Subject("whole", "one", make(f"d-{scale:g}"))),
     }
 
 
@@ -322,6 +322,14 @@ def test_a_case_that_is_not_there(name: str, hint: str, capsys: Any) -> None:
     said = capsys.readouterr().err
     assert "'z'" in said
     assert hint in said
+
+
+def test_another_scale(capsys: Any) -> None:
+    assert main(["whole", "--scale", "10"], parted()) == 0
+    assert capsys.readouterr().out.split()[1] == "d-10"
+    assert main(["whole", "--scale", "0"], parted()) == 2
+    assert main(["parted", "--scale", "10"], parted()) == 2
+    assert "parted can't be run at scale 10" in capsys.readouterr().err
 
 
 def test_a_broken_run_is_no_result(capsys: Any, tmp_path: Path) -> None:
