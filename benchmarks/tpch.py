@@ -38,6 +38,11 @@ from dask_gpurt.demo.cluster import GPURT, STOCK, ClusterSpec, Side, open_client
 from dask_gpurt.demo.data import default_cache, ensure_tables
 from dask_gpurt.demo.tpch import Query, Reader, reader, truth
 
+#: Pairs of runs of each query.
+LEAST_PAIRS = 3
+#: For so long, more pairs are run of a short one.
+PAIRS_S = 10.0
+
 SPEC = ClusterSpec(workers=2, threads=1, memory_limit_nbytes=4 * 2**30)
 
 
@@ -53,7 +58,7 @@ def run(*, quick: bool, side: Side = GPURT, names: Sequence[str] | None = None) 
     names
         Queries to run; all of them unless said. The line ``geomean`` is for all only.
     """
-    scale, pairs = (0.1, 1) if quick else (1.0, 3)
+    scale, least = (0.1, 1) if quick else (1.0, LEAST_PAIRS)
     folder = ensure_tables(scale, default_cache())
     every = queries(scale)
     chosen = every if names is None else {name: every[name] for name in names}
@@ -64,7 +69,7 @@ def run(*, quick: bool, side: Side = GPURT, names: Sequence[str] | None = None) 
     with contextlib.ExitStack() as stack:
         stock, ours = (stack.enter_context(_open(each)) for each in (STOCK, side))
         for name, query in chosen.items():
-            walls.append(compare(query, read, expected[name], ours=ours, peer=stock, pairs=pairs))
+            walls.append(compare(query, read, expected[name], ours=ours, peer=stock, least=least))
             yield line_of_pairs(name, "wall_s", *walls[-1], peer_name=STOCK.name)
     if chosen.keys() == every.keys():
         yield line_of_all(walls)
@@ -85,9 +90,12 @@ def _open(side: Side) -> Iterator[Client]:
 
 
 def compare(
-    query: Query, read: Reader, expected: pd.DataFrame, *, ours: Client, peer: Client, pairs: int
+    query: Query, read: Reader, expected: pd.DataFrame, *, ours: Client, peer: Client, least: int
 ) -> tuple[list[float], list[float]]:
     """Run a query on both clusters in turns; return the times of ours and of the peer, pair by pair.
+
+    There are ``least`` pairs, and up to three times as many of a query that is so short that they take no longer than
+    :data:`PAIRS_S`.
 
     Raises
     ------
@@ -96,8 +104,8 @@ def compare(
     """
     walls: dict[bool, list[float]] = {True: [], False: []}
     clients = {True: ours, False: peer}
-    for client in clients.values():
-        timed(query, read, expected, client)
+    pair_s = sum(timed(query, read, expected, client) for client in clients.values())
+    pairs = max(least, min(3 * least, int(PAIRS_S / pair_s)))
     for _, is_ours in turns(pairs):
         walls[is_ours].append(timed(query, read, expected, clients[is_ours]))
     return walls[True], walls[False]
@@ -120,7 +128,7 @@ def line_of_all(walls: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Lin
     """Make the line for all queries of their times, ours and the peer's: geometric means throughout.
 
     The ratio is that of the queries' ratios. The quartiles are those of the pairs: the first pairs of all queries
-    together, then the second ones.
+    together, then the second ones, for as many as every query has.
 
     Examples
     --------
@@ -129,7 +137,7 @@ def line_of_all(walls: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Lin
     (2.449, 1.732, 2)
     """
     of_queries = [line_of_pairs("", "", ours, peer, peer_name="") for ours, peer in walls]
-    pairs = len(walls[0][0])
+    pairs = min(len(ours) for ours, _ in walls)
     of_pairs = line_of_pairs(
         "geomean",
         "wall_s",

@@ -129,15 +129,21 @@ def compare(*clusters: Any) -> Any:
     query = Query("q", "a number", lambda _: Number(), sql="", columns=("sum",), key=(), order=())
     ours, peer = clusters
     expected = pd.DataFrame({"sum": [2.5]})
-    return tpch.compare(query, lambda *_: None, expected, ours=ours, peer=peer, pairs=2)
+    return tpch.compare(query, lambda *_: None, expected, ours=ours, peer=peer, least=2)
 
 
-def test_both_sides_take_turns_after_a_run_that_is_not_counted() -> None:
+def test_both_sides_take_turns_after_a_run_that_is_not_counted(monkeypatch: Any) -> None:
+    monkeypatch.setattr(tpch, "PAIRS_S", 0.0)
     log: list[str] = []
     ours, peer = compare(Cluster("ours", log), Cluster("peer", log))
     assert (len(ours), len(peer)) == (2, 2)
     assert sorted(log[:2]) == ["ours", "peer"]
     assert log[2:] == ["peer", "ours", "ours", "peer"]
+
+
+def test_a_short_query_runs_more_often() -> None:
+    ours, peer = compare(Cluster("ours", []), Cluster("peer", []))
+    assert (len(ours), len(peer)) == (6, 6)
 
 
 @pytest.mark.parametrize("answers", [(2.5, 2.6), (2.6, 2.5)])
