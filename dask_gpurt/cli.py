@@ -146,3 +146,46 @@ def _array_nbytes(context: click.Context, parameter: click.Parameter, value: str
     if nbytes <= 0:
         raise click.BadParameter(f"{value!r} is not above zero", context, parameter)
     return nbytes
+
+
+@gpurt.command()
+@click.option(
+    "--scheduler",
+    callback=lambda c, p, v: _address(c, p, v),
+    metavar="ADDRESS",
+    help="Examine the cluster of this scheduler.  [default: this machine]",
+)
+@click.option("--measure/--no-measure", default=True, help="Measure what memory, disks, devices and networks carry.")
+@click.option("--json", "as_json", is_flag=True, help="Print facts, findings and figures as JSON.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0.1),
+    default=10.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Give up connecting to the scheduler after this time.",
+)
+def doctor(scheduler: str | None, measure: bool, as_json: bool, timeout: float) -> None:
+    """Say what dask-gpurt finds here, what is missing, and the line that mends it.
+
+    On this machine, or on a running cluster: then the scheduler and every worker look at themselves. Nothing is installed or
+    changed. What is measured takes some seconds, and at most 256 MiB are written to a disk.
+
+    The exit status is 0 if nothing is broken, 1 if something that was asked for does not work.
+    """
+    from dask_gpurt.doctor.app import run
+
+    if not run(scheduler, measure=measure, as_json=as_json, connect_s=timeout):
+        raise SystemExit(1)
+
+
+def _address(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    from distributed.comm.addressing import parse_address
+    from distributed.comm.registry import get_backend
+
+    if value is not None:
+        try:
+            get_backend(parse_address(value)[0])
+        except ValueError as error:
+            raise click.BadParameter(str(error), context, parameter) from error
+    return value

@@ -31,7 +31,7 @@ from dask_gpurt.memory.objects import ObjectFolder
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["install", "status", "uninstall"]
+__all__ = ["install", "object_store_refusal", "status", "uninstall"]
 
 
 def install(
@@ -167,11 +167,11 @@ async def _look_with_places(directory: str | None, object_url: str | None) -> _L
     if object_url is None:
         return look
     # A store may take its time to say no, which must not hold up the worker's event loop.
-    reason = await asyncio.to_thread(_refusal, object_url)
+    reason = await asyncio.to_thread(object_store_refusal, object_url)
     return look if reason is None else replace(look, object_url=(_without_password(object_url), reason))
 
 
-def _refusal(object_url: str) -> str | None:
+def object_store_refusal(object_url: str) -> str | None:
     """Say why nothing can be written to ``object_url``, if so."""
     try:
         folder = ObjectFolder(object_url, BlockPool(0))

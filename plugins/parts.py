@@ -16,9 +16,12 @@ from dask_gpurt.installation import PartStatus
 if TYPE_CHECKING:
     from dask_gpurt.config import Settings
 
-__all__ = ["Parts"]
+__all__ = ["LEFT_OUT", "Parts"]
 
 logger = logging.getLogger(__name__)
+
+#: What is said of a part that was not asked for.
+LEFT_OUT = "left out"
 
 
 class Parts:
@@ -43,14 +46,20 @@ class Parts:
 
     def startable(self, part: str) -> bool:
         """Whether ``part`` is enabled and finds what it needs in this version of Dask."""
+        refusal = self.refusal(part)
+        if refusal is None:
+            return True
+        if refusal != LEFT_OUT:
+            logger.warning("dask-gpurt: %s is left stock on this %s: %s", part, self._side, refusal)
+        self.statuses[part] = PartStatus(False, refusal)
+        return False
+
+    def refusal(self, part: str) -> str | None:
+        """Say why ``part`` is not even tried; None: it is."""
         if not self._settings.enabled(part):
-            self.statuses[part] = PartStatus(False, "left out")
-            return False
-        if problems := seams.broken(part, self._side, self._server):
-            logger.warning("dask-gpurt: %s is left stock on this %s: %s", part, self._side, "; ".join(problems))
-            self.statuses[part] = PartStatus(False, "Dask has changed: " + "; ".join(problems))
-            return False
-        return True
+            return LEFT_OUT
+        problems = seams.broken(part, self._side, self._server)
+        return "Dask has changed: " + "; ".join(problems) if problems else None
 
     @contextlib.contextmanager
     def starting(self, part: str) -> Iterator[None]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import importlib.metadata
 import os
 import platform
 import shlex
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import psutil
 
-__all__ = ["describe"]
+__all__ = ["describe", "versions"]
 
 #: Distributions whose version goes into a report.
 DISTRIBUTIONS = ("dask-gpurt", "dask", "distributed", "numpy", "pandas", "pyarrow", "duckdb", "tpchgen-cli")
@@ -26,12 +28,6 @@ def describe() -> dict[str, Any]:
     >>> sorted(describe())
     ['command', 'machine', 'time', 'versions']
     """
-    versions = {"python": platform.python_version()}
-    for name in DISTRIBUTIONS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "time": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "command": command(sys.argv),
@@ -42,8 +38,17 @@ def describe() -> dict[str, Any]:
             "cores": len(os.sched_getaffinity(0)),
             "memory_nbytes": psutil.virtual_memory().total,
         },
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **versions(DISTRIBUTIONS)},
     }
+
+
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those of these distributions that are installed."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _processor() -> str:

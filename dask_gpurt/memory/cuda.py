@@ -14,7 +14,7 @@ that whoever reads the copy, or frees the original, needs not know of streams.
 
 Whoever waits does so in the driver, without the GIL, and sleeping.
 
-Covers: :class:`Device`; :class:`Copier`, the copies of one move; :class:`Pinner`.
+Covers: :class:`Device`; :class:`Copier`, the copies of one move; :class:`Pinner`; :class:`Driver`.
 Does not cover: what is copied when (:mod:`dask_gpurt.memory.device`); several devices in one process: what lies on the others goes
 by the serialization of its library.
 
@@ -38,7 +38,7 @@ import numpy as np
 
 from dask_gpurt.errors import GpurtError
 
-__all__ = ["Copier", "CudaError", "Device", "Extent", "Pinner", "is_out_of_memory"]
+__all__ = ["Copier", "CudaError", "Device", "Driver", "Extent", "Pinner", "is_out_of_memory"]
 
 logger = logging.getLogger(__name__)
 
@@ -111,11 +111,33 @@ class Extent(NamedTuple):
         return cls(int(interface["data"][0] or 0), nbytes, interface.get("stream"))
 
 
-class _Driver:
+class Driver:
     """``cuda.bindings.driver``, with errors raised."""
 
     def __init__(self, driver: Any) -> None:
+        #: Its constants.
         self.names = driver
+
+    @classmethod
+    def load(cls) -> Driver:
+        """Return the driver, ready to be used.
+
+        Raises
+        ------
+        OSError
+            If there is none.
+        ImportError
+            If there is no ``cuda-bindings`` to use it by.
+        CudaError
+            If it finds no device.
+        """
+        # Before anything large is imported.
+        ctypes.CDLL("libcuda.so.1")
+        from cuda.bindings import driver
+
+        loaded = cls(driver)
+        loaded.cuInit(0)
+        return loaded
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self.names, name)
@@ -132,11 +154,19 @@ class _Driver:
 
 
 class Device:
-    """The first device that this process sees; see :meth:`find`."""
+    """A device that this process sees; the tiers use the first, see :meth:`find`.
 
-    def __init__(self, driver: Any) -> None:
-        self._driver = _Driver(driver)
-        self._number = self._driver.cuDeviceGet(0)
+    Parameters
+    ----------
+    driver
+        The driver.
+    ordinal
+        Its number in this process.
+    """
+
+    def __init__(self, driver: Driver, ordinal: int = 0) -> None:
+        self._driver = driver
+        self._number = self._driver.cuDeviceGet(ordinal)
         #: Bytes of memory that it has.
         self.total_nbytes = int(self._driver.cuDeviceTotalMem(self._number))
         # A garbage collection, which comes at any moment, may unlock memory in the thread that holds it.
@@ -154,28 +184,25 @@ class Device:
 
     @staticmethod
     def find() -> Device | None:
-        """Return the device; None if there is none, or no ``cuda-bindings`` to use it by."""
+        """Return the first device; None if there is none, or no ``cuda-bindings`` to use it by."""
         try:
-            # Before anything large is imported.
-            ctypes.CDLL("libcuda.so.1")
-            from cuda.bindings import driver
-        except (OSError, ImportError) as error:
-            logger.debug("there is no CUDA driver that can be used: %s", error)
+            return Device(Driver.load())
+        except (OSError, ImportError, CudaError) as error:
+            logger.debug("there is no CUDA device that can be used: %s", error)
             return None
-        try:
-            _Driver(driver).cuInit(0)
-            return Device(driver)
-        except CudaError as error:
-            logger.debug("there is no usable device: %s", error)
-            return None
+
+    @property
+    def context(self) -> Any:
+        """Its primary context, which is retained when it is first asked for."""
+        with self._lock:
+            if self._context is None:
+                self._context = self._driver.cuDevicePrimaryCtxRetain(self._number)
+            return self._context
 
     @contextmanager
     def current(self) -> Iterator[Any]:
         """Have the primary context current in this thread; yields the driver."""
-        with self._lock:
-            if self._context is None:
-                self._context = self._driver.cuDevicePrimaryCtxRetain(self._number)
-        self._driver.cuCtxPushCurrent(self._context)
+        self._driver.cuCtxPushCurrent(self.context)
         try:
             yield self._driver
         finally:
@@ -210,7 +237,7 @@ class Device:
                 stream = self._idle_streams.pop() if self._idle_streams else None
             if stream is None:
                 stream = driver.cuStreamCreate(driver.names.CUstream_flags.CU_STREAM_NON_BLOCKING)
-            copier = Copier(driver, stream)
+            copier = Copier(driver, stream, self.context)
             try:
                 others = {handle for handle in after if handle not in (None, 0, LEGACY_STREAM, PER_THREAD_STREAM)}
                 for handle in (LEGACY_STREAM, *others):
@@ -231,9 +258,10 @@ class Device:
 class Copier:
     """Copies by one stream; see :meth:`Device.copying`."""
 
-    def __init__(self, driver: Any, stream: Any) -> None:
+    def __init__(self, driver: Any, stream: Any, context: Any) -> None:
         self._driver = driver
         self._stream = stream
+        self._context = context
         flags = driver.names.CUevent_flags
         #: Who waits for an event sleeps, and nobody asks when it was.
         self._event_flags = flags.CU_EVENT_DISABLE_TIMING | flags.CU_EVENT_BLOCKING_SYNC
@@ -251,6 +279,14 @@ class Copier:
     def to_device(self, address: int, source: memoryview) -> None:
         """Begin to copy ``source`` to the device. It must stay as it is until :meth:`finish`."""
         self._driver.cuMemcpyHtoDAsync(address, _address(source), source.nbytes, self._stream)
+
+    def within(self, target: int, source: int, nbytes: int) -> None:
+        """Begin to copy from one place on the device to another."""
+        self._driver.cuMemcpyDtoDAsync(target, source, nbytes, self._stream)
+
+    def from_peer(self, target: int, source: int, nbytes: int, peer: Device) -> None:
+        """Begin to copy from another device of this process."""
+        self._driver.cuMemcpyPeerAsync(target, self._context, source, peer.context, nbytes, self._stream)
 
     def wait(self, mark: Any) -> None:
         """Wait for a copy."""

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from dask_gpurt.memory.blocks import BlockPool
     from dask_gpurt.memory.store import Buffer
 
-__all__ = ["DiskCopy", "SpillFolder", "remove_leftovers"]
+__all__ = ["DiskCopy", "SpillFolder", "remove_leftovers", "takes_direct"]
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class SpillFolder:
             os.close(self._lock_fd)
             os.unlink(lock)
             raise _refused(error, f"cannot keep spilled data in {parent}") from error
-        self._pace = _Pace(_takes_direct(self.path))
+        self._pace = _Pace(takes_direct(self.path))
         #: The price of the disk, as far as files go past the page cache.
         self.meter = Meter()
         self._guard = threading.Lock()
@@ -389,7 +389,7 @@ class _Pace:
         self._rate += (nbytes / max(elapsed_s, 1e-9) - self._rate) / 8
 
 
-def _takes_direct(folder: str) -> bool:
+def takes_direct(folder: str) -> bool:
     """Whether files of ``folder`` can be written past the page cache; those of a tmpfs, for one, cannot."""
     path = os.path.join(folder, "direct")
     try:

@@ -63,7 +63,7 @@ from dask_gpurt.memory.spiller import Spiller
 from dask_gpurt.memory.store import BufferStore, DictBufferStore
 from dask_gpurt.memory.watch import Watch
 
-__all__ = ["MemoryManager", "WorkerHorizon"]
+__all__ = ["MemoryManager", "WorkerHorizon", "refusal"]
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +182,15 @@ class _StockCopy:
 
     def remove(self) -> None:
         self._stock.remove(self)
+
+
+def refusal(store: MutableMapping[Any, Any]) -> str | None:
+    """Say why the tiers cannot take the place of ``store``, what a worker keeps its data in; None: they can."""
+    if any(cls.__name__ == "ProxifyHostFile" for cls in type(store).__mro__):
+        return "dask-cuda's JIT unspilling is on (ProxifyHostFile); its proxies cannot be taken over"
+    if seams.is_chosen_store(store):
+        return f"a {type(store).__name__} was chosen for the data of this worker, which is not taken away"
+    return None
 
 
 class WorkerHorizon:
@@ -361,12 +370,8 @@ class MemoryManager:
         if not self._active:
             return
         store = seams.worker_store(self._worker)
-        if any(cls.__name__ == "ProxifyHostFile" for cls in type(store).__mro__):
-            raise InstallError("dask-cuda's JIT unspilling is on (ProxifyHostFile); its proxies cannot be taken over")
-        if seams.is_chosen_store(store):
-            raise InstallError(
-                f"a {type(store).__name__} was chosen for the data of this worker, which is not taken away"
-            )
+        if (reason := refusal(store)) is not None:
+            raise InstallError(reason)
         hooks = seams.worker_hooks(self._worker)
         loop = asyncio.get_running_loop()
         parent = self._settings.directory or os.path.join(self._worker.local_directory, "gpurt")

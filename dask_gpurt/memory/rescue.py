@@ -147,18 +147,27 @@ def story(who: str, failure: Failure, figures: Figures, *, held_nbytes: int, lim
 dask-gpurt holds 1.00 GiB (limit: 2.00 GiB), of which nothing more could be moved away after 3 tries.
     """
     given_out = (
-        "" if figures.allocated_nbytes is None else f"; the allocator has given out {_size(figures.allocated_nbytes)}"
+        ""
+        if figures.allocated_nbytes is None
+        else f"; the allocator has given out {in_words(figures.allocated_nbytes)}"
     )
-    limit = "" if limit_nbytes is None else f" (limit: {_size(limit_nbytes)})"
+    limit = "" if limit_nbytes is None else f" (limit: {in_words(limit_nbytes)})"
     tries = "1 try" if failure.tries == 1 else f"{failure.tries} tries"
     return (
-        f"out of device memory: {who} asked for {_size(failure.asked_nbytes)}. Of {_size(figures.total_nbytes)}, "
-        f"{_size(figures.free_nbytes)} are free{given_out}. dask-gpurt holds {_size(held_nbytes)}{limit}, of which nothing "
+        f"out of device memory: {who} asked for {in_words(failure.asked_nbytes)}. Of {in_words(figures.total_nbytes)}, "
+        f"{in_words(figures.free_nbytes)} are free{given_out}. dask-gpurt holds {in_words(held_nbytes)}{limit}, of which nothing "
         f"more could be moved away after {tries}."
     )
 
 
-def _size(nbytes: int) -> str:
+def in_words(nbytes: int) -> str:
+    """Write a number of bytes as people read it.
+
+    Examples
+    --------
+    >>> in_words(3 * 2**29), in_words(2**20), in_words(512)
+    ('1.50 GiB', '1.00 MiB', '0.50 KiB')
+    """
     for unit, power in (("GiB", 30), ("MiB", 20)):
         if nbytes >= 2**power:
             return f"{nbytes / 2**power:.2f} {unit}"

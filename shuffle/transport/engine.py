@@ -182,10 +182,12 @@ class Engine:
         """Say which UCX this is, and what it found on this machine."""
         import ucxx
 
+        resources = _resources(self._context.info)
         return {
             "transport": "ucx",
             "version": ".".join(map(str, ucxx.get_ucx_version())),
-            "found": _transports(self._context.info),
+            "found": list(dict.fromkeys(resource.partition("/")[0] for resource in resources)),
+            "resources": resources,
         }
 
     @property
@@ -392,13 +394,12 @@ def _as_transport_error(error: Exception) -> TransportError:
     return error if isinstance(error, TransportError) else TransportError(f"UCX: {error}")
 
 
-def _transports(info: str) -> list[str]:
-    """Find the names of transports in what UCX prints about a context.
+def _resources(info: str) -> list[str]:
+    """Find transports and the devices that they use in what UCX prints about a context.
 
     Examples
     --------
-    >>> _transports("# resource 0 : md 0 dev 0 flags -- self/memory")
-    ['self']
+    >>> _resources("# resource 0 : md 0 dev 0 flags -- self/memory")
+    ['self/memory']
     """
-    ends = [line.split()[-1] for line in info.splitlines() if " resource " in line]
-    return list(dict.fromkeys(end.partition("/")[0] for end in ends))
+    return list(dict.fromkeys(line.split()[-1] for line in info.splitlines() if " resource " in line))

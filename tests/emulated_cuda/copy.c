@@ -106,6 +106,20 @@ EXPORT CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t nb
     return copy(to, from, nbytes, stream, false);
 }
 
+static bool lies_in(CUcontext context, CUdeviceptr address) {
+    pthread_mutex_lock(&em_lock);
+    struct place place = em_locate(address);
+    pthread_mutex_unlock(&em_lock);
+    return context && place.kind == ON_DEVICE && place.device == context->device;
+}
+
+EXPORT CUresult cuMemcpyPeerAsync(CUdeviceptr to, CUcontext to_context, CUdeviceptr from, CUcontext from_context, size_t nbytes,
+                                  CUstream stream) {
+    if (!lies_in(to_context, to) || !lies_in(from_context, from))
+        return CUDA_ERROR_INVALID_CONTEXT;
+    return copy(to, from, nbytes, stream, false);
+}
+
 EXPORT CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t nbytes, CUstream handle) {
     struct stream *stream = em_stream(handle);
     if (!stream)

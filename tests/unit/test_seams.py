@@ -17,7 +17,9 @@ ROOT = pathlib.Path(dask_gpurt.__file__).parent
 SOURCES = sorted(
     path for folder in (ROOT, ROOT / "plugins", ROOT / "shuffle") for path in folder.glob("*.py")
 ) + sorted(
-    path for folder in (ROOT / "memory", ROOT / "demo", ROOT / "shuffle" / "transport") for path in folder.glob("*.py")
+    path
+    for folder in (ROOT / "memory", ROOT / "demo", ROOT / "doctor", ROOT / "shuffle" / "transport")
+    for path in folder.glob("*.py")
 )
 ALL = [(part, seam) for part, of_part in seams.SEAMS.items() for seam in of_part]
 
