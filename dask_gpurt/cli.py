@@ -148,10 +148,22 @@ def _array_nbytes(context: click.Context, parameter: click.Parameter, value: str
     return nbytes
 
 
+def _address(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    from distributed.comm.addressing import parse_address
+    from distributed.comm.registry import get_backend
+
+    if value is not None:
+        try:
+            get_backend(parse_address(value)[0])
+        except ValueError as error:
+            raise click.BadParameter(str(error), context, parameter) from error
+    return value
+
+
 @gpurt.command()
 @click.option(
     "--scheduler",
-    callback=lambda c, p, v: _address(c, p, v),
+    callback=_address,
     metavar="ADDRESS",
     help="Examine the cluster of this scheduler.  [default: this machine]",
 )
@@ -177,15 +189,3 @@ def doctor(scheduler: str | None, measure: bool, as_json: bool, timeout: float) 
 
     if not run(scheduler, measure=measure, as_json=as_json, connect_s=timeout):
         raise SystemExit(1)
-
-
-def _address(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    from distributed.comm.addressing import parse_address
-    from distributed.comm.registry import get_backend
-
-    if value is not None:
-        try:
-            get_backend(parse_address(value)[0])
-        except ValueError as error:
-            raise click.BadParameter(str(error), context, parameter) from error
-    return value

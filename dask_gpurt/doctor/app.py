@@ -27,7 +27,7 @@ from dask_gpurt.doctor.facts import Facts, Measure, Missing, plain
 from dask_gpurt.doctor.gather import gather
 from dask_gpurt.errors import ConfigError
 
-__all__ = ["HERE", "Report", "consult", "run", "show"]
+__all__ = ["HERE", "Report", "consult", "judge", "run", "show"]
 
 #: The machine on which the command runs, where it does not ask a cluster.
 HERE = "this machine"
@@ -104,9 +104,14 @@ def consult(client: Client | None, *, measure: bool, say: Say = lambda text: Non
         findings += checks.of_cluster(facts)
         if measure:
             measures += cluster.measure(client, facts, say)
-    judged = [finding for name, each in facts.items() for finding in checks.of_server(name, each, settings)]
-    findings += checks.merged(judged, list(facts)) + checks.of_measures(measures)
+    findings += judge(facts, settings, measures)
     return Report(None if client is None else client.scheduler.address, facts, findings, measures)  # type: ignore[union-attr]
+
+
+def judge(facts: Mapping[str, Facts | Missing], settings: Settings, measures: Sequence[Measure]) -> list[Finding]:
+    """Judge what was found on each server."""
+    found = [finding for name, each in facts.items() for finding in checks.of_server(name, each, settings)]
+    return checks.merged(found, list(facts)) + checks.of_measures(measures)
 
 
 def _to_plain(report: Report) -> dict[str, Any]:

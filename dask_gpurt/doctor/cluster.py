@@ -33,7 +33,8 @@ T = TypeVar("T")
 SCHEDULER = "the scheduler"
 #: Pairs of workers that are measured: a second each.
 PAIRS_MAX = 16
-#: For one server to answer.
+#: For one server to say that it is there, and to answer all the rest.
+GREETING_LIMIT_S = 10.0
 ANSWER_LIMIT_S = 60.0
 
 #: Cause of a fact that is missing because the server has another version of dask-gpurt.
@@ -80,7 +81,7 @@ async def _run(client: Client, worker: str, function: Callable[..., Any], *args:
 
 
 async def _look(run: Run, look: Callable[..., Any], settings: Settings) -> Facts | Missing:
-    version = await _answer(run(_own_version))
+    version = await _answer(run(_own_version), GREETING_LIMIT_S)
     if isinstance(version, Missing):
         return version
     if version != dask_gpurt.__version__:
@@ -88,11 +89,11 @@ async def _look(run: Run, look: Callable[..., Any], settings: Settings) -> Facts
     return await _answer(run(look, settings))
 
 
-async def _answer(asked: Awaitable[T]) -> T | Missing:
+async def _answer(asked: Awaitable[T], limit_s: float = ANSWER_LIMIT_S) -> T | Missing:
     try:
-        return await asyncio.wait_for(asked, ANSWER_LIMIT_S)
+        return await asyncio.wait_for(asked, limit_s)
     except TimeoutError:
-        return Missing(f"no answer within {ANSWER_LIMIT_S:g} s", "TimeoutError")
+        return Missing(f"no answer within {limit_s:g} s", "TimeoutError")
     except Exception as error:  # noqa: BLE001  whatever a server answers: it is told, and the others are heard
         return Missing(str(error) or type(error).__name__, type(error).__name__)
 

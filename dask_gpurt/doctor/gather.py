@@ -3,7 +3,7 @@
 Nothing is changed: what has to be tried (a file in the folder for spilled data, UCX, a process that reads from this one) is
 taken back at once. No error escapes; a fact that cannot be had says why.
 
-Covers: :func:`gather`.
+Covers: :func:`gather`, :func:`readable_by_others`.
 Does not cover: devices (:mod:`dask_gpurt.doctor.devices`); how fast anything is (:mod:`dask_gpurt.doctor.links`).
 """
 
@@ -42,7 +42,7 @@ from dask_gpurt.memory.rmm import RmmResource
 from dask_gpurt.plugins.parts import Parts
 from dask_gpurt.plugins.scheduler import NAME
 
-__all__ = ["gather"]
+__all__ = ["gather", "readable_by_others"]
 
 #: What :func:`gather` looks for; where two are for different versions of CUDA, both.
 DISTRIBUTIONS = (
@@ -110,7 +110,7 @@ def gather(role: Role, settings: Settings, server: Any = None) -> Facts:
         ucx=ucx,
         encrypted=role == "worker" and seams.worker_encrypts(server),
         # After UCX, which asks the system to allow it.
-        readable_by_others=attempt(_readable_by_others),
+        readable_by_others=attempt(readable_by_others),
         folder=attempt(partial(_folder, _folder_path(role, settings, server))),
         object_store=_object_store(role, settings),
     )
@@ -174,7 +174,8 @@ def _ucx() -> Ucx:
     return Ucx(version=found["version"], resources=tuple(found["resources"]), environment=environment)
 
 
-def _readable_by_others() -> bool:
+def readable_by_others() -> bool:
+    """Whether another process of this user may read the memory of this one. Starts one to find out."""
     here = np.frombuffer(os.urandom(8), np.uint8)
     argv = [sys.executable, "-I", "-S", "-c", _PEEK, str(os.getpid()), str(here.__array_interface__["data"][0])]
     said = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=_PEEK_LIMIT_S).stdout.strip()  # noqa: S603

@@ -25,7 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
-__all__ = ["Failure", "Figures", "Rescue", "story"]
+__all__ = ["Failure", "Figures", "Rescue", "in_words", "story"]
 
 #: Failures of one allocation after which it is refused, even if there is something left to be moved. The last one asks for
 #: 128 times its bytes.
