@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check format bench clean
+.PHONY: setup demo test check format bench gpu-bench gpu-test clean
 
 setup: $(STAMP)
 
@@ -33,5 +33,25 @@ format: setup
 bench: setup
 	$(BIN)/python -m benchmarks overhead --json benchmarks/results/overhead.json
 
+# Where there is a GPU. cuDF wants other versions than the pinned ones, so that this is an environment of its own.
+GPU_VENV := .venv-gpu
+GPU_EXTRAS ?= cuda13,cudf
+GPU_STAMP := $(GPU_VENV)/.installed
+GPU_RESULTS ?= benchmarks/results/gpu/gpu.json
+
+$(GPU_STAMP): pyproject.toml
+	@nvidia-smi --list-gpus > /dev/null 2>&1 || { echo 'nothing was run: there is no GPU (nvidia-smi lists none)'; exit 77; }
+	$(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --quiet --editable '.[dev,$(GPU_EXTRAS)]'
+	touch $@
+
+# Fails where nothing can be run: a green line would say that it was.
+gpu-bench: $(GPU_STAMP)
+	mkdir -p $(dir $(GPU_RESULTS))
+	$(GPU_VENV)/bin/python -m benchmarks gpu --json $(GPU_RESULTS)
+
+gpu-test: $(GPU_STAMP)
+	$(GPU_VENV)/bin/python -m pytest -m gpu
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(GPU_VENV) build dist *.egg-info

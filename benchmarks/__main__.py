@@ -1,4 +1,8 @@
-"""``python -m benchmarks NAME [--quick] [--json FILE]``."""
+"""``python -m benchmarks NAME [--quick] [--json FILE]``.
+
+The exit status is 0 if all that was asked for has run, 1 for a wrong answer or a run that broke, 2 for a wrong command line, and
+:data:`NOTHING_RUN` if there was nothing that could be run, for lack of a GPU, say: no file is written then.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,9 @@ from pathlib import Path
 
 import benchmarks
 from benchmarks.frame import BrokenRunError, Subject, WrongAnswerError, run_subject
+
+#: Exit status where nothing was run: what test runners (automake, meson) take for "skipped".
+NOTHING_RUN = 77
 
 #: Modules of this folder that are no subjects.
 FRAME = (
@@ -53,7 +60,7 @@ def main(arguments: Sequence[str] | None = None, known: dict[str, Subject] | Non
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measure dask-gpurt beside its peers.",
-        epilog=f"subjects:\n{listed}",
+        epilog=f"subjects:\n{listed}\n\nThe exit status is {NOTHING_RUN} where nothing could be run.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", metavar="NAME", help="the subject")
@@ -87,7 +94,7 @@ def main(arguments: Sequence[str] | None = None, known: dict[str, Subject] | Non
         print(f"there is no folder to write {options.json} to", file=sys.stderr)
         return 2
     try:
-        run_subject(
+        lines = run_subject(
             subject,
             quick=options.quick,
             json_path=options.json,
@@ -99,7 +106,7 @@ def main(arguments: Sequence[str] | None = None, known: dict[str, Subject] | Non
     except BrokenRunError as error:
         print(f"broken run: {error}", file=sys.stderr)
         return 1
-    return 0
+    return 0 if lines else NOTHING_RUN
 
 
 if __name__ == "__main__":

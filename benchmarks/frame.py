@@ -188,19 +188,19 @@ def _plain(line: Line) -> dict[str, object]:
     return plain
 
 
-def run_subject(subject: Subject, *, quick: bool, json_path: Path | None, say: Callable[[str], None]) -> None:
-    """Run a subject: say each line when it is there, and write all of them to a file at the end.
+def run_subject(subject: Subject, *, quick: bool, json_path: Path | None, say: Callable[[str], None]) -> list[Line]:
+    """Run a subject: say each line when it is there, and write all of them to a file at the end. If there is none, nothing is written.
 
     Raises
     ------
     WrongAnswerError, BrokenRunError
         If the answers differ, or there is none. Nothing is written then.
     """
-    lines = []
+    lines: list[Line] = []
     for line in subject.run(quick):
         lines.append(line)
         say(line.text(subject.name))
-    if json_path is not None:
+    if json_path is not None and lines:
         content = {
             "subject": subject.name,
             "quick": quick,
@@ -208,3 +208,4 @@ def run_subject(subject: Subject, *, quick: bool, json_path: Path | None, say: C
             "lines": [_plain(line) for line in lines],
         }
         json_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return lines

@@ -1,8 +1,8 @@
-"""What the cases on a GPU share: whether there is one, the rate at which it copies, frames of cuDF, packing.
+"""What the cases on a GPU share: whether there is one, the rates at which it copies, frames of cuDF, packing.
 
-Covers: :func:`where_there_is_a_gpu`, :data:`DEVICE_COPY`, :class:`CudfShuffle`, :func:`packing`.
-Does not cover: who competes; see :mod:`benchmarks.contest`. How large the cases are; see :mod:`benchmarks.shuffle` and
-:mod:`benchmarks.rechunk`.
+Covers: :func:`missing`, :func:`where_there_is_a_gpu`, :data:`DEVICE_COPY`, :func:`pinned_rate`, :class:`CudfShuffle`, :func:`packing`.
+Does not cover: who competes; see :mod:`benchmarks.contest`. How large the cases are; see :mod:`benchmarks.shuffle`,
+:mod:`benchmarks.rechunk` and :mod:`benchmarks.spill`. All of them as one subject; see :mod:`benchmarks.gpu_suite`.
 
 Both workers of a cluster use the same GPU, the first that they see. The bound is a copy from one part of its memory to
 another.
@@ -23,13 +23,23 @@ import pandas as pd
 from distributed import Client
 
 from benchmarks.contest import Bound
-from benchmarks.frame import Line, WrongAnswerError, line_of_pairs
+from benchmarks.frame import BrokenRunError, Line, WrongAnswerError, line_of_pairs
 from benchmarks.tables import Fingerprint, Shuffle, fingerprint, numeric, ordered_futures
+from dask_gpurt.doctor import devices, links
+from dask_gpurt.doctor.facts import Missing
 from dask_gpurt.memory.cuda import Device
 from dask_gpurt.seams import split_axes
 from dask_gpurt.shuffle import bricks, tables
 
-__all__ = ["DEVICE_COPY", "MEMORY_LIMIT_NBYTES", "CudfShuffle", "packing", "where_there_is_a_gpu"]
+__all__ = [
+    "DEVICE_COPY",
+    "MEMORY_LIMIT_NBYTES",
+    "CudfShuffle",
+    "missing",
+    "packing",
+    "pinned_rate",
+    "where_there_is_a_gpu",
+]
 
 #: Memory on the host that a worker may have: stock moves what it sends through it.
 MEMORY_LIMIT_NBYTES = 24 * 2**30
@@ -39,11 +49,20 @@ COPIED_NBYTES = 2**30
 PARTS, ROUNDS = 16, 9
 
 
-def _missing(modules: Sequence[str]) -> str | None:
-    absent = [name for name in ("cupy", *modules) if importlib.util.find_spec(name) is None]
-    if absent:
-        return f"{', '.join(absent)} is not installed"
-    return "there is no CUDA device" if Device.find() is None else None
+def missing(*modules: str) -> str | None:
+    """Say what is missing for a case that needs a GPU, CuPy and these modules; None: nothing."""
+    if Device.find() is None:
+        return "there is no CUDA device"
+    absent = [name for name in ("cupy", *modules) if not _is_installed(name)]
+    return f"{', '.join(absent)} not installed" if absent else None
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        # Whoever keeps a module from being imported says so in this way.
+        return False
 
 
 def where_there_is_a_gpu(
@@ -52,7 +71,7 @@ def where_there_is_a_gpu(
     """Return what runs a case where there are a GPU and these modules, and else says why it does not."""
 
     def run_or_say(quick: bool) -> Iterator[Line]:
-        reason = _missing(modules)
+        reason = missing(*modules)
         if reason is None:
             yield from run(quick)
         else:
@@ -79,6 +98,22 @@ def _seconds(work: Callable[[], object]) -> float:
     work()
     device.synchronize()
     return time.perf_counter() - started
+
+
+def pinned_rate() -> float:
+    """Return the rate of copies from page-locked memory to the first device, in bytes per second.
+
+    Raises
+    ------
+    BrokenRunError
+        If it cannot be measured.
+    """
+    for measure in links.to_devices("here", devices.look().devices[:1]):
+        if measure.path == "pinned":
+            if isinstance(measure.rate, Missing):
+                raise BrokenRunError(f"the rate of pinned copies cannot be measured: {measure.rate.reason}")
+            return measure.rate.bandwidth
+    raise BrokenRunError("there is no CUDA device")
 
 
 DEVICE_COPY = Bound("device-copy", device_copy_rate)

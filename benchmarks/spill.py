@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from benchmarks import overhead
 from benchmarks.frame import Line, Subject, line_of_pairs
-from benchmarks.gpu import where_there_is_a_gpu
+from benchmarks.gpu import pinned_rate, where_there_is_a_gpu
 from benchmarks.spilling.bound import least_nbytes
 from benchmarks.spilling.clusters import Limited, Run, beside_stock, with_room
 from benchmarks.spilling.device import down_and_up
@@ -32,7 +32,7 @@ from benchmarks.spilling.disk import Rates, file_store
 from benchmarks.spilling.recorder import record_on_cluster
 from benchmarks.spilling.replay import Moved, replay_lru, replay_oracle, replay_ours
 from benchmarks.spilling.trace import Trace
-from benchmarks.spilling.workloads import JOBS, PASSES
+from benchmarks.spilling.workloads import JOBS, PASSES, PASSES_NBYTES, SPILLTEST_PASSES
 from dask_gpurt.demo.cluster import Side, open_client, warm_up
 from dask_gpurt.demo.runner import quotient
 
@@ -170,7 +170,7 @@ def disk(direction: int, case: str, *, quick: bool) -> Iterator[Line]:
     if rates is None:
         print(f"{case} is skipped: the file system of the workers' folders cannot go past its cache", flush=True)
     else:
-        yield _line_of_rates(case, rates[direction], "raw")
+        yield line_of_rates(case, rates[direction], "raw")
 
 
 @functools.cache
@@ -180,7 +180,7 @@ def _file_store(*, quick: bool) -> tuple[Rates, Rates] | None:
 
 def gpu(direction: int, case: str, *, quick: bool) -> Iterator[Line]:
     """Move 4 GB from a device to the host, and back; quick: 1 GB."""
-    yield _line_of_rates(case, _down_and_up(quick=quick)[direction], "memcpy")
+    yield line_of_rates(case, _down_and_up(quick=quick)[direction], "memcpy")
 
 
 @functools.cache
@@ -189,13 +189,22 @@ def _down_and_up(*, quick: bool) -> tuple[Rates, Rates]:
 
 
 def gpu_array(*, quick: bool) -> Iterator[Line]:
-    """Read an array of twice the device limit again and again, beside dask-cuda's own store."""
+    """Read an array of twice the device limit again and again, beside dask-cuda's own store.
+
+    What has to move, whatever the store: once down, and in each pass up, what the devices have no room for.
+    """
     limited = Limited(scale=64 if quick else 256, part=0.5, gpu=True)
     for _, ours, stock in beside_stock(["spilltest"], limited, pairs=1 if quick else 3):
         yield _line_of_walls("gpu-array", ours, stock, "dask-cuda")
+        least_nbytes = (1 + SPILLTEST_PASSES) * (
+            limited.scale * PASSES_NBYTES / limited.workers - limited.capacity_nbytes
+        )
+        roofs = [least_nbytes / pinned_rate() for _ in ours]
+        yield line_of_pairs("gpu-array", "wall_s", [run.wall_s for run in ours], roofs, "pinned-copy")
 
 
-def _line_of_rates(case: str, rates: Rates, peer_name: str) -> Line:
+def line_of_rates(case: str, rates: Rates, peer_name: str) -> Line:
+    """Make a line of rates, of which more is better."""
     line = line_of_pairs(
         case, "gb_per_s", [1 / rate for rate in rates.ours], [1 / rate for rate in rates.raw], peer_name
     )

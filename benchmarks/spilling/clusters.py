@@ -31,9 +31,9 @@ from distributed import Client, Worker, WorkerPlugin
 from benchmarks.contest import clusters, dropping
 from benchmarks.frame import BrokenRunError, WrongAnswerError, turns
 from benchmarks.spilling.workloads import JOBS, PASSES_NBYTES
-from dask_gpurt.demo.cluster import GPURT, STOCK, ClusterSpec, open_client
+from dask_gpurt.demo.cluster import GPURT, STOCK, ClusterSpec, count_gpus, open_client
 
-__all__ = ["Limited", "Run", "beside_stock", "with_room"]
+__all__ = ["Limited", "Run", "beside_stock", "has_spilled", "with_room"]
 
 #: What a worker's process takes beside its data: code, temporaries, memory that the allocator keeps.
 PROCESS_NBYTES = 768 * 2**20
@@ -66,15 +66,20 @@ class Limited:
     gpu: bool = False
 
     @property
+    def workers(self) -> int:
+        """How many there are; each has a GPU of its own if ``gpu``."""
+        return min(WORKERS, count_gpus()) if self.gpu else WORKERS
+
+    @property
     def capacity_nbytes(self) -> int:
         """Bytes of data that each worker may hold."""
-        return int(self.scale * PASSES_NBYTES * self.part / WORKERS)
+        return int(self.scale * PASSES_NBYTES * self.part / self.workers)
 
     @property
     def spec(self) -> ClusterSpec:
         """The cluster."""
         limit_nbytes = self.capacity_nbytes + (0 if self.gpu else PROCESS_NBYTES)
-        return ClusterSpec(workers=WORKERS, threads=1, memory_limit_nbytes=limit_nbytes, gpu=self.gpu)
+        return ClusterSpec(workers=self.workers, threads=1, memory_limit_nbytes=limit_nbytes, gpu=self.gpu)
 
     @property
     def config(self) -> dict[str, float]:
@@ -143,9 +148,9 @@ def beside_stock(names: Iterable[str], limited: Limited, pairs: int) -> Iterator
             expected: list[Any] | None = None
             for _, is_ours in turns(pairs):
                 client = clients[(GPURT if is_ours else STOCK).name]
-                run, answers, spilled_nbytes = _run(client, job, limited.scale)
+                run, answers, spilled = _run(client, job, limited.scale)
                 runs[is_ours].append(run)
-                if not spilled_nbytes and not limited.gpu:
+                if not spilled:
                     raise BrokenRunError(f"{name} spilled nothing")
                 expected = answers if expected is None else expected
                 # Sums of floats depend on their order, by far less than one part in a million.
@@ -170,25 +175,31 @@ def with_room(names: Iterable[str], limited: Limited, rounds: int) -> dict[str, 
             job = JOBS[name]
             _run(client, functools.partial(job, passes=1), 1)
             runs = [_run(client, job, limited.scale) for _ in range(rounds)]
-            if any(spilled_nbytes for _, _, spilled_nbytes in runs):
+            if any(spilled for _, _, spilled in runs):
                 raise BrokenRunError(f"{name} spilled although there should have been room")
             found[name] = [run for run, _, _ in runs]
     return found
 
 
-def _run(client: Client, job: Callable[..., tuple[Any, list[Any]]], scale: int) -> tuple[Run, list[Any], int]:
+def _run(client: Client, job: Callable[..., tuple[Any, list[Any]]], scale: int) -> tuple[Run, list[Any], bool]:
     with dropping(client), client.as_current():
         client.run(_take_longest)
         started = time.perf_counter()
         held, answers = job(client, scale=scale)
         wall_s = time.perf_counter() - started
         tick_s = max(client.run(_take_longest).values())
-        spilled_nbytes = sum(client.run(_spilled_nbytes).values())
+        spilled = any(client.run(has_spilled).values())
         del held
-    return Run(wall_s, tick_s), answers, spilled_nbytes
+    return Run(wall_s, tick_s), answers, spilled
 
 
-def _spilled_nbytes(dask_worker: Worker) -> int:
+def has_spilled(dask_worker: Worker) -> bool:
+    """Whether data has left the top tier of a worker: lies below now, or, if that tier is a device of ours, ever went down."""
     data: Any = dask_worker.data
-    nbytes: int = data.spilled_total.disk
-    return nbytes
+    memory: Any = getattr(dask_worker.extensions.get("gpurt"), "memory", None)
+    if memory is not None and "device_written_nbytes" in (figures := memory.metrics()):
+        return bool(figures["device_written_nbytes"])
+    if hasattr(data, "device_keys"):
+        # dask-cuda's store: not all that belongs on the device is there.
+        return any(key not in data.device for key in data.device_keys)
+    return bool(data.spilled_total.disk)

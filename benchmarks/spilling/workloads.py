@@ -21,13 +21,15 @@ from dask.base import persist
 from dask.delayed import delayed
 from distributed import Client, wait
 
-__all__ = ["JOBS", "PASSES", "PASSES_NBYTES"]
+__all__ = ["JOBS", "PASSES", "PASSES_NBYTES", "SPILLTEST_PASSES"]
 
 #: Side of a square block of 1 MB.
 SIDE = 362
 #: Rows of a partition of 1 MB.
 ROWS = 32_768
 PARTS = 32
+#: Passes of the job spilltest.
+SPILLTEST_PASSES = 5
 
 
 def _square(blocks: int, seed: int = 0, scale: int = 1) -> Any:
@@ -112,7 +114,7 @@ def groupby(client: Client, passes: int = 5, scale: int = 1) -> Any:  # noqa: AR
     return table, answers
 
 
-def spill_test(client: Client, passes: int = 5, scale: int = 1) -> Any:  # noqa: ARG001
+def spill_test(client: Client, passes: int = SPILLTEST_PASSES, scale: int = 1) -> Any:  # noqa: ARG001
     """Persist, and read all of it again and again."""
     x = _persisted(_square(8, scale=scale))
     return x, [float((x + number).sum().compute()) for number in range(passes)]

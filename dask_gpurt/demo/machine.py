@@ -14,10 +14,19 @@ from typing import Any
 
 import psutil
 
+from dask_gpurt.doctor import devices
+from dask_gpurt.doctor.facts import plain
+from dask_gpurt.memory.cuda import CudaError
+
 __all__ = ["describe", "versions"]
 
 #: Distributions whose version goes into a report.
-DISTRIBUTIONS = ("dask-gpurt", "dask", "distributed", "numpy", "pandas", "pyarrow", "duckdb", "tpchgen-cli")
+DISTRIBUTIONS = (
+    *("dask-gpurt", "dask", "distributed", "numpy", "pandas", "pyarrow", "duckdb", "tpchgen-cli"),
+    # Where there is a GPU; of those for two versions of CUDA, the ones that are installed.
+    *(f"{name}-cu{number}" for number in (13, 12) for name in ("ucxx", "rmm", "cudf", "dask-cudf", "kvikio")),
+    *("cupy-cuda13x", "cupy-cuda12x", "dask-cuda", "cuda-bindings", "numba", "numba-cuda"),
+)
 
 
 def describe() -> dict[str, Any]:
@@ -37,9 +46,20 @@ def describe() -> dict[str, Any]:
             "processor": _processor(),
             "cores": len(os.sched_getaffinity(0)),
             "memory_nbytes": psutil.virtual_memory().total,
+            **_gpus(),
         },
         "versions": {"python": platform.python_version(), **versions(DISTRIBUTIONS)},
     }
+
+
+def _gpus() -> dict[str, Any]:
+    """Say what the driver shows; nothing where there is none."""
+    try:
+        cuda = devices.look()
+    except (OSError, ImportError, CudaError):
+        return {}
+    shown = [{"name": device.name, "memory_nbytes": device.total_nbytes} for device in cuda.devices]
+    return {"gpus": shown, "driver": plain(cuda.driver), "driver_cuda": ".".join(map(str, devices.driver_cuda()))}
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:

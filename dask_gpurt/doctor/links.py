@@ -27,7 +27,7 @@ from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.cuda import Copier, CudaError, Device, Driver, Pinner
 from dask_gpurt.topology import Place, Rate
 
-__all__ = ["DISK_NBYTES_MAX", "LIMIT_NBYTES", "LIMIT_S", "memory_and_disk", "timed", "to_devices"]
+__all__ = ["DISK_NBYTES_MAX", "LIMIT_NBYTES", "LIMIT_S", "memory_and_disk", "memory_of", "timed", "to_devices"]
 
 #: For each direction of each link.
 LIMIT_S = 2.0
@@ -182,7 +182,8 @@ def _piece_nbytes(*devices: Device) -> int:
 
 
 @contextmanager
-def _memory_of(device: Device, nbytes: int) -> Iterator[int]:
+def memory_of(device: Device, nbytes: int) -> Iterator[int]:
+    """Have memory on a device, from the driver itself; yields its address."""
     with device.current() as driver:
         address = int(driver.cuMemAlloc(nbytes))
     try:
@@ -207,7 +208,7 @@ def _within(device: Device, place: Place) -> list[Measure]:
     host, nbytes = Place(place.worker), _piece_nbytes(device)
     pinner = Pinner(device, 4 * PIECE_NBYTES)
     measures = []
-    with _memory_of(device, nbytes) as memory, _memory_of(device, nbytes) as other:
+    with memory_of(device, nbytes) as memory, memory_of(device, nbytes) as other:
         across = _copies(device, lambda copier: copier.within(other, memory, nbytes))
         for path, pool in {"pinned": BlockPool(0, pinner), "pageable": BlockPool(0)}.items():
             data, back = pool.lease(nbytes), pool.lease(nbytes)
@@ -241,8 +242,8 @@ def _between(source: Device, target: Device, *, reaches: bool) -> tuple[Rate, in
     data, back = memoryview(os.urandom(nbytes)), memoryview(bytearray(nbytes))
     with (
         _peer_access(source, target) if reaches else contextlib.nullcontext(),
-        _memory_of(source, nbytes) as there,
-        _memory_of(target, nbytes) as here,
+        memory_of(source, nbytes) as there,
+        memory_of(target, nbytes) as here,
     ):
         across = _copies(target, lambda copier: copier.from_peer(here, there, nbytes, source))
         _copies(source, partial(_up, there, data))()

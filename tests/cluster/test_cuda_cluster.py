@@ -22,6 +22,7 @@ from cuda_emulation import emulated
 from distributed import Client, wait
 
 import dask_gpurt
+from benchmarks.spilling.clusters import has_spilled
 
 pytest.importorskip("dask_cuda", reason="dask-cuda makes the cluster")
 pytest.importorskip("numba_cuda", reason="numba-cuda makes the arrays")
@@ -95,6 +96,7 @@ def test_a_job_of_twice_the_device_limit_with_a_worker_that_is_killed() -> None:
             assert each["device_held_nbytes"] <= 9 * MIB, "a result lies over the limit until something has gone down"
         # Whichever of the two has made more of them.
         assert total(client, "device_written_nbytes") >= (count - 2 * 9) * MIB
+        assert any(client.run(has_spilled).values()), "as the benchmark of it asks"
         sums = client.map(add, arrays, arrays[::-1])
         wait(sums[: count // 4], timeout=60)
         # Not the one that the client's futures would show first.

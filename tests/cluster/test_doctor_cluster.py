@@ -14,6 +14,7 @@ from distributed import Client, LocalCluster
 
 import dask_gpurt
 from dask_gpurt import cli
+from dask_gpurt.demo.cluster import ClusterSpec, open_client
 from dask_gpurt.doctor import cluster as doctor
 from dask_gpurt.doctor.app import consult
 from dask_gpurt.doctor.checks import Finding
@@ -105,17 +106,8 @@ def test_a_worker_that_cannot_be_reached_costs_none_of_the_others(
 @emulated(devices=2, capacity=256 * MIB, UCX_RNDV_FRAG_ALLOC_COUNT="host:8,cuda:2")
 def test_each_worker_measures_its_own_device() -> None:
     pytest.importorskip("dask_cuda", reason="dask-cuda makes the cluster")
-    with (
-        importlib.import_module("dask_cuda").LocalCUDACluster(
-            n_workers=2,
-            threads_per_worker=1,
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-            memory_limit="1 GiB",
-            device_memory_limit="64 MiB",
-        ) as cuda_cluster,
-        Client(cuda_cluster) as client,
-    ):
+    # As the demonstration and the benchmarks open it where there is a GPU.
+    with open_client(ClusterSpec(workers=2, memory_limit_nbytes=64 * MIB, gpu=True)) as client:
         report = consult(client, measure=True)
         assert not report.broken, report.findings
         firsts = set()

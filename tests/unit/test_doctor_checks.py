@@ -27,7 +27,7 @@ DEVICE = DeviceFacts(
     numa_node=0,
     near_cpus=frozenset({0, 1}),
 )
-ON_GPU = {
+ON_GPU: dict[str, Any] = {
     "driver_cuda": (13, 0),
     "cuda": Cuda(driver="600.1", devices=(DEVICE,)),
     "storage": Storage(compatible_only=False, usable=True),
@@ -116,8 +116,8 @@ def status(remark: str) -> dict[str, Any]:
 
 #: What was found, the level that it gives, words of the finding, words of the remedy.
 CASES: list[tuple[dict[str, Any], str, str, str]] = [
-    ({"versions": GOOD.versions | {"dask": "2026.6.0"}}, "broken", "dask 2026.6.0", "pip install 'dask>="),
-    ({"versions": GOOD.versions | {"distributed": seams.SUPPORTED[1]}}, "broken", "works with", "'distributed>="),
+    ({"versions": {**GOOD.versions, "dask": "2026.6.0"}}, "broken", "dask 2026.6.0", "pip install 'dask>="),
+    ({"versions": {**GOOD.versions, "distributed": seams.SUPPORTED[1]}}, "broken", "works with", "'distributed>="),
     (without("pandas"), "note", "pandas not installed", "dask-gpurt[dataframe]"),
     (without("numba"), "note", "numba not installed", "dask-gpurt[dataframe]"),
     (status("Dask has changed: there is no 'x'"), "broken", "memory would be left stock", "pip install 'dask>="),
@@ -193,7 +193,7 @@ def test_each_fact_has_its_finding(changes: dict[str, Any], level: str, text: st
     assert len(found) == 1, new
     assert remedy in found[0].remedy
     # Nothing worse, or other, than this is said.
-    assert checks.LEVELS.index(level) == max(checks.LEVELS.index(each.level) for each in new)  # type: ignore[arg-type]
+    assert checks.LEVELS.index(level) == max(checks.LEVELS.index(each.level) for each in new)
 
 
 def test_what_is_asked_for_by_the_configuration_is_broken_where_it_is_not_there() -> None:
@@ -217,7 +217,7 @@ def test_a_server_that_does_not_answer_is_broken() -> None:
 
 def test_a_cluster_whose_servers_differ_is_warned_about() -> None:
     assert checks.of_cluster({"a": GOOD, "b": GOOD}) == []
-    other = replace(GOOD, python="3.12.1", versions=GOOD.versions | {"pandas": "2.3.0"})
+    other = replace(GOOD, python="3.12.1", versions={**GOOD.versions, "pandas": "2.3.0"})
     said = [finding.text for finding in checks.of_cluster({"a": GOOD, "b": GOOD, "c": other})]
     assert said == ["pandas differs: 2.3.0 on c; 3.0.6 on a, b", "Python differs: 3.11 on a, b; 3.12 on c"]
     assert "no workers" in checks.of_cluster({"s": replace(GOOD, role="scheduler")})[0].text
