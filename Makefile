@@ -35,7 +35,7 @@ bench: setup
 
 # Where there is a GPU. cuDF wants other versions than the pinned ones, so that this is an environment of its own.
 GPU_VENV := .venv-gpu
-GPU_EXTRAS ?= cuda13,cudf
+GPU_EXTRAS ?= cudf
 GPU_STAMP := $(GPU_VENV)/.installed
 GPU_RESULTS ?= benchmarks/results/gpu/gpu.json
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 collect_ignore = [
     "clusters.py",
     "cuda_emulation.py",
+    "device_exchange.py",
     "device_standin.py",
     "emulated_cuda",
     "placement_nodes.py",

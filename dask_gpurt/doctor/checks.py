@@ -340,7 +340,10 @@ def _rmm_and_storage(facts: Facts) -> Iterator[Finding]:
     elif storage.compatible_only:
         text = "KvikIO reads by way of the host (compatibility mode)"
         yield Finding(
-            "note", "GDS", text, "pip install 'cuda-toolkit[cufile]'; in a container: --volume /run/udev:/run/udev:ro"
+            "note",
+            "GDS",
+            text,
+            f"pip install 'cuda-toolkit[cufile]=={_extra(facts)[-2:]}.*'; in a container: --volume /run/udev:/run/udev:ro",
         )
     elif storage.usable is True:
         yield Finding("ok", "GDS", "KvikIO reads files to the device (cuFile)")

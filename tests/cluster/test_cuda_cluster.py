@@ -5,12 +5,10 @@ See tests/emulated_cuda/README.md for what this shows, and what it does not.
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import os
 import signal
 import sys
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +17,7 @@ import cloudpickle
 import numpy as np
 import pytest
 from cuda_emulation import emulated
+from device_exchange import exchange_between_two
 from distributed import Client, wait
 
 import dask_gpurt
@@ -132,48 +131,9 @@ def test_a_task_that_finds_the_device_full_runs_again_when_there_is_room() -> No
         np.testing.assert_array_equal(client.submit(read, arrays[3]).result(timeout=60), on_host(3))
 
 
-SIZES = [MIB, 3 * MIB + 1]
-
-
-async def open_transport(dask_worker: Any) -> tuple[bytes, int]:
-    from dask_gpurt.shuffle.transport.ucx import UCXTransport
-
-    # The device's context, here and in the transport's thread.
-    numba_cuda().current_context()
-    dask_worker.transport = UCXTransport.open(asyncio.get_running_loop(), lambda: numba_cuda().current_context())
-    assert "cuda_copy" in dask_worker.transport.describe()["found"], dask_worker.transport.describe()
-    return dask_worker.transport.address, dask_worker.transport.new_tag()
-
-
-async def exchange(peers: dict[str, tuple[bytes, int]], dask_worker: Any) -> list[list[int]]:
-    """Send device arrays to the other worker, and receive its; returns what was sent and what has come."""
-    numba = numba_cuda()
-    me = dask_worker.address
-    (peer, its_tag), (_, my_tag) = next(p for a, p in peers.items() if a != me), peers[me]
-    rng = np.random.default_rng(zlib.crc32(me.encode()))
-    sent = [rng.integers(0, 256, nbytes, "u1") for nbytes in SIZES]
-    frames = [numba.to_device(array) for array in sent]
-    _, got = await asyncio.gather(
-        dask_worker.transport.send(peer, my_tag, frames),
-        dask_worker.transport.receive(peer, its_tag, SIZES, lambda nbytes: numba.device_array(nbytes, "u1")),
-    )
-    numba.synchronize()
-    return [[zlib.crc32(array.data) for array in sent], [zlib.crc32(array.copy_to_host().data) for array in got]]
-
-
-async def close_transport(dask_worker: Any) -> None:
-    await dask_worker.transport.close()
-
-
 # By itself UCX takes 512 MiB of a device for fragments of what it stages.
 @emulated(devices=2, capacity=64 * MIB, UCX_RNDV_FRAG_ALLOC_COUNT="host:8,cuda:2")
 def test_device_arrays_go_from_one_process_to_another_by_ucx() -> None:
     pytest.importorskip("ucxx", reason="ucxx is not installed", exc_type=ImportError)
     with workers(2, None) as client:
-        peers = client.run(open_transport)
-        (one, one_got), (other, other_got) = client.run(exchange, peers).values()
-        assert one_got == other
-        assert other_got == one
-        assert one != other
-        # Only now that both have everything.
-        client.run(close_transport)
+        exchange_between_two(client, "numba", "cuda_copy")

@@ -275,6 +275,46 @@ def test_two_workers_on_one_gpu() -> None:
         array_job(client)
 
 
+def save(number: int, folder: str) -> int:
+    """Write an array from the device to a file."""
+    import cupy
+    import kvikio
+
+    with kvikio.CuFile(f"{folder}/{number}", "w") as file:
+        return int(file.write(cupy.full(16 * MIB, number, "u1")))
+
+
+def load(number: int, folder: str) -> Any:
+    """Read it back."""
+    import cupy
+    import kvikio
+
+    array = cupy.empty(16 * MIB, "u1")
+    with kvikio.CuFile(f"{folder}/{number}", "r") as file:
+        assert file.read(array) == array.nbytes
+    return array
+
+
+def check(array: Any, number: int) -> bool:
+    return bool((array == number).all())
+
+
+def test_arrays_that_kvikio_reads_go_down_and_come_back(tmp_path: Path) -> None:
+    """By cuFile where there is one, and else by KvikIO's compatibility mode: the tier is to see no difference."""
+    pytest.importorskip("cupy")
+    pytest.importorskip("kvikio")
+    with local_cluster(1) as cluster, Client(cluster) as client:
+        assert dask_gpurt.install(client, config={"memory.device-limit": "64 MiB"}).installed("memory")
+        numbers = range(12)
+        saved = client.gather(client.map(save, numbers, folder=str(tmp_path)))
+        assert saved == [16 * MIB] * 12
+        arrays = client.map(load, numbers, folder=str(tmp_path))
+        wait(arrays)
+        (found,) = client.run(figures).values()
+        assert found["device_written_nbytes"] >= 7 * 16 * MIB, found
+        assert all(client.gather(client.map(check, arrays, numbers)))
+
+
 def hold(number: int) -> Any:
     import cupy
 

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from clusters import local_cluster
+from device_exchange import exchange_between_two
 from distributed import Client, wait
 from distributed.client import futures_of
 
@@ -116,6 +117,15 @@ def test_a_rechunk_stays_on_the_device() -> None:
         rechunk(client, cupy, "f4", (4096, 32))
         assert total(client, "runs") == 4
         assert total(client, "reserved") == 0
+
+
+def test_two_workers_on_one_gpu_exchange_by_cuda_ipc(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cupy")
+    pytest.importorskip("ucxx", reason="ucxx is not installed", exc_type=ImportError)
+    # Nothing else that could carry the memory of a device from one process to another without a copy on the host.
+    monkeypatch.setenv("UCX_TLS", "self,tcp,cuda_copy,cuda_ipc")
+    with local_cluster(2) as cluster, Client(cluster) as client:
+        exchange_between_two(client, "cupy", "cuda_ipc")
 
 
 def test_a_rechunk_by_dasks_comms() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,13 +60,12 @@ def test_down_and_up_beside_pinned_copies(tmp_path: Path, monkeypatch: pytest.Mo
     assert (shown["driver"], shown["driver_cuda"]) == ("0.0 (emulated)", "13.0")
 
     # dask-cuda's store, of which the benchmark has to know whether it spilled.
-    array = functools.partial(device.LIBRARIES["numba"], nbytes=MIB)
     store = importlib.import_module("dask_cuda.device_host_file").DeviceHostFile(
         str(tmp_path), device_memory_limit=2 * MIB
     )
     worker: Any = SimpleNamespace(data=store, extensions={})
     for number, spilled in enumerate((False, False, True)):
-        store[number] = array(number)
+        store[number] = device.LIBRARIES["numba"](number, MIB)
         assert has_spilled(worker) is spilled
 
     # What does not come back as it was is no result.
