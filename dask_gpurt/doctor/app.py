@@ -157,7 +157,9 @@ def _table(measures: Sequence[Measure]) -> Iterator[str]:
             continue
         source, target = measure.source, measure.target
         between = source.worker != target.worker
-        ends = (source.worker, target.worker) if between else (_place(source.tier), _place(target.tier))
+        ends = [_place(end.tier) for end in (source, target)]
+        if between:
+            ends = [end.worker if end.tier == "host" else f"{end.worker} {end.tier}" for end in (source, target)]
         latency = f"  {measure.rate.latency_s * 1e3:.2f} ms" if between else ""
         where = "" if between or source.worker == HERE else source.worker
         rate = f"{format_bytes(int(measure.rate.bandwidth))}/s"

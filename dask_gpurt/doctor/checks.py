@@ -40,6 +40,9 @@ FREE_NBYTES_MIN = 10 * GIB
 OPEN_FILES_MIN = 4096
 #: The least that RAPIDS runs on.
 CAPABILITY_MIN = (7, 0)
+#: What RMM allocates by where nobody has chosen.
+DEFAULT_RESOURCE = "CudaMemoryResource"
+POOL = "LocalCUDACluster(rmm_pool_size=…), or dask cuda worker --rmm-pool-size …"
 #: File systems that lie in memory, and those that lie beyond a network.
 IN_MEMORY = frozenset({"tmpfs", "ramfs"})
 BEYOND_NETWORK = frozenset(
@@ -329,9 +332,9 @@ def _rmm_and_storage(facts: Facts) -> Iterator[Finding]:
     if facts.role == "worker":
         if isinstance(facts.rmm, Missing):
             text = f"RMM is not in use ({facts.rmm.reason}): a task that finds the device full is run again, and not its allocation alone"
-            yield Finding(
-                "note", "RMM", text, "LocalCUDACluster(rmm_pool_size=…), or dask cuda worker --rmm-pool-size …"
-            )
+            yield Finding("note", "RMM", text, POOL)
+        elif facts.rmm == DEFAULT_RESOURCE:
+            yield Finding("note", "RMM", "RMM has no pool: each of its allocations asks the driver", POOL)
         else:
             yield Finding("ok", "RMM", f"allocations go by {facts.rmm}")
     storage = facts.storage
@@ -444,12 +447,10 @@ def _one_machine(facts: Facts, transports: Mapping[str, object]) -> Iterator[Fin
         )
     memory = facts.memory
     if isinstance(memory, Memory):
-        if isinstance(memory.shared_nbytes, Missing):
-            yield Finding(
-                "warning", "UCX", f"no shared memory: {memory.shared_nbytes.reason}", "mount -t tmpfs tmpfs /dev/shm"
-            )
-        elif memory.shared_nbytes < SHARED_NBYTES_MIN:
-            text = f"{SHARED} has {in_words(memory.shared_nbytes)}, which processes of one machine soon fill"
+        if isinstance(memory.shared_nbytes, Missing) or isinstance(memory.shared_free_nbytes, Missing):
+            yield Finding("warning", "UCX", f"no shared memory in {SHARED}", "mount -t tmpfs tmpfs /dev/shm")
+        elif memory.shared_free_nbytes < SHARED_NBYTES_MIN:
+            text = f"{SHARED} has {in_words(memory.shared_free_nbytes)} left, which processes of one machine soon fill"
             remedy = "docker run --shm-size=8g … (Kubernetes: an emptyDir of medium Memory at /dev/shm)"
             yield Finding("warning", "UCX", text, remedy)
         else:

@@ -204,7 +204,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, Missing):
         return {"missing": value.reason}
     if isinstance(value, Place):
-        return value._asdict()
+        return {"worker": value.worker, "tier": value.tier}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {each.name: plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
     if isinstance(value, Mapping):

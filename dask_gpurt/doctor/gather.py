@@ -87,7 +87,11 @@ def gather(role: Role, settings: Settings, server: Any = None) -> Facts:
     """
     installed, parts = _parts(role, settings, server)
     cuda = attempt(devices.look)
-    ucx = attempt(_ucx)
+    # Before UCX, which imports RMM whether anybody uses it or not.
+    rmm = attempt(_rmm)
+    encrypted = role == "worker" and seams.worker_encrypts(server)
+    idle = role == "scheduler" or encrypted or not settings.shuffle.enabled or settings.shuffle.transport == "dask"
+    ucx = Missing("it is not used") if idle else attempt(_ucx)
     return Facts(
         role=role,
         host=socket.gethostname(),
@@ -105,10 +109,10 @@ def gather(role: Role, settings: Settings, server: Any = None) -> Facts:
         cuda=cuda,
         # KvikIO loads much, which is of no use without a device.
         storage=Missing("there is no device") if isinstance(cuda, Missing) else attempt(devices.storage),
-        rmm=attempt(_rmm),
+        rmm=rmm,
         rdma=tuple(sorted(path.name for path in Path("/sys/class/infiniband").glob("*"))),
         ucx=ucx,
-        encrypted=role == "worker" and seams.worker_encrypts(server),
+        encrypted=encrypted,
         # After UCX, which asks the system to allow it.
         readable_by_others=attempt(readable_by_others),
         folder=attempt(partial(_folder, _folder_path(role, settings, server))),

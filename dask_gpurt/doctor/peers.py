@@ -1,4 +1,4 @@
-"""Measures what goes from one worker to another: by Dask's comms, and by UCX.
+"""Measures what goes from one worker to another: by Dask's comms, by UCX, and by UCX from device to device.
 
 Theory of operation
     For as long as it is measured each worker has a :class:`Peer`, with handlers that take bytes, as the shuffle's do, and throw them
@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,10 +26,20 @@ from distributed.protocol.serialize import to_serialize
 
 from dask_gpurt import seams
 from dask_gpurt.doctor.facts import Measure, Missing
-from dask_gpurt.shuffle.transport.ucx import MIN_FRAME_NBYTES, TransportError, TransportUnavailable, UCXTransport
+from dask_gpurt.doctor.links import memory_of
+from dask_gpurt.memory.cuda import CudaError, Device
+from dask_gpurt.shuffle.transport.ucx import (
+    MIN_FRAME_NBYTES,
+    TransportError,
+    TransportUnavailable,
+    UCXTransport,
+    host_buffer,
+)
 from dask_gpurt.topology import LARGE_NBYTES, Link, Place
 
 __all__ = ["Peer", "close_peer", "measure_to", "open_peer", "ring"]
+
+logger = logging.getLogger(__name__)
 
 #: A message of a shuffle is as large.
 LARGE = 2**23
@@ -67,6 +80,34 @@ def ring(hosts: Mapping[str, str], limit: int) -> list[tuple[str, str]]:
     return sorted(pairs, key=lambda pair: hosts[pair[0]] == hosts[pair[1]])[:limit]
 
 
+class DeviceBlock:
+    """Memory on a device, as UCX finds it; what lies there does not matter.
+
+    Parameters
+    ----------
+    address, nbytes
+        Where it is.
+    """
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self._address = address
+        self.nbytes = nbytes
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """The description that array libraries have agreed on."""
+        return {"shape": (self.nbytes,), "typestr": "|u1", "data": (self._address, False), "version": 3}
+
+    def part(self, nbytes: int) -> DeviceBlock:
+        """Return its beginning."""
+        assert nbytes <= self.nbytes
+        return DeviceBlock(self._address, nbytes)
+
+
+def _host_memory(nbytes: int) -> Any:
+    return np.ones(nbytes, np.uint8)
+
+
 class Peer:
     """Takes and sends what is measured, on one worker.
 
@@ -81,6 +122,9 @@ class Peer:
         self._transport: UCXTransport | None = None
         #: Why UCX is not measured; None: it is.
         self.without_ucx: str | None = None
+        #: Memory of this worker's device, where it has one, and what gives it back.
+        self._block: DeviceBlock | None = None
+        self._stack = ExitStack()
         self._handlers: dict[str, Callable[..., Any]] = {
             "gpurt_doctor_take": self.take,
             "gpurt_doctor_receive": self.receive,
@@ -95,11 +139,21 @@ class Peer:
         elif importlib.util.find_spec("ucxx") is None:
             self.without_ucx = "ucxx is not installed"
         else:
-            loop = asyncio.get_running_loop()
             try:
-                self._transport = await loop.run_in_executor(None, UCXTransport.open, loop)
+                self._transport = await asyncio.to_thread(self._open_ucx, asyncio.get_running_loop())
             except TransportUnavailable as reason:
                 self.without_ucx = str(reason)
+
+    def _open_ucx(self, loop: asyncio.AbstractEventLoop) -> UCXTransport:
+        device = Device.find()
+        if device is None:
+            return UCXTransport.open(loop)
+        try:
+            self._block = DeviceBlock(self._stack.enter_context(memory_of(device, LARGE)), LARGE)
+        except CudaError as error:
+            logger.info("The way from device to device is not measured: %s", error)
+        device.use()
+        return UCXTransport.open(loop, device.use)
 
     async def close(self) -> None:
         """Stop answering."""
@@ -107,6 +161,7 @@ class Peer:
             self._worker.handlers.pop(name, None)
         if self._transport is not None:
             await self._transport.close()
+        await asyncio.to_thread(self._stack.close)
 
     # Handlers for peers
 
@@ -114,58 +169,69 @@ class Peer:
         """Take what came by Dask's comms; say how much it was."""
         return int(data.nbytes)
 
-    async def receive(self, peer: bytes, tag: int, nbytes: int) -> int:
+    async def receive(self, peer: bytes, tag: int, nbytes: int, on_device: bool) -> int:
         """Receive by UCX, and throw it away."""
-        if self._transport is None or nbytes > LARGE:
+        block = self._block
+        if self._transport is None or nbytes > LARGE or (on_device and block is None):
             raise ValueError(f"{nbytes} bytes are not expected by UCX")
-        await asyncio.wait_for(self._transport.receive(peer, tag, [nbytes]), TRANSFER_LIMIT_S)
+        allocate = block.part if on_device and block is not None else host_buffer
+        await asyncio.wait_for(self._transport.receive(peer, tag, [nbytes], allocate), TRANSFER_LIMIT_S)
         return nbytes
 
-    async def address(self) -> bytes | None:
-        """Say where UCX finds this worker; None: nowhere."""
-        return None if self._transport is None else self._transport.address
+    async def address(self) -> tuple[bytes | None, bool]:
+        """Say where UCX finds this worker, None for nowhere, and whether it has memory of a device for it."""
+        return (None if self._transport is None else self._transport.address), self._block is not None
 
     # Measuring
 
     async def measure(self, peer: str) -> list[Measure]:
-        """Measure both paths to a peer."""
+        """Measure all paths to a peer."""
         rpc = self._worker.rpc(peer)
+        ends = Place(self._worker.address), Place(peer)
 
         async def by_comm(data: Any) -> None:
             await rpc.gpurt_doctor_take(data=to_serialize(data))
 
-        return [
-            await self._path(peer, "Dask's comms", by_comm),
-            await self._path(peer, "UCX", await self._by_ucx(rpc)),
-        ]
-
-    async def _by_ucx(self, rpc: Any) -> Callable[[Any], Awaitable[None]] | Missing:
+        measures = [await self._path(*ends, "Dask's comms", by_comm, _host_memory)]
         transport = self._transport
-        if transport is None:
-            return Missing(self.without_ucx or "UCX is not started")
-        address: bytes | None = await rpc.gpurt_doctor_address()
-        if address is None:
-            return Missing("the peer has no UCX")
-
-        async def send(data: Any) -> None:
-            tag = transport.new_tag()
-            await asyncio.gather(
-                transport.send(address, tag, [data]),
-                rpc.gpurt_doctor_receive(peer=transport.address, tag=tag, nbytes=data.nbytes),
+        address, on_device = await rpc.gpurt_doctor_address()
+        if transport is None or address is None:
+            reason = "the peer has no UCX" if transport is not None else self.without_ucx or "UCX is not started"
+            return [*measures, Measure(*ends, "UCX", Missing(reason))]
+        measures.append(await self._path(*ends, "UCX", partial(self._send, transport, rpc, address), _host_memory))
+        if on_device and self._block is not None:
+            ends = Place(self._worker.address, "device 0"), Place(peer, "device 0")
+            measures.append(
+                await self._path(*ends, "UCX", partial(self._send, transport, rpc, address), self._block.part)
             )
+        return measures
 
-        return send
+    @staticmethod
+    async def _send(transport: UCXTransport, rpc: Any, address: bytes, data: Any) -> None:
+        tag = transport.new_tag()
+        sending = asyncio.ensure_future(transport.send(address, tag, [data]))
+        try:
+            on_device = isinstance(data, DeviceBlock)
+            await rpc.gpurt_doctor_receive(peer=transport.address, tag=tag, nbytes=data.nbytes, on_device=on_device)
+            await sending
+        finally:
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
 
-    async def _path(self, peer: str, path: str, send: Callable[[Any], Awaitable[None]] | Missing) -> Measure:
-        source, target = Place(self._worker.address), Place(peer)
-        if isinstance(send, Missing):
-            return Measure(source, target, path, send)
+    @staticmethod
+    async def _path(
+        source: Place,
+        target: Place,
+        path: str,
+        send: Callable[[Any], Awaitable[None]],
+        allocate: Callable[[int], Any],
+    ) -> Measure:
         link, moved_nbytes = Link(), 0
         began = time.perf_counter()
         try:
             # The first one of each size makes connections and memory.
             for nbytes, count in ((SMALL, 1 + SMALL_TRANSFERS), (LARGE, 1 + LARGE_TRANSFERS_MAX)):
-                data = np.ones(nbytes, np.uint8)
+                data = allocate(nbytes)
                 for number in range(count):
                     started = time.perf_counter()
                     await asyncio.wait_for(send(data), TRANSFER_LIMIT_S)

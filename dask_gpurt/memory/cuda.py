@@ -208,6 +208,10 @@ class Device:
         finally:
             self._driver.cuCtxPopCurrent()
 
+    def use(self) -> None:
+        """Have the primary context current in this thread from now on."""
+        self._driver.cuCtxSetCurrent(self.context)
+
     def holds(self, extent: Extent) -> bool:
         """Whether that memory is on this device."""
         if not extent.nbytes:

@@ -117,6 +117,6 @@ def test_each_worker_measures_its_own_device() -> None:
             assert isinstance(facts.cuda, Cuda)
             firsts.add(facts.cuda.devices[0].name)
             measured = {m.path for m in report.measures if (m.source.worker, m.target.tier) == (worker, "device 0")}
-            assert measured == {"pinned", "pageable", "copy"}
+            assert measured == {"pinned", "pageable", "copy", "UCX"}
         assert firsts == {f"Emulated device {number} (no GPU)" for number in range(2)}
         assert not any(isinstance(m.rate, Missing) for m in report.measures), report.measures
