@@ -178,10 +178,10 @@ def _address(context: click.Context, parameter: click.Parameter, value: str | No
     help="Give up connecting to the scheduler after this time.",
 )
 def doctor(scheduler: str | None, measure: bool, as_json: bool, timeout: float) -> None:
-    """Say what dask-gpurt finds here, what is missing, and the line that mends it.
+    """Say what is found here, what is missing, and what mends it.
 
     On this machine, or on a running cluster: then the scheduler and every worker look at themselves. Nothing is installed or
-    changed. What is measured takes some seconds, and at most 256 MiB are written to a disk.
+    changed. What is measured takes some seconds, and writes at most 256 MiB to the disk of each machine.
 
     The exit status is 0 if nothing is broken, 1 if something that was asked for does not work.
     """

@@ -130,9 +130,9 @@ def show(report: Report) -> str:
     for topic in dict.fromkeys(finding.topic for finding in report.findings):
         lines += ["", click.style(topic, bold=True)]
         for finding in (finding for finding in report.findings if finding.topic == topic):
-            whose = f"  [{_whose(finding.servers, report.facts)}]" if finding.servers else ""
+            whose = click.style(f"  [{_whose(finding.servers, report.facts)}]", dim=True) if finding.servers else ""
             level = click.style(f"{finding.level:<9}", fg=COLOURS[finding.level])
-            lines.append(f"  {level}{finding.text}{click.style(whose, dim=True)}")
+            lines.append(f"  {level}{finding.text}{whose}")
             if finding.remedy:
                 lines.append(f"           → {click.style(finding.remedy, bold=True)}")
     if report.measures:

@@ -244,11 +244,10 @@ def _cuda(facts: Facts, settings: Settings) -> Iterator[Finding]:
     version = facts.driver_cuda
     driver = f"driver {cuda.driver}, " if not isinstance(cuda.driver, Missing) else ""
     for_ = "" if isinstance(version, Missing) else f"{driver}CUDA {version[0]}.{version[1]}"
-    for ordinal, device in enumerate(cuda.devices):
+    # dask-cuda shows each worker all of them, its own first.
+    for ordinal, device in enumerate(cuda.devices[:1] if facts.role == "worker" else cuda.devices):
         capability = ".".join(map(str, device.capability))
-        said = (
-            f"device {ordinal}: {device.name}, {in_words(device.total_nbytes)}, compute capability {capability}, {for_}"
-        )
+        said = f"device {ordinal}: {device.name}, {in_words(device.total_nbytes)}, compute capability {capability}, {for_}, at {device.bus_id}"
         yield Finding("ok", "devices", said)
         yield from _placed(ordinal, facts)
         if device.capability < CAPABILITY_MIN:
