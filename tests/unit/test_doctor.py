@@ -39,9 +39,9 @@ def test_what_it_says_of_this_machine_is_so(facts: Facts) -> None:
     assert facts.cpus == os.sched_getaffinity(0)
     assert facts.open_files == resource.getrlimit(resource.RLIMIT_NOFILE)
     assert isinstance(facts.memory, Memory)
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert facts.memory.total_nbytes == pages
-    assert 0 < facts.memory.limit_nbytes <= pages
+    (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal:"))
+    assert facts.memory.total_nbytes == int(line.split()[1]) * 1024
+    assert 0 < facts.memory.limit_nbytes <= facts.memory.total_nbytes
     shared = os.statvfs("/dev/shm")
     assert facts.memory.shared_nbytes == shared.f_blocks * shared.f_frsize
     assert {part: status.installed for part, status in facts.parts.items()} == dict.fromkeys(
