@@ -16,18 +16,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dask_gpurt.config import Settings
     from dask_gpurt.errors import ConfigError, GpurtError, InstallError
+    from dask_gpurt.explainer import explain
+    from dask_gpurt.explanation import Explanation
     from dask_gpurt.installation import Installation
     from dask_gpurt.installer import install, status, uninstall
 
 __version__ = "0.1.0"
 __all__ = [
     "ConfigError",
+    "Explanation",
     "GpurtError",
     "InstallError",
     "Installation",
     "Settings",
     "__version__",
     "dask_setup",
+    "explain",
     "install",
     "status",
     "uninstall",
@@ -36,10 +40,12 @@ __all__ = [
 # Loaded on first use: `import dask_gpurt` alone must not import distributed.
 _HOMES = {
     "ConfigError": "errors",
+    "Explanation": "explanation",
     "GpurtError": "errors",
     "InstallError": "errors",
     "Installation": "installation",
     "Settings": "config",
+    "explain": "explainer",
     "install": "installer",
     "status": "installer",
     "uninstall": "installer",

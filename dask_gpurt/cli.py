@@ -1,12 +1,13 @@
 """``dask gpurt``: the subcommands of Dask's own command line.
 
 Covers: options, messages and exit statuses.
-Does not cover: what the subcommands do; see :mod:`dask_gpurt.demo`. Heavy libraries are imported when a subcommand
+Does not cover: what the subcommands do; see :mod:`dask_gpurt.demo`, :mod:`dask_gpurt.explainer`. Heavy libraries are imported when a subcommand
 runs: ``dask --help`` imports this module.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 from pathlib import Path
 
@@ -189,3 +190,46 @@ def doctor(scheduler: str | None, measure: bool, as_json: bool, timeout: float) 
 
     if not run(scheduler, measure=measure, as_json=as_json, connect_s=timeout):
         raise SystemExit(1)
+
+
+@gpurt.command()
+@click.argument("keys", nargs=-1, required=True, metavar="KEY...")
+@click.option("--scheduler", required=True, callback=_address, metavar="ADDRESS", help="Address of the scheduler.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0.1),
+    default=10.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Give up connecting to the scheduler after this time.",
+)
+def explain(keys: tuple[str, ...], scheduler: str, timeout: float) -> None:
+    """Say why tasks went to their workers.
+
+    KEY is the key of a task, as Dask shows it: name-0123, or "('x-0123', 0, 2)". Encryption is as Dask's configuration says.
+
+    The exit status is 1 if the scheduler knows none of the tasks.
+    """
+    from distributed import Client
+
+    from dask_gpurt.explainer import explain as ask
+
+    try:
+        with Client(scheduler, timeout=timeout, set_as_default=False) as client:
+            answer = ask(client, [_key(text) for text in keys])
+    except OSError as error:
+        raise click.ClickException(f"no answer from {scheduler}: {error}") from error
+    click.echo(str(answer))
+    if not any(task.state != "unknown" or task.decisions for task in answer.tasks):
+        raise SystemExit(1)
+
+
+def _key(text: str) -> object:
+    """Read a key: what looks like a tuple is one."""
+    if text.startswith("("):
+        try:
+            key: object = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            return text
+        return key
+    return text

@@ -88,7 +88,7 @@ def by_crossing(
         homes[target.key] = home
         keys = [node.key for node in members]
         home_of.update(dict.fromkeys(keys, home))
-        families.append(Family(keys, home, waits=False))
+        families.append(Family(keys, home, "crossing", target.key, waits=False))
     return families, _with_their_crossings(crossing, roots, home_of, shares), homes
 
 
@@ -203,7 +203,7 @@ def _with_their_crossings(
         dealt[home] += 1
         family = open_families.get(home)
         if family is None or len(family.keys) >= PIECE:
-            family = open_families[home] = Family([], home)
+            family = open_families[home] = Family([], home, "crossed")
             families.append(family)
         family.keys.append(key)
     return families

@@ -68,16 +68,27 @@ class Family:
         The members, in order of priority.
     home
         The worker to which the family was dealt.
+    kind
+        Why they belong together, and to that worker; one of :data:`dask_gpurt.explanation.KINDS`.
+    at
+        Key of the task in which their results meet; None if there is none.
     waits
         Whether members wait until their worker has a free slot, as roots do, or are sent as soon as they are ready.
+    moved
+        Why the family was last given to another worker, and from which; None if it is where it was dealt.
     """
 
-    __slots__ = ("home", "keys", "waits")
+    __slots__ = ("at", "home", "keys", "kind", "moved", "waits")
 
-    def __init__(self, keys: list[Any], home: Hashable, *, waits: bool = True) -> None:
+    def __init__(
+        self, keys: list[Any], home: Hashable, kind: str = "meeting", at: Any = None, *, waits: bool = True
+    ) -> None:
         self.keys = keys
         self.home = home
+        self.kind = kind
+        self.at = at
         self.waits = waits
+        self.moved: tuple[str, Any] | None = None
 
     def __repr__(self) -> str:
         return f"Family({list(self.keys)!r}, home={self.home!r})"
@@ -223,9 +234,10 @@ def by_meeting(
         home = holder_of(meeting)
         if home is not None and not dealer.place(home, counts, costs):
             home = None
+        kind = "meeting" if home is None else "holder"
         for start in range(0, len(members), size):
             whole = len(members) <= size
-            family = Family(members if whole else members[start : start + size], home)
+            family = Family(members if whole else members[start : start + size], home, kind, meeting.key)
             families.append(family)
             if home is None:
                 undealt.append(_Group(family, meeting, counts if whole else _count(family.keys), costs))
@@ -272,11 +284,11 @@ def by_position(ends: Iterable[tuple[Any, tuple[int, ...]]], shares: Sequence[Sh
         worker = shares[min(bisect_right(bounds, fraction), len(shares) - 1)].worker
         position += len(together)
         if members and (worker != home or len(members) >= PIECE):
-            families.append(Family(members, home))
+            families.append(Family(members, home, "position"))
             members = []
         home = worker
         members.extend(together)
-    families.append(Family(members, home))
+    families.append(Family(members, home, "position"))
     return families
 
 

@@ -28,24 +28,28 @@ are an order over it. So uninstalling loses nothing: the order goes, the tasks s
 What cannot happen: a planned task that waits for a worker that is gone or paused stays there no longer than one turn
 of the balancer (:data:`BALANCE_INTERVAL_S`), which also lets an idle worker take over families of a busy one.
 
-An exception in a decision is counted, logged once, and answered with Dask's own decision.
+An exception in a decision is counted, logged once, and answered with Dask's own decision. Every decision is noted, those that are left
+to Dask with the reason; see :mod:`dask_gpurt.plugins.decisions`.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from time import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from distributed.diagnostics.plugin import SchedulerPlugin
 from tornado.ioloop import PeriodicCallback
 
 from dask_gpurt import seams
+from dask_gpurt.explanation import TaskExplanation
 from dask_gpurt.plugins import crossings, families, policy, stealing
+from dask_gpurt.plugins.decisions import Compared, Decisions, explain_family
 from dask_gpurt.plugins.families import Family
 from dask_gpurt.plugins.queues import Queues
 from dask_gpurt.plugins.view import Backlog, Candidate, Share, Tail
@@ -56,15 +60,14 @@ if TYPE_CHECKING:
     from distributed.scheduler import Scheduler, TaskState, WorkerState
 
     from dask_gpurt.config import PlacementSettings
+    from dask_gpurt.explanation import Decision
 
-__all__ = ["BALANCE_INTERVAL_S", "Decision", "Placement"]
+__all__ = ["BALANCE_INTERVAL_S", "Placement"]
 
 logger = logging.getLogger(__name__)
 
 #: How often idle workers are compared with what waits for others; the interval of Dask's own stealing.
 BALANCE_INTERVAL_S = 0.1
-#: Decisions that are remembered for :meth:`Placement.explain`.
-REMEMBERED = 10_000
 #: Idle workers that are helped in one turn of the balancer, so that a turn stays short on a large cluster.
 HELPED = 32
 #: Families that are looked at for one idle worker.
@@ -77,20 +80,12 @@ PREFIXES = 10_000
 _NAME = "gpurt-placement"
 
 
-class Decision(NamedTuple):
-    """Where a task was sent, and why."""
-
-    key: Any
-    reason: str
-    #: Address of the worker.
-    worker: str
-
-
 class _Queued:
     """The answer "not now": the task waits for its planned worker."""
 
 
 _QUEUED = _Queued()
+_NOTHING_DUE: tuple[Any, Any] = (None, None)
 
 
 class _Hooks(SchedulerPlugin):
@@ -143,7 +138,9 @@ class Placement:
         self._siblings: dict[Any, Any] = {}
         self._counts: Counter[str] = Counter()
         self._errors = 0
-        self._decisions: deque[tuple[Any, str, str]] = deque(maxlen=REMEMBERED)
+        #: What was decided lately; for those who ask, and for displays.
+        self.decisions = Decisions()
+        self._note = self.decisions.note
         self._hooks = _Hooks(self)
 
     # --- life ---------------------------------------------------------------------------------------------------------
@@ -206,9 +203,28 @@ class Placement:
             "waiting": len(self._waiting),
         }
 
-    def explain(self, key: Any) -> list[Decision]:
-        """Return what is remembered of the decisions about ``key``, latest first; what was left to Dask is not."""
-        return [Decision(*entry) for entry in reversed(self._decisions) if entry[0] == key]
+    def explain(self, keys: Collection[Any]) -> list[TaskExplanation]:
+        """Say of each of ``keys`` where it is, and what is remembered of the decisions about it."""
+        decisions = self.decisions.about(set(keys))
+        return [self._explain(key, tuple(decisions.get(key, ()))) for key in keys]
+
+    def _explain(self, key: Any, decisions: tuple[Decision, ...]) -> TaskExplanation:
+        ts = self._tasks.get(key)
+        if ts is None:
+            return TaskExplanation(key, "unknown", decisions=decisions)
+        # Lone roots are passed on unseen.
+        if decisions and decisions[0].reason == "unplanned" and _is_unusual(ts):
+            decisions = (replace(decisions[0], reason="restricted"), *decisions[1:])
+        workers = ts.who_has or ((ts.processing_on,) if ts.processing_on is not None else ())
+        family = self._plan.get(key)
+        return TaskExplanation(
+            key,
+            str(ts.state),
+            tuple(ws.address for ws in workers),
+            decisions,
+            None if family is None else explain_family(family),
+            0 if family is None else self._queues.backlog(family.home),
+        )
 
     # --- hooks of a SchedulerPlugin -----------------------------------------------------------------------------------
 
@@ -225,7 +241,10 @@ class Placement:
         if not self._plan:
             return
         if start == "queued" and self._waiting:
-            self._queues.leave(key)
+            try:
+                self._queues.leave(key)
+            except Exception as error:  # noqa: BLE001 - a task that has left and still seems to wait would be sent for ever
+                self._give_up("a task could not leave its queue", error)
         if finish == "memory":
             if self._plan.pop(key, None) is not None and len(self._output_nbytes) < PREFIXES:
                 self._output_nbytes[self._tasks[key].prefix.name] = kwargs.get("nbytes") or 0
@@ -235,12 +254,12 @@ class Placement:
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:  # noqa: ARG002
         """Give a worker that joins what waits for workers that are gone; the balancer gives it the rest."""
         self._rootish.clear()
-        self._rehome_all()
+        self._try_to_rehome_all()
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:  # noqa: ARG002
         """Deal what waits for a worker that has left to the others."""
         self._rootish.clear()
-        if self._rehome_all():
+        if self._try_to_rehome_all():
             self._dispatch(f"{_NAME}-remove-worker-{time()}")
 
     def restart(self, scheduler: Scheduler) -> None:  # noqa: ARG002
@@ -344,13 +363,15 @@ class Placement:
             try:
                 answer = self._decide(ts)
             except Exception as error:  # noqa: BLE001 - an error in the policy must not stall a graph
-                self._plan.pop(key, None)
+                self._note((key, "failed", None, self._plan.pop(key, None), None))
                 self._failed("a choice failed", error)
                 answer = None
             if answer is _QUEUED:
                 return {key: "queued"}, {}, {}
             if answer is not None:
                 return self._add_to_processing(ts, answer, stimulus_id)
+        else:
+            self._note((key, "unplanned", None, None, None))
         return self._stock.waiting_processing(scheduler, key, stimulus_id)
 
     def _waiting_queued(self, scheduler: Any, key: Any, stimulus_id: str) -> seams.Answer:
@@ -367,7 +388,11 @@ class Placement:
             seams.assert_ready(scheduler, ts)
         ts.state = "queued"
         scheduler.queued.add(ts)
-        self._enter(ts, family)
+        try:
+            self._enter(ts, family)
+        except Exception as error:  # noqa: BLE001 - an error in the policy must not stall a graph
+            self._plan.pop(key, None)
+            self._give_up("a task could not wait for its worker", error)
         return {}, {}, {}
 
     def _queued_processing(self, scheduler: Any, key: Any, stimulus_id: str) -> seams.Answer:
@@ -384,20 +409,20 @@ class Placement:
     def _decide(self, ts: TaskState) -> Any:
         """Choose a worker; _QUEUED for a planned task that has to wait, None to leave the choice to Dask."""
         if _is_unusual(ts):
-            return None
+            return self._left_to_dask(ts, "restricted")
         family = self._plan.get(ts.key) if self._plan else None
         if family is not None:
             return self._decide_planned(ts, family)
         if self._is_rootish(ts):
-            return None
+            return self._left_to_dask(ts, "unplanned")
         return self._decide_by_inputs(ts)
 
     def _decide_planned(self, ts: TaskState, family: Family) -> Any:
         if family.home not in self._running and not self._rehome(family):
             del self._plan[ts.key]
-            return None
+            return self._left_to_dask(ts, "plan-without-worker", family)
         ws: Any = family.home
-        if ts.dependencies and not self._pays_to_fetch(ts, ws):
+        if ts.dependencies and not self._pays_to_fetch(ts, family):
             del self._plan[ts.key]
             return self._decide_by_inputs(ts)
         if (
@@ -406,10 +431,11 @@ class Placement:
             or math.isinf(self.scheduler.WORKER_SATURATION)
             or not seams.is_queueable(ts)
         ):
-            return self._decided(ts, ws, "planned")
+            return self._decided(ts, ws, "planned", family)
         return _QUEUED
 
-    def _pays_to_fetch(self, ts: TaskState, ws: WorkerState) -> bool:
+    def _pays_to_fetch(self, ts: TaskState, family: Family) -> bool:
+        ws: Any = family.home
         held, total = policy.holdings(ts.dependencies, len(self._running))
         coming = ws.needs_what
         missing = sum(d.get_nbytes() for d in ts.dependencies if ws not in (d.who_has or ()) and d not in coming)
@@ -417,7 +443,13 @@ class Placement:
         if not missing or output_nbytes is None:
             return True
         best = total - max(held.values(), default=0)
-        return policy.accepts(missing, self._queues.backlog(ws) + 1, best, output_nbytes)
+        accepted = policy.accepts(missing, self._queues.backlog(ws) + 1, best, output_nbytes)
+        if not accepted:
+            holders = policy.best_holders(held, self._running, limit=1)
+            compared = [(ws, missing), *((holder, best) for holder in holders)]
+            candidates = [Candidate(worker, nbytes, self._wait_s(worker)) for worker, nbytes in compared]
+            self._note((ts.key, "plan-does-not-pay", ws, family, (candidates, self.scheduler.bandwidth)))
+        return accepted
 
     def _decide_by_inputs(self, ts: TaskState) -> Any:
         inputs = ts.dependencies
@@ -427,13 +459,13 @@ class Placement:
             holders = dts.who_has or ()
             if len(holders) == 1:
                 (ws,) = holders
-                return self._decided(ts, ws, "only-holder") if ws in running else None
+                return self._decided(ts, ws, "only-holder") if ws in running else self._left_to_dask(ts, "no-holder")
         self._siblings.pop(ts.key, None)
         nworkers = len(running)
         held, total = policy.holdings(inputs, nworkers)
         workers = policy.best_holders(held, running)
         if not workers:
-            return None
+            return self._left_to_dask(ts, "no-holder")
         if len(workers) == 1:
             return self._decided(ts, workers[0], "only-holder")
         workers = policy.with_room(workers)
@@ -450,12 +482,13 @@ class Placement:
             if missing and coming:
                 missing -= sum(policy.share_nbytes(d, nworkers) for d in inputs if d in coming)
             candidates.append(Candidate(ws, missing, self._wait_s(ws)))
-        choice = policy.choose(candidates, self.scheduler.bandwidth)
+        bandwidth = self.scheduler.bandwidth
+        choice = policy.choose(candidates, bandwidth)
         if consumer is not None:
             if len(self._siblings) >= SIBLINGS:
                 self._siblings.clear()
             self._siblings[consumer] = choice.worker
-        return self._decided(ts, choice.worker, choice.reason)
+        return self._decided(ts, choice.worker, choice.reason, None, (candidates, bandwidth))
 
     def _wait_s(self, ws: WorkerState) -> float:
         """Estimate when a thread of ``ws`` is free; tasks of unknown duration count for little, see the policy."""
@@ -465,11 +498,20 @@ class Placement:
             busy_s += count * (_duration_s(prefixes[name]) or policy.UNKNOWN_S)
         return busy_s / ws.nthreads + seams.incoming_nbytes(ws) / self.scheduler.bandwidth
 
-    def _decided(self, ts: TaskState, ws: Any, reason: str) -> Any:
+    def _decided(
+        self,
+        ts: TaskState,
+        ws: Any,
+        reason: str,
+        family: Family | None = None,
+        compared: Compared | None = None,
+    ) -> Any:
         self._counts[reason] += 1
-        # A plain tuple: a named one costs as much as the rest of the decision.
-        self._decisions.append((ts.key, reason, ws.address))
+        self._note((ts.key, reason, ws, family, compared))
         return ws
+
+    def _left_to_dask(self, ts: TaskState, reason: str, family: Family | None = None) -> None:
+        self._note((ts.key, reason, None, family, None))
 
     def _failed(self, what: str, error: Exception) -> None:
         """Count an exception, and show the first one."""
@@ -477,6 +519,13 @@ class Placement:
         if self._errors == 1:
             again = "here and if it happens again (counted, not shown)"
             logger.error("%s; Dask decides instead, %s", what, again, exc_info=error)
+
+    def _give_up(self, what: str, error: Exception) -> None:
+        """Leave all tasks that wait here to Dask, in whose queue they are."""
+        for key in self._waiting:
+            self._note((key, "failed", None, self._plan.pop(key, None), None))
+        self._queues.clear()
+        self._failed(what, error)
 
     # --- queues -------------------------------------------------------------------------------------------------------
 
@@ -504,8 +553,27 @@ class Placement:
             self._stock.slots_opened(stimulus_id=stimulus_id)
 
     def _dispatch(self, stimulus_id: str) -> None:
-        """Send queued tasks to the workers that have free slots, a task a worker and round."""
+        """Send queued tasks to the workers that have free slots."""
         assert self._stock is not None
+        due = self._due()
+        while True:
+            try:
+                key, ws = next(due, _NOTHING_DUE)
+            except Exception as error:  # noqa: BLE001 - an error in the policy must not stall a graph
+                self._give_up("queued tasks could not be dealt out", error)
+                break
+            if ws is None:
+                break
+            self._dequeuing = (key, ws)
+            try:
+                self.scheduler.transitions({key: "processing"}, stimulus_id)
+            finally:
+                self._dequeuing = None
+        if not self._waiting:
+            self._stock.slots_opened(stimulus_id=stimulus_id)
+
+    def _due(self) -> Iterator[tuple[Any, Any]]:
+        """Go through the tasks that are to be sent, and their workers: a task a worker and round."""
         scheduler = self.scheduler
         free = self._queues.able(self._with_slots)
         if len(free) > 1:
@@ -523,16 +591,10 @@ class Placement:
                     key = first.key
                     self._decided(first, ws, "urgent")
                 elif key in self._waiting:
-                    self._decided(ts, ws, "planned")
-                self._dequeuing = (key, ws)
-                try:
-                    scheduler.transitions({key: "processing"}, stimulus_id)
-                finally:
-                    self._dequeuing = None
+                    self._decided(ts, ws, "planned", self._waiting[key])
+                yield key, ws
                 served.append(ws)
             free = served
-        if not self._waiting:
-            self._stock.slots_opened(stimulus_id=stimulus_id)
 
     def _is_queued(self, key: Any) -> bool:
         ts = self._tasks.get(key)
@@ -549,7 +611,7 @@ class Placement:
         if not able:
             return False
         home = min(able, key=lambda ws: self._queues.backlog(ws) / ws.nthreads)
-        self._queues.move(family, home, self._priority_of)
+        self._queues.move(family, home, "rehomed", self._priority_of)
         self._counts["rehomed"] += 1
         return True
 
@@ -562,6 +624,13 @@ class Placement:
                     moved = self._rehome(family) or moved
         return moved
 
+    def _try_to_rehome_all(self) -> bool:
+        try:
+            return self._rehome_all()
+        except Exception as error:  # noqa: BLE001 - an error in the policy must not stall a graph
+            self._give_up("tasks of a worker that is gone could not be dealt again", error)
+            return True
+
     def _balance(self) -> None:
         """Let paused workers' families go elsewhere, and idle workers take over families of busy ones."""
         if not self._waiting or self._stock is None:
@@ -570,9 +639,9 @@ class Placement:
             moved = self._rehome_all()
             for thief in self._idle_workers():
                 moved = self._relieve(thief) or moved
-        except Exception as error:  # noqa: BLE001 - without balance, plans are carried out as they are
-            self._failed("balancing failed", error)
-            return
+        except Exception as error:  # noqa: BLE001 - without it, tasks may wait for workers that are gone
+            self._give_up("balancing failed", error)
+            moved = True
         if moved:
             self._dispatch(f"{_NAME}-balance-{time()}")
 
@@ -606,7 +675,7 @@ class Placement:
             self.scheduler.bandwidth,
         )
         for family in found[:taken]:
-            queues.move(family, thief, self._priority_of)
+            queues.move(family, thief, "relieved", self._priority_of)
         if taken:
             self._counts["relieved"] += taken
         return taken > 0
@@ -616,6 +685,14 @@ class Placement:
         assert self._stock is not None
         assert self._stock.get_thief is not None
         thief = self._stock.get_thief(scheduler, ts, potential_thieves, occupancies=occupancies)
+        try:
+            return self._consented(ts, thief)
+        except Exception as error:  # noqa: BLE001 - stealing goes on as in stock Dask
+            self._failed("a steal could not be judged", error)
+            return thief
+
+    def _consented(self, ts: TaskState, thief: Any) -> Any:
+        """Return ``thief`` if it may have ``ts``, or None."""
         family = self._plan.get(ts.key) if self._plan else None
         victim = ts.processing_on
         if thief is None or family is None or victim is None or family.home is not victim:
@@ -624,8 +701,8 @@ class Placement:
         wait_s = max(ahead, 1) * _duration_s(ts.prefix) / victim.nthreads
         nbytes = self._output_nbytes.get(ts.prefix.name, 0)
         if stealing.pays(wait_s, nbytes, self.scheduler.bandwidth):
-            self._counts["steal-allowed"] += 1
-            return thief
+            compared = (Candidate(victim, 0, wait_s), Candidate(thief, nbytes, 0.0))
+            return self._decided(ts, thief, "steal-allowed", family, (compared, self.scheduler.bandwidth))
         self._counts["steal-refused"] += 1
         return None
 

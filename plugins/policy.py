@@ -41,6 +41,7 @@ __all__ = [
     "best_holders",
     "choose",
     "holdings",
+    "prices_s",
     "result_nbytes",
     "share_nbytes",
     "with_room",
@@ -159,12 +160,28 @@ def choose(candidates: Sequence[Candidate], bandwidth: float) -> Choice:
     fewest = min(candidate.missing_nbytes for candidate in candidates)
 
     def cost_s(candidate: Candidate) -> tuple[float, int]:
-        extra = candidate.missing_nbytes - fewest
-        move_s = extra / bandwidth + MOVE_LATENCY_S if extra else 0.0
-        return candidate.wait_s + STAY_PUT * move_s, candidate.missing_nbytes
+        return _price_s(candidate, fewest, bandwidth), candidate.missing_nbytes
 
     best = min(candidates, key=cost_s)
     return Choice(best.worker, "most-bytes" if best.missing_nbytes == fewest else "earlier-elsewhere")
+
+
+def prices_s(candidates: Sequence[Candidate], bandwidth: float) -> list[float]:
+    """Tell what :func:`choose` compares: when each worker would start the task, and what fetching costs there.
+
+    Examples
+    --------
+    >>> prices_s([Candidate("here", 0, 1.0), Candidate("there", 1000, 0.0)], bandwidth=1e6)
+    [1.0, 0.012]
+    """
+    fewest = min(candidate.missing_nbytes for candidate in candidates)
+    return [_price_s(candidate, fewest, bandwidth) for candidate in candidates]
+
+
+def _price_s(candidate: Candidate, fewest_nbytes: int, bandwidth: float) -> float:
+    extra = candidate.missing_nbytes - fewest_nbytes
+    move_s = extra / bandwidth + MOVE_LATENCY_S if extra else 0.0
+    return candidate.wait_s + STAY_PUT * move_s
 
 
 def accepts(missing_nbytes: int, consumers: int, best_missing_nbytes: int, output_nbytes: int) -> bool:

@@ -156,10 +156,11 @@ class Queues:
             seen.add(id(family))
             yield family, keys
 
-    def move(self, family: Family, home: Any, priority_of: Callable[[Any], Any]) -> None:
+    def move(self, family: Family, home: Any, why: str, priority_of: Callable[[Any], Any]) -> None:
         """Change the home of a family, for its members that wait and for those to come."""
         keys = self._waiting_members(family)
         self._count_down(family.home, len(keys))
+        family.moved = (why, family.home)
         family.home = home
         if not keys:
             return

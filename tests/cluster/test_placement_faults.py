@@ -134,12 +134,17 @@ def test_a_family_stays_together_and_says_why() -> None:
         built.gate.set()
         assert await future == EXPECTED
         for start in range(0, N_LEAVES, FAN_IN):
-            decisions = [built.placement.explain(("leaf-t", i))[0] for i in range(start, start + FAN_IN)]
+            keys = [("leaf-t", i) for i in range(start, start + FAN_IN)]
+            decisions = [task.decisions[0] for task in built.placement.explain(keys)]
             assert {decision.reason for decision in decisions} == {"planned"}
             assert len({decision.worker for decision in decisions}) == 1
+            family = decisions[0].family
+            assert family is not None
+            assert (set(family.keys), family.at) == (set(keys), ("sum-t-0", start))
         assert built.placement.metrics()["decisions"]["planned"] == N_LEAVES
         assert built.placement.metrics()["planned"] == 0
-        assert built.placement.explain("nobody") == []
+        (nobody,) = built.placement.explain(["nobody"])
+        assert (nobody.state, nobody.decisions) == ("unknown", ())
 
     run(test)
 
@@ -344,6 +349,46 @@ def test_restrictions_mean_what_they_mean_in_dask() -> None:
         ran = {entry.key for entry in built.scheduler.transition_log if entry.finish == "memory"}
         assert len(ran) > N_LEAVES
         assert set(built.workers[0].data) | set(built.workers[2].data) == set()
+
+    run(test)
+
+
+def test_what_no_worker_meets_waits_for_one_that_does() -> None:
+    def step(name: str, resource: str, *inputs: Delayed) -> Delayed:
+        with annotate(resources={resource: 1}):
+            made: Delayed = delayed(sum)([1, *inputs], dask_key_name=name)
+        return made
+
+    async def test(built: House) -> None:
+        built.gate.set()
+        # Each needs a worker that no other one of its neighbours can run on, in a circle; and there is none at all.
+        first = step("first", "left")
+        last = step("last", "left", step("middle", "right", first), first)
+        future = built.client.compute(last, optimize_graph=False)
+        other = built.client.compute(tree())
+        assert await other == EXPECTED
+        assert built.scheduler.tasks["first"].state == "no-worker"
+        (task,) = built.placement.explain(["first"])
+        assert (task.state, task.reason) == ("no-worker", "restricted")
+        await built.add_worker(resources={"left": 1})
+        await built.until(lambda: built.scheduler.tasks["first"].state == "memory")
+        await built.until(lambda: built.scheduler.tasks["middle"].state == "no-worker")
+        built.scheduler.validate_state()
+        await built.add_worker(resources={"right": 1})
+        assert await future == 1 + 1 + (1 + 1)
+        assert built.placement.metrics()["errors"] == 0
+
+    run(test, 2)
+
+
+def test_annotations_that_nobody_knows_change_nothing() -> None:
+    async def test(built: House) -> None:
+        with annotate(colour="blue", shape={"round": object}, priority=1):
+            future = built.client.compute(tree(), optimize_graph=False)
+        built.gate.set()
+        assert await future == EXPECTED
+        assert built.placement.metrics()["decisions"]["planned"] == N_LEAVES
+        assert built.placement.metrics()["errors"] == 0
 
     run(test)
 

@@ -177,7 +177,7 @@ class QueuesMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.families)
     @rule(data=st.data(), worker=st.sampled_from(workers))
     def move(self, data: st.DataObject, worker: str) -> None:
-        self.queues.move(data.draw(st.sampled_from(self.families)), worker, lambda key: key)
+        self.queues.move(data.draw(st.sampled_from(self.families)), worker, "relieved", lambda key: key)
 
     @rule(worker=st.sampled_from(workers))
     def next_is_the_least_of_own_and_unplanned(self, worker: str) -> None:

@@ -1,5 +1,7 @@
 """Workers that join, die, pause and slow down while graphs run: no task is lost or stuck, and all states agree.
 
+The same with a policy that fails: what fails falls to Dask.
+
 ``--seeds 1000`` runs that many; a seed that fails is the report of a bug.
 """
 
@@ -16,7 +18,10 @@ from benchmarks.simulation.cluster import Cluster, Spec, gpurt
 from benchmarks.simulation.faults import Faults, unleash
 from benchmarks.simulation.graphs import workload
 from benchmarks.simulation.network import FABRICS
+from benchmarks.simulation.synthetic import tree
 from benchmarks.simulation.workload import Phase, Workload
+from dask_gpurt.plugins import crossings, families, policy, stealing
+from dask_gpurt.plugins.queues import Queues
 
 REAL = ("thin-tree", "task-shuffle", "aligned", "tsqr")
 
@@ -24,6 +29,9 @@ REAL = ("thin-tree", "task-shuffle", "aligned", "tsqr")
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "seed" in metafunc.fixturenames:
         metafunc.parametrize("seed", range(metafunc.config.getoption("--seeds")))
+    if "shaken_seed" in metafunc.fixturenames:
+        # A twentieth: each is run for every part that can fail.
+        metafunc.parametrize("shaken_seed", range(-(-metafunc.config.getoption("--seeds") // 20)))
 
 
 def random_workload(rng: random.Random) -> Workload:
@@ -76,3 +84,44 @@ def test_nothing_is_lost_or_stuck(seed: int) -> None:
         metrics = cluster.placement_metrics()
     assert report.tasks >= len(graph.sizes)
     assert metrics["errors"] == metrics["waiting"] == metrics["planned"] == 0
+
+
+#: What can fail: the functions of the pure modules that a placement calls.
+FALLIBLE: list[tuple[Any, str]] = [
+    *((families, name) for name in ("meetings", "by_meeting", "by_position")),
+    (crossings, "by_crossing"),
+    *((policy, name) for name in ("holdings", "best_holders", "choose", "accepts", "with_room")),
+    *((stealing, name) for name in ("pays", "relief")),
+    *((Queues, name) for name in ("enter", "leave", "move", "next_for", "able", "homes", "families_of", "backlog")),
+]
+
+
+class PolicyError(Exception):
+    """What a bug would raise."""
+
+
+@pytest.mark.parametrize("share", [0.1, 1.0], ids=["at times", "always"])
+@pytest.mark.parametrize(("owner", "name"), FALLIBLE)
+def test_errors_in_the_policy_stall_nothing(
+    owner: Any, name: str, share: float, shaken_seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(shaken_seed)
+    sound = getattr(owner, name)
+
+    def fallible(*args: Any, **kwargs: Any) -> Any:
+        if rng.random() < share:
+            raise PolicyError(name)
+        return sound(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, fallible)
+    # Of a tree, most tasks are planned, and wait.
+    graph = random_workload(rng) if shaken_seed % 3 == 2 else tree(rng.choice([40, 200]), fan_in=4)
+    cluster = Cluster(Spec(nworkers=rng.randint(2, 6), nthreads=rng.choice([1, 2]), validate=True), graph, shaken_seed)
+    with cluster.started(gpurt):
+        unleash(cluster, Faults(graph.bound_s(cluster.spec.nworkers), joins=2, deaths=2, pauses=2, slowdowns=2))
+        report = cluster.compute()
+        cluster.settle()
+        cluster.validate()
+        metrics = cluster.placement_metrics()
+    assert report.tasks >= len(graph.sizes)
+    assert metrics["waiting"] == 0

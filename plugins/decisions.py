@@ -1,0 +1,108 @@
+"""Decisions: what was decided about which task, remembered for those who ask why.
+
+Covers: :class:`Decisions`, the latest ones, and what they look like to somebody who asks.
+Does not cover: how it is shown; see :mod:`dask_gpurt.explanation`. Counting; see :mod:`dask_gpurt.plugins.placement`.
+
+Theory of operation
+-------------------
+A decision costs the scheduler some ten microseconds, so what is remembered of it is what is at hand: a plain tuple of the
+key, the reason, and objects that exist anyway (the worker, the family, the workers that were compared). Nothing is
+copied, formatted or looked up until somebody asks, and nothing is indexed: an answer walks all that is remembered, once for
+all keys that it is about.
+
+What is remembered is bounded by its number: :data:`REMEMBERED` decisions, of which the largest compares a handful of workers.
+A family is shown as it is when it is asked for, as are the addresses of workers that have left since.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+from dask_gpurt.explanation import NAMED, Alternative, Decision, FamilyExplanation
+from dask_gpurt.plugins.families import Family
+from dask_gpurt.plugins.policy import prices_s
+from dask_gpurt.plugins.view import Candidate
+
+__all__ = ["REMEMBERED", "Compared", "Decisions", "Noted", "explain_family"]
+
+#: Decisions that are remembered: at most some 10 MB, if each compares four workers.
+REMEMBERED = 20_000
+
+#: The workers that were compared, and the bytes per second at which moves were priced.
+Compared = tuple[Sequence[Candidate], float]
+
+
+class Noted(NamedTuple):
+    """What is remembered of a decision; written as a plain tuple, which costs a third."""
+
+    key: Any
+    reason: str
+    #: The worker, with its ``address``; None where Dask decides.
+    worker: Any
+    #: The plan that was carried out or left.
+    family: Family | None
+    #: None: nothing was.
+    compared: Compared | None
+
+
+class Decisions:
+    """The latest decisions.
+
+    Attributes
+    ----------
+    note
+        Remember a decision: called with a tuple that has the fields of :class:`Noted`.
+    """
+
+    def __init__(self, limit: int = REMEMBERED) -> None:
+        self._noted: deque[tuple[Any, str, Any, Family | None, Compared | None]] = deque(maxlen=limit)
+        self.note = self._noted.append
+
+    def about(self, keys: Collection[Any]) -> dict[Any, list[Decision]]:
+        """Find the decisions about each of ``keys``, latest first; a key without any is not in the answer."""
+        found: dict[Any, list[Decision]] = {}
+        for entry in reversed(self._noted):
+            if entry[0] in keys:
+                found.setdefault(entry[0], []).append(_decision(Noted(*entry)))
+        return found
+
+    def latest(self, limit: int) -> Iterator[tuple[Any, Decision]]:
+        """Go through the latest decisions with their keys, latest first; for a display."""
+        for entry in islice(reversed(self._noted), limit):
+            yield entry[0], _decision(Noted(*entry))
+
+
+def explain_family(family: Family) -> FamilyExplanation:
+    """Describe a family as it is now."""
+    moved = family.moved
+    return FamilyExplanation(
+        kind=family.kind,
+        at=family.at,
+        home=_address(family.home),
+        size=len(family.keys),
+        keys=tuple(family.keys[:NAMED]),
+        moved=None if moved is None else (moved[0], _address(moved[1])),
+    )
+
+
+def _decision(noted: Noted) -> Decision:
+    alternatives: list[Alternative] = []
+    if noted.compared is not None:
+        candidates, bandwidth = noted.compared
+        for candidate, price_s in zip(candidates, prices_s(candidates, bandwidth), strict=True):
+            address = _address(candidate.worker)
+            alternatives.append(Alternative(address, candidate.missing_nbytes, candidate.wait_s, price_s))
+        alternatives.sort(key=lambda alternative: (alternative.price_s, alternative.missing_nbytes))
+    return Decision(
+        reason=noted.reason,
+        worker="" if noted.worker is None else _address(noted.worker),
+        alternatives=tuple(alternatives),
+        family=None if noted.family is None else explain_family(noted.family),
+    )
+
+
+def _address(worker: Any) -> str:
+    return str(worker.address)
