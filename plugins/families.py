@@ -228,8 +228,13 @@ def by_meeting(
     for meeting in order:
         members = groups[meeting.key]
         counts = _count(members)
-        if any(count > max(fair_of[name], totals[name] // 2) for name, count in counts.items()):
-            continue
+        gathered = {name for name, count in counts.items() if count > max(fair_of[name], totals[name] // 2)}
+        if gathered:
+            # What they share with others (a few inputs that every block takes) says nothing against the others.
+            members = [key for key in members if _collection(key) not in gathered]
+            if not members:
+                continue
+            counts = _count(members)
         size = min(sum(map(fair_of.__getitem__, counts)), max_family)
         home = holder_of(meeting)
         if home is not None and not dealer.place(home, counts, costs):

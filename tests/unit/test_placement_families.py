@@ -150,6 +150,22 @@ def test_a_meeting_of_all_plans_nothing() -> None:
     assert graph.deal(WORKERS) == []
 
 
+def test_small_inputs_of_all_blocks_do_not_keep_the_first_blocks_out_of_the_plan() -> None:
+    graph = Graph()
+    shared = [graph.add(("shared", i)).key for i in range(4)]
+    for i in range(24):
+        graph.add(("x", i), *shared)
+    for i in range(6):
+        graph.add(("sum", i), *[("x", 4 * i + k) for k in range(4)])
+    roots = graph.nodes.keys() - {("sum", i) for i in range(6)}
+    meets, _ = families.meetings(graph.nodes.values(), roots)
+    dealt = families.by_meeting(
+        [node for key, node in graph.nodes.items() if key in meets], meets, WORKERS, lambda _: None
+    )
+    assert sorted(key for family in dealt for key in family.keys) == [("x", i) for i in range(24)]
+    assert {len(family.keys) for family in dealt} == {4}
+
+
 def test_a_meeting_of_many_is_cut_into_fair_pieces() -> None:
     graph = Graph()
     for half in range(2):
