@@ -5,6 +5,9 @@ Cases are ``GRAPH-FABRIC-N``: one of :data:`benchmarks.simulation.graphs.GRAPHS`
 aside, and ``worst-FABRIC-N`` the graph (of all) in which ours is worst. There is no answer to compare; that all tasks have been computed,
 and that the placement met no error, is checked. One seed is one pair.
 
+``real-GRAPH`` replays a graph on a real cluster of 6 workers, see :mod:`benchmarks.simulation.replay`, and compares its bytes with stock's,
+and those of either side with what the simulator says of the same graph: these lines should be close to 1.
+
 In means and worst cases, bytes below :data:`NOTHING_NBYTES` count as that many: whoever moves a number instead of nothing is
 not infinitely worse.
 
@@ -21,10 +24,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
-from benchmarks.frame import BrokenRunError, Line, Subject, line_of_pairs
+from benchmarks.frame import BrokenRunError, Line, Subject, line_of_pairs, turns
 from benchmarks.simulation.cluster import STOCK, Report, Spec, StuckError, gpurt, run
 from benchmarks.simulation.graphs import ASIDE, GRAPHS, TUNED, workload
 from benchmarks.simulation.network import FABRICS
+from benchmarks.simulation.replay import LOOPBACK, replay, scaled
 
 #: Workers of the clusters.
 SIZES = (2, 8, 32)
@@ -36,6 +40,22 @@ MEMORY_NBYTES, WORKER_NBYTES = 128e9, 16e9
 #: Half of a block: less than that says nothing.
 NOTHING_NBYTES = 2**26
 PEER = "default"
+#: Graphs that are replayed: of each kind one that takes a few seconds on a real cluster.
+REAL = (
+    "thin-tree",
+    "matmul",
+    "matmul-persisted",
+    "gram-sum",
+    "tsqr",
+    "aligned",
+    "transposed",
+    "stencil",
+    "broadcast-join",
+    "climatology",
+)
+REAL_RUNS = 3
+#: A quarter of a replayed block: less than that says nothing.
+NOTHING_REAL_NBYTES = 2**17
 #: Metric to the field of a report. Where a metric is left out, there is nothing to say: one node has no other.
 METRICS = {
     "makespan": "makespan_s",
@@ -141,19 +161,37 @@ def _mean(case: str, lines: Sequence[Line]) -> Line:
     return line_of_pairs(case, lines[0].metric, [ours], [peer], PEER)
 
 
+def real(name: str, quick: bool) -> Iterator[Line]:
+    """Replay a graph on real clusters, in turns, and simulate the same."""
+    graph = scaled(workload(name))
+    found: dict[bool, list[float]] = {True: [], False: []}
+    for _, ours in turns(1 if quick else REAL_RUNS):
+        found[ours].append(max(replay(graph, ours=ours), NOTHING_REAL_NBYTES))
+    case = f"real-{name}"
+    yield line_of_pairs(case, "bytes", found[True], found[False], PEER)
+    for label, ours, policy in (("bytes-simulated", True, gpurt), ("default-bytes-simulated", False, STOCK)):
+        reports = [run(LOOPBACK, graph, policy, seed) for seed in range(len(found[ours]))]
+        simulated = [max(report.moved_nbytes, NOTHING_REAL_NBYTES) for report in reports]
+        yield line_of_pairs(case, label, found[ours], simulated, "simulator")
+
+
 def everything(quick: bool) -> Iterator[Line]:
     """Run all graphs on all clusters; quick: on two, with one seed."""
     for fabric, nworkers in QUICK if quick else [(fabric, nworkers) for fabric in FABRICS for nworkers in SIZES]:
         yield from cluster(fabric, nworkers, quick)
+    for name in () if quick else REAL:
+        yield from real(name, quick)
 
 
-CASES: Mapping[str, Callable[[bool], Iterator[Line]]] = {
-    f"geomean-{fabric}-{nworkers}": partial(cluster, fabric, nworkers) for fabric in FABRICS for nworkers in SIZES
-} | {
-    f"{name}-{fabric}-{nworkers}": partial(one, name, fabric, nworkers)
-    for name in GRAPHS
-    for fabric in FABRICS
-    for nworkers in SIZES
-}
+CASES: Mapping[str, Callable[[bool], Iterator[Line]]] = (
+    {f"geomean-{fabric}-{nworkers}": partial(cluster, fabric, nworkers) for fabric in FABRICS for nworkers in SIZES}
+    | {
+        f"{name}-{fabric}-{nworkers}": partial(one, name, fabric, nworkers)
+        for name in GRAPHS
+        for fabric in FABRICS
+        for nworkers in SIZES
+    }
+    | {f"real-{name}": partial(real, name) for name in REAL}
+)
 
 SUBJECT = Subject("placement", "makespan, bytes and memory on simulated clusters", everything, CASES)

@@ -4,7 +4,7 @@ Covers: the real ``Scheduler``, work stealing, active memory manager and ``worke
 by events on a virtual clock (:mod:`~benchmarks.simulation.cluster`, :mod:`~benchmarks.simulation.worker`); links
 (:mod:`~benchmarks.simulation.network`), memory and disk (:mod:`~benchmarks.simulation.store`), faults
 (:mod:`~benchmarks.simulation.faults`); real Dask graphs with sizes and durations (:mod:`~benchmarks.simulation.workload`,
-:mod:`~benchmarks.simulation.graphs`).
+:mod:`~benchmarks.simulation.graphs`); the same graphs on a real cluster (:mod:`~benchmarks.simulation.replay`).
 Does not cover: the processor time of the scheduler, which is measured elsewhere (``scheduler_cost``) and counts for nothing here; the
 event loops of workers; serialization; a client's ``gather``.
 
