@@ -1,8 +1,10 @@
 """What the placement costs the scheduler: processor time a task beside stock's, in a simulated cluster.
 
 ``tree``, ``stencil`` and ``broadcast`` run on 32, 256 and 1,024 workers; what is counted is the time of the thread in the scheduler's own
-handlers, callbacks and plugins, and not that of workers or of the simulator. ``million`` submits a graph of a million tasks to 256
-workers, each side in a process of its own: the time and memory until it is planned and its first tasks are sent.
+handlers, callbacks and plugins, and not that of workers or of the simulator.
+
+``million-tree`` and ``million-product`` submit a graph of a million tasks to 256 workers, each side in a process of its own: the processor
+time and the memory until it is planned and its first tasks are sent, and what is above stock's of that, beside :data:`LIMITS`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from functools import partial
 
 from benchmarks.frame import Line, Subject, line_of_pairs, turns
 from benchmarks.simulation.cluster import STOCK, Cluster, Spec, gpurt
-from benchmarks.simulation.synthetic import broadcast, stencil, tree
+from benchmarks.simulation.synthetic import broadcast, product, stencil, tree
 from benchmarks.simulation.workload import Workload
 
 SIZES = (32, 256, 1024)
@@ -27,6 +29,10 @@ GRAPHS: Mapping[str, Callable[[int], Workload]] = {
     "stencil": lambda nworkers: stencil(max(32, int((2 * nworkers) ** 0.5))),
     "broadcast": lambda nworkers: broadcast(max(2_000, 4 * nworkers)),
 }
+#: A tree of 875,000 leaves, and the product of two matrices of 99 by 99 blocks.
+MILLION: Mapping[str, Callable[[], Workload]] = {"tree": lambda: tree(875_000), "product": lambda: product(99)}
+#: What planning a million tasks may take above stock: seconds and bytes.
+LIMITS = {"submit_cpu_s": 20.0, "peak_rss_nbytes": 2e9}
 PAIRS = 5
 PEER = "stock"
 
@@ -48,9 +54,9 @@ def cost(name: str, nworkers: int, quick: bool) -> Iterator[Line]:
     yield line_of_pairs(f"{name}-{nworkers}", "us_per_task", spent[True], spent[False], PEER)
 
 
-def _plan(ours: bool) -> tuple[float, int]:
+def _submit(name: str, ours: bool) -> tuple[float, int]:
     """Submit a million tasks; return seconds and peak of memory."""
-    graph = tree(875_000)
+    graph = MILLION[name]()
     cluster = Cluster(Spec(nworkers=256), graph)
     with cluster.started(gpurt if ours else STOCK):
         started = time.thread_time()
@@ -58,16 +64,16 @@ def _plan(ours: bool) -> tuple[float, int]:
         return time.thread_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def million(quick: bool) -> Iterator[Line]:  # noqa: ARG001 - it is no part of a quick run
+def million(name: str, quick: bool) -> Iterator[Line]:  # noqa: ARG001 - it is no part of a quick run
     """Submit a million tasks."""
     context = multiprocessing.get_context("spawn")
     found = []
     for ours in (True, False):
         with ProcessPoolExecutor(1, context) as process:
-            found.append(process.submit(_plan, ours).result())
-    for position, metric in enumerate(("submit_cpu_s", "peak_rss_nbytes")):
-        ours_figure, peer_figure = (side[position] for side in found)
-        yield line_of_pairs("million", metric, [ours_figure], [peer_figure], PEER)
+            found.append(process.submit(_submit, name, ours).result())
+    for (metric, limit), mine, theirs in zip(LIMITS.items(), *found, strict=True):
+        yield line_of_pairs(f"million-{name}", metric, [mine], [theirs], PEER)
+        yield line_of_pairs(f"million-{name}", f"{metric}-above-stock", [max(mine - theirs, 0)], [limit], "limit")
 
 
 def everything(quick: bool) -> Iterator[Line]:
@@ -79,6 +85,6 @@ def everything(quick: bool) -> Iterator[Line]:
 
 CASES: Mapping[str, Callable[[bool], Iterator[Line]]] = {
     f"{name}-{nworkers}": partial(cost, name, nworkers) for name in GRAPHS for nworkers in SIZES
-} | {"million": million}
+} | {f"million-{name}": partial(million, name) for name in MILLION}
 
 SUBJECT = Subject("scheduler_cost", "processor time of the scheduler a task", everything, CASES)

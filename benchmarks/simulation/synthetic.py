@@ -1,6 +1,6 @@
-"""Graphs of any size that are made at once: a tree, a stencil, a broadcast.
+"""Graphs of any size that are made at once: a tree, a stencil, a product, a broadcast.
 
-Covers: :func:`tree`, :func:`stencil`, :func:`broadcast`.
+Covers: :func:`tree`, :func:`stencil`, :func:`product`, :func:`broadcast`.
 Does not cover: what a policy is judged by: real graphs; see :mod:`benchmarks.simulation.graphs`.
 """
 
@@ -13,7 +13,7 @@ from dask._task_spec import Task, TaskRef
 
 from benchmarks.simulation.workload import Phase, Workload
 
-__all__ = ["broadcast", "stencil", "tree"]
+__all__ = ["broadcast", "product", "stencil", "tree"]
 
 #: Bytes of a result, and seconds of a task.
 NBYTES = 1_000_000
@@ -72,6 +72,17 @@ def stencil(side: int, steps: int = 4) -> Workload:
                 inputs = [(before, k, m) for k, m in near if 0 <= k < side and 0 <= m < side]
                 tasks.append(_task((name, i, j), inputs))
     return _workload("stencil", tasks, [(name, i, j) for i in range(side) for j in range(side)])
+
+
+def product(side: int) -> Workload:
+    """Multiply two square matrices of blocks: as many products as the cube of a side, and a sum for each block of the result."""
+    tasks = [_task((name, i, j)) for name in ("left", "right") for i in range(side) for j in range(side)]
+    for i in range(side):
+        for j in range(side):
+            parts = [("part", i, j, k) for k in range(side)]
+            tasks += [_task(part, [("left", i, part[-1]), ("right", part[-1], j)]) for part in parts]
+            tasks.append(_task(("block", i, j), parts))
+    return _workload("product", tasks, [("block", i, j) for i in range(side) for j in range(side)])
 
 
 def broadcast(parts: int, wide: int = 2) -> Workload:
