@@ -87,7 +87,7 @@ def replay(workload: Workload, *, ours: bool) -> int:
     ):
         if ours:
             dask_gpurt.install(client, memory=False, shuffle=False)
-        held: dict[Any, Future] = {}
+        held: dict[Any, Future[Any]] = {}
         for phase in workload.phases:
             held.update(_submit(client, phase, held))
             wait([held[key] for key in phase.keys], timeout=LIMIT_S)
@@ -96,7 +96,7 @@ def replay(workload: Workload, *, ours: bool) -> int:
         return sum(client.run(_fetched_nbytes).values())
 
 
-def _submit(client: Client, phase: Phase, held: Mapping[Any, Future]) -> dict[Any, Future]:
+def _submit(client: Client, phase: Phase, held: Mapping[Any, Future[Any]]) -> dict[Any, Future[Any]]:
     graph = {
         key: Task(key, task.func, *(held.get(ref.key, ref) for ref in task.args)) for key, task in phase.graph.items()
     }

@@ -21,6 +21,7 @@ from dask_gpurt.explanation import (
 )
 from dask_gpurt.plugins.decisions import Decisions
 from dask_gpurt.plugins.families import Family
+from dask_gpurt.plugins.policy import MOVE_LATENCY_S
 from dask_gpurt.plugins.view import Candidate
 
 
@@ -46,11 +47,11 @@ def test_prices_are_told_in_seconds_the_least_first() -> None:
     candidates = [Candidate(A, 0, 9.0), Candidate(B, 1_000_000, 1.0)]
     decisions.note(("x", "earlier-elsewhere", B, None, (candidates, 1e6)))
     (decision,) = decisions.about({"x"})["x"]
-    # A second for the bytes, and 5 ms to begin; both twice.
+    # A second for the bytes, and what it takes to begin; both twice.
     there, here = decision.alternatives
     assert here == Alternative("tcp://a", 0, 9.0, 9.0)
     assert there == Alternative("tcp://b", 1_000_000, 1.0, there.price_s)
-    assert there.price_s == pytest.approx(1.0 + 2 * 1.005)
+    assert there.price_s == pytest.approx(1.0 + 2 * (1.0 + MOVE_LATENCY_S))
 
 
 def test_a_family_is_told_as_it_is_now() -> None:
