@@ -41,14 +41,17 @@ from itertools import islice
 from time import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from distributed.comm.addressing import get_address_host
 from distributed.diagnostics.plugin import SchedulerPlugin
 from tornado.ioloop import PeriodicCallback
 
 from dask_gpurt import seams
-from dask_gpurt.plugins import crossings, families, policy, stealing
+from dask_gpurt.plugins import copies, crossings, families, policy, stealing
 from dask_gpurt.plugins.families import Family
+from dask_gpurt.plugins.prices import Prices
 from dask_gpurt.plugins.queues import Queues
 from dask_gpurt.plugins.view import Backlog, Candidate, Share, Tail
+from dask_gpurt.topology import Topology
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -116,9 +119,16 @@ class Placement:
         The running scheduler.
     settings
         The part's settings.
+    topology
+        What is known of the links between workers.
+
+    Attributes
+    ----------
+    prices
+        What moves cost.
     """
 
-    def __init__(self, scheduler: Scheduler, settings: PlacementSettings) -> None:
+    def __init__(self, scheduler: Scheduler, settings: PlacementSettings, topology: Topology | None = None) -> None:
         self.scheduler = scheduler
         self.settings = settings
         self._stock: seams.ChoiceOverrides | None = None
@@ -130,6 +140,7 @@ class Placement:
         self._tasks: dict[Any, TaskState] = scheduler.tasks
         #: Key of a planned task to its family, until its result is in memory or it is gone.
         self._plan: dict[Any, Family] = {}
+        self.prices = Prices(Topology() if topology is None else topology, get_address_host)
         self._queues = Queues()
         #: Key of a planned task in the state "queued" to its family; the queues' own dict, read on every event.
         self._waiting = self._queues.waiting
@@ -159,6 +170,8 @@ class Placement:
         if self._stock is not None:
             return
         stock = seams.stock_choice(self.scheduler)
+        for address in self.scheduler.workers:
+            self.prices.add_worker(address)
         callback = PeriodicCallback(self._balance, BALANCE_INTERVAL_S * 1000)
         self._stock = stock
         seams.override_choice(
@@ -214,6 +227,7 @@ class Placement:
 
     def update_graph(self, scheduler: Scheduler, *, tasks: Sequence[Any], **kwargs: Any) -> None:  # noqa: ARG002
         """Plan the roots of a graph that has arrived, before its first transition."""
+        self.prices.refresh(scheduler.bandwidth)
         self._rootish.clear()
         try:
             self._plan_graph(tasks)
@@ -222,6 +236,10 @@ class Placement:
 
     def transition(self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Follow the planned tasks: out of the queue, and out of the plan when they are done or gone."""
+        if finish == "memory" and start == "processing":
+            ws = self.scheduler.workers.get(kwargs.get("worker", ""))
+            if ws is not None and copies.is_full(ws):
+                self._drop_copies(self._tasks[key], kwargs.get("stimulus_id", ""))
         if not self._plan:
             return
         if start == "queued" and self._waiting:
@@ -234,11 +252,13 @@ class Placement:
 
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:  # noqa: ARG002
         """Give a worker that joins what waits for workers that are gone; the balancer gives it the rest."""
+        self.prices.add_worker(worker)
         self._rootish.clear()
         self._rehome_all()
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:  # noqa: ARG002
         """Deal what waits for a worker that has left to the others."""
+        self.prices.remove_worker(worker)
         self._rootish.clear()
         if self._rehome_all():
             self._dispatch(f"{_NAME}-remove-worker-{time()}")
@@ -441,6 +461,8 @@ class Placement:
         sibling = self._siblings.get(consumer)
         # What this task makes has to come to its siblings' results, unless it is made beside them.
         apart_nbytes = policy.result_nbytes(total, len(inputs)) if sibling is not None else 0
+        prices = self.prices
+        at = {ws.address: nbytes for ws, nbytes in held.items()} if prices.two else {}
         candidates = []
         for ws in workers:
             missing = total - held[ws]
@@ -449,8 +471,8 @@ class Placement:
             coming = ws.needs_what
             if missing and coming:
                 missing -= sum(policy.share_nbytes(d, nworkers) for d in inputs if d in coming)
-            candidates.append(Candidate(ws, missing, self._wait_s(ws)))
-        choice = policy.choose(candidates, self.scheduler.bandwidth)
+            candidates.append(Candidate(ws, missing, self._wait_s(ws), prices.move_s(ws.address, missing, at)))
+        choice = policy.choose(candidates, prices.latency_s)
         if consumer is not None:
             if len(self._siblings) >= SIBLINGS:
                 self._siblings.clear()
@@ -463,7 +485,7 @@ class Placement:
         busy_s = 0.0
         for name, count in ws.task_prefix_count.items():
             busy_s += count * (_duration_s(prefixes[name]) or policy.UNKNOWN_S)
-        return busy_s / ws.nthreads + seams.incoming_nbytes(ws) / self.scheduler.bandwidth
+        return busy_s / ws.nthreads + seams.incoming_nbytes(ws) * self.prices.typical_s
 
     def _decided(self, ts: TaskState, ws: Any, reason: str) -> Any:
         self._counts[reason] += 1
@@ -477,6 +499,20 @@ class Placement:
         if self._errors == 1:
             again = "here and if it happens again (counted, not shown)"
             logger.error("%s; Dask decides instead, %s", what, again, exc_info=error)
+
+    # --- memory -------------------------------------------------------------------------------------------------------
+
+    def _drop_copies(self, ts: TaskState, stimulus_id: str) -> None:
+        """Let workers that are short of memory forget copies of inputs of ``ts``, which is done."""
+        for dts in ts.dependencies:
+            if len(dts.who_has or ()) > 1:
+                for ws in copies.droppable(dts, self._place_of):
+                    self.scheduler.request_remove_replicas(ws.address, [dts.key], stimulus_id=stimulus_id)
+                    self._counts["copy-dropped"] += 1
+
+    def _place_of(self, ts: TaskState) -> Any | None:
+        family = self._plan.get(ts.key)
+        return ts.processing_on if family is None else family.home
 
     # --- queues -------------------------------------------------------------------------------------------------------
 
@@ -564,6 +600,7 @@ class Placement:
 
     def _balance(self) -> None:
         """Let paused workers' families go elsewhere, and idle workers take over families of busy ones."""
+        self.prices.refresh(self.scheduler.bandwidth)
         if not self._waiting or self._stock is None:
             return
         try:
@@ -603,7 +640,7 @@ class Placement:
             Backlog(queues.backlog(victim), victim.nthreads, duration_s),
             Backlog(0, thief.nthreads, duration_s),
             tails,
-            self.scheduler.bandwidth,
+            self.prices.bandwidth,
         )
         for family in found[:taken]:
             queues.move(family, thief, self._priority_of)
@@ -623,7 +660,7 @@ class Placement:
         ahead = len(victim.processing) - len(victim.long_running) - victim.nthreads
         wait_s = max(ahead, 1) * _duration_s(ts.prefix) / victim.nthreads
         nbytes = self._output_nbytes.get(ts.prefix.name, 0)
-        if stealing.pays(wait_s, nbytes, self.scheduler.bandwidth):
+        if stealing.pays(wait_s, nbytes, self.prices.bandwidth):
             self._counts["steal-allowed"] += 1
             return thief
         self._counts["steal-refused"] += 1

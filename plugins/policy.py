@@ -57,8 +57,6 @@ CANDIDATES = 4
 MANY = 8
 #: Part of a worker's memory that is in use when it is short of it: where Dask begins to spill.
 ROOM = 0.7
-#: What it costs to start a transfer, whatever its size: a round trip and a turn of two event loops.
-MOVE_LATENCY_S = 0.005
 #: What a task of unknown duration adds to a wait. Little: moving inputs for a wait that nobody has seen yet is what
 #: takes apart the first tasks of each kind, and with them all that follows. Long tasks soon become known.
 UNKNOWN_S = 0.01
@@ -138,30 +136,30 @@ def holdings(inputs: Iterable[Held], nworkers: int, *, many: int = MANY) -> tupl
     return held, total
 
 
-def choose(candidates: Sequence[Candidate], bandwidth: float) -> Choice:
+def choose(candidates: Sequence[Candidate], latency_s: float) -> Choice:
     """Choose among workers.
 
     Parameters
     ----------
     candidates
         At least one worker.
-    bandwidth
-        Bytes per second between workers.
+    latency_s
+        What it costs to start a move.
 
     Examples
     --------
-    >>> here, there = Candidate("here", 0, 1.0), Candidate("there", 100, 0.0)
-    >>> choose([here, there], bandwidth=1e9)
+    >>> here, there = Candidate("here", 0, 1.0, 0.0), Candidate("there", 100, 0.0, 0.1)
+    >>> choose([here, there], latency_s=0.005)
     Choice(worker='there', reason='earlier-elsewhere')
-    >>> choose([here, there], bandwidth=100.0)
+    >>> choose([here, there._replace(move_s=1.0)], latency_s=0.005)
     Choice(worker='here', reason='most-bytes')
     """
     fewest = min(candidate.missing_nbytes for candidate in candidates)
 
     def cost_s(candidate: Candidate) -> tuple[float, int]:
-        extra = candidate.missing_nbytes - fewest
-        move_s = extra / bandwidth + MOVE_LATENCY_S if extra else 0.0
-        return candidate.wait_s + STAY_PUT * move_s, candidate.missing_nbytes
+        missing = candidate.missing_nbytes
+        move_s = candidate.move_s + latency_s if missing > fewest else candidate.move_s
+        return candidate.wait_s + STAY_PUT * move_s, missing
 
     best = min(candidates, key=cost_s)
     return Choice(best.worker, "most-bytes" if best.missing_nbytes == fewest else "earlier-elsewhere")
