@@ -71,8 +71,9 @@ def droppable(dep: Held, place_of: Callable[[Any], Any | None]) -> list[Any]:
     if len(waiters) > WAITERS_MAX:
         return []
     places = {place_of(waiter) for waiter in waiters}
-    if None in places:
+    holders = dep.who_has or ()
+    if None in places or any(waiter.processing_on not in holders for waiter in waiters if waiter.processing_on):
         return []
-    holders = sorted(dep.who_has or (), key=lambda worker: worker.nbytes, reverse=True)
+    holders = sorted(holders, key=lambda worker: worker.nbytes, reverse=True)
     found = [worker for worker in holders if is_full(worker) and worker not in places]
     return found[: len(holders) - 1]

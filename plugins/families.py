@@ -70,14 +70,17 @@ class Family:
         The worker to which the family was dealt.
     waits
         Whether members wait until their worker has a free slot, as roots do, or are sent as soon as they are ready.
+    early
+        Whether some members are sent though their worker has no free slot: others wait for their results.
     """
 
-    __slots__ = ("home", "keys", "waits")
+    __slots__ = ("early", "home", "keys", "waits")
 
-    def __init__(self, keys: list[Any], home: Hashable, *, waits: bool = True) -> None:
+    def __init__(self, keys: list[Any], home: Hashable, *, waits: bool = True, early: bool = False) -> None:
         self.keys = keys
         self.home = home
         self.waits = waits
+        self.early = early
 
     def __repr__(self) -> str:
         return f"Family({list(self.keys)!r}, home={self.home!r})"

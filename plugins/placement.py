@@ -66,6 +66,8 @@ logger = logging.getLogger(__name__)
 
 #: How often idle workers are compared with what waits for others; the interval of Dask's own stealing.
 BALANCE_INTERVAL_S = 0.1
+#: Early roots that a worker has for each of its threads at most, beside the tasks that fill its slots.
+EARLY = 4
 #: Decisions that are remembered for :meth:`Placement.explain`.
 REMEMBERED = 10_000
 #: Idle workers that are helped in one turn of the balancer, so that a turn stays short on a large cluster.
@@ -146,6 +148,11 @@ class Placement:
         self._waiting = self._queues.waiting
         #: The task that is being dequeued, and for which worker.
         self._dequeuing: tuple[Any, WorkerState] | None = None
+        #: Key of an early root that runs to its worker, and worker to the number of those.
+        self._early: dict[Any, Any] = {}
+        self._nearly: Counter[Any] = Counter()
+        #: Workers that may be able to take another early root.
+        self._opened: set[Any] = set()
         #: Task group to whether it is root-like, for as long as neither graph nor cluster change.
         self._rootish: dict[Any, bool] = {}
         #: Task prefix to the size of its latest planned result.
@@ -244,6 +251,11 @@ class Placement:
             return
         if start == "queued" and self._waiting:
             self._queues.leave(key)
+        if self._early and start == "processing":
+            early = self._early.pop(key, None)
+            if early is not None:
+                self._nearly[early] -= 1
+                self._opened.add(early)
         if finish == "memory":
             if self._plan.pop(key, None) is not None and len(self._output_nbytes) < PREFIXES:
                 self._output_nbytes[self._tasks[key].prefix.name] = kwargs.get("nbytes") or 0
@@ -396,9 +408,14 @@ class Placement:
             return self._stock.queued_processing(scheduler, key, stimulus_id)
         ws = self._dequeuing[1]
         ts = self._tasks[key]
-        if ws not in self._with_slots:
+        family = self._plan.get(key)
+        early = family is not None and family.early and family.home is ws
+        if ws not in self._with_slots and not (early and self._may_open(ws)):
             return {}, {}, {}
         scheduler.queued.discard(ts)
+        if early:
+            assert family is not None
+            self._note_early(key, family)
         return self._add_to_processing(ts, ws, stimulus_id)
 
     def _decide(self, ts: TaskState) -> Any:
@@ -417,27 +434,56 @@ class Placement:
             del self._plan[ts.key]
             return None
         ws: Any = family.home
-        if ts.dependencies and not self._pays_to_fetch(ts, ws):
+        if ts.dependencies and not self._pays_to_fetch(ts, family):
             del self._plan[ts.key]
             return self._decide_by_inputs(ts)
         if (
             not family.waits
             or ws in self._with_slots
+            or (family.early and self._may_open(ws))
             or math.isinf(self.scheduler.WORKER_SATURATION)
             or not seams.is_queueable(ts)
         ):
+            self._note_early(ts.key, family)
             return self._decided(ts, ws, "planned")
         return _QUEUED
 
-    def _pays_to_fetch(self, ts: TaskState, ws: WorkerState) -> bool:
-        held, total = policy.holdings(ts.dependencies, len(self._running))
+    def _note_early(self, key: Any, family: Family) -> None:
+        if family.early:
+            self._early[key] = family.home
+            self._nearly[family.home] += 1
+
+    def _may_open(self, ws: Any) -> bool:
+        """Whether a worker may make another result that others wait for, though it has tasks enough: they may wait, too."""
+        return ws in self._running and self._nearly[ws] < EARLY * ws.nthreads and not copies.is_full(ws)
+
+    def _pays_to_fetch(self, ts: TaskState, family: Family) -> bool:
+        ws: Any = family.home
         coming = ws.needs_what
-        missing = sum(d.get_nbytes() for d in ts.dependencies if ws not in (d.who_has or ()) and d not in coming)
-        output_nbytes = self._output_nbytes.get(ts.prefix.name)
-        if not missing or output_nbytes is None:
+        absent = [d for d in ts.dependencies if ws not in (d.who_has or ()) and d not in coming]
+        if not absent:
             return True
-        best = total - max(held.values(), default=0)
-        return policy.accepts(missing, self._queues.backlog(ws) + 1, best, output_nbytes)
+        missing = sum(d.get_nbytes() for d in absent)
+        held, total = policy.holdings(ts.dependencies, len(self._running))
+        output_nbytes = self._output_nbytes.get(ts.prefix.name)
+        if output_nbytes is not None:
+            best = total - max(held.values(), default=0)
+            if not policy.accepts(missing, self._queues.backlog(ws) + 1, best, output_nbytes):
+                return False
+        if not family.waits:
+            return True
+        holders = policy.best_holders(held, self._running, limit=1)
+        if not holders:
+            return True
+        there_s = self._wait_s(holders[0]) + (output_nbytes or 0) * self.prices.typical_s
+        return policy.starts_sooner(missing * self.prices.typical_s, self._consumers(absent, ws), there_s)
+
+    def _consumers(self, inputs: Sequence[TaskState], ws: Any) -> int:
+        """Count the tasks planned at ``ws`` that take the first of ``inputs``; of many tasks, a part is looked at."""
+        waiters = inputs[0].waiters or ()
+        seen = [self._plan.get(waiter.key) for waiter in islice(waiters, LOOKED_AT)]
+        here = sum(family is not None and family.home is ws for family in seen)
+        return max(1, here * len(waiters) // max(len(seen), 1))
 
     def _decide_by_inputs(self, ts: TaskState) -> Any:
         inputs = ts.dependencies
@@ -472,7 +518,7 @@ class Placement:
             if missing and coming:
                 missing -= sum(policy.share_nbytes(d, nworkers) for d in inputs if d in coming)
             candidates.append(Candidate(ws, missing, self._wait_s(ws), prices.move_s(ws.address, missing, at)))
-        choice = policy.choose(candidates, prices.latency_s)
+        choice = policy.choose(candidates)
         if consumer is not None:
             if len(self._siblings) >= SIBLINGS:
                 self._siblings.clear()
@@ -529,6 +575,9 @@ class Placement:
         self._plan.clear()
         self._rootish.clear()
         self._siblings.clear()
+        self._early.clear()
+        self._nearly.clear()
+        self._opened.clear()
         self._queues.clear()
 
     def _slots_opened(self, *, stimulus_id: str) -> None:
@@ -546,15 +595,21 @@ class Placement:
         free = self._queues.able(self._with_slots)
         if len(free) > 1:
             free.sort(key=_load)
+        if self._opened:
+            free += [ws for ws in self._opened if ws in self._queues.wanted and ws not in self._with_slots]
+            self._opened.clear()
         while free and self._waiting:
             served = []
             for ws in free:
-                key = self._queues.next_for(ws, self._is_queued) if ws in self._with_slots else None
-                if key is None:
+                slots = ws in self._with_slots
+                key = self._queues.next_for(ws, self._is_queued) if slots or self._may_open(ws) else None
+                if key is None or not (slots or (key in self._waiting and self._waiting[key].early)):
                     continue
                 ts: Any = self._tasks[key]
                 first: Any = scheduler.queued.peek()
                 if first.priority[0] < ts.priority[0]:
+                    if not slots:
+                        continue
                     # Priorities that users gave hold across all queues, as in Dask, whatever the plan.
                     key = first.key
                     self._decided(first, ws, "urgent")
@@ -603,6 +658,9 @@ class Placement:
         self.prices.refresh(self.scheduler.bandwidth)
         if not self._waiting or self._stock is None:
             return
+        if self._nearly:
+            # Some may have been short of memory.
+            self._opened.update(self._queues.wanted)
         try:
             moved = self._rehome_all()
             for thief in self._idle_workers():
@@ -610,7 +668,7 @@ class Placement:
         except Exception as error:  # noqa: BLE001 - without balance, plans are carried out as they are
             self._failed("balancing failed", error)
             return
-        if moved:
+        if moved or self._opened:
             self._dispatch(f"{_NAME}-balance-{time()}")
 
     def _idle_workers(self) -> list[WorkerState]:

@@ -43,6 +43,7 @@ __all__ = [
     "holdings",
     "result_nbytes",
     "share_nbytes",
+    "starts_sooner",
     "with_room",
 ]
 
@@ -57,6 +58,9 @@ CANDIDATES = 4
 MANY = 8
 #: Part of a worker's memory that is in use when it is short of it: where Dask begins to spill.
 ROOM = 0.7
+#: What it costs to move anything, whatever its size. When tasks become ready one after the other, the first worker's queue is full
+#: while those of the others, whose tasks come next, are empty. Dask's stealing, which sees them all later, reckons with twice that.
+MOVE_LATENCY_S = 0.05
 #: What a task of unknown duration adds to a wait. Little: moving inputs for a wait that nobody has seen yet is what
 #: takes apart the first tasks of each kind, and with them all that follows. Long tasks soon become known.
 UNKNOWN_S = 0.01
@@ -136,29 +140,27 @@ def holdings(inputs: Iterable[Held], nworkers: int, *, many: int = MANY) -> tupl
     return held, total
 
 
-def choose(candidates: Sequence[Candidate], latency_s: float) -> Choice:
+def choose(candidates: Sequence[Candidate]) -> Choice:
     """Choose among workers.
 
     Parameters
     ----------
     candidates
         At least one worker.
-    latency_s
-        What it costs to start a move.
 
     Examples
     --------
     >>> here, there = Candidate("here", 0, 1.0, 0.0), Candidate("there", 100, 0.0, 0.1)
-    >>> choose([here, there], latency_s=0.005)
+    >>> choose([here, there])
     Choice(worker='there', reason='earlier-elsewhere')
-    >>> choose([here, there._replace(move_s=1.0)], latency_s=0.005)
+    >>> choose([here, there._replace(move_s=1.0)])
     Choice(worker='here', reason='most-bytes')
     """
     fewest = min(candidate.missing_nbytes for candidate in candidates)
 
     def cost_s(candidate: Candidate) -> tuple[float, int]:
         missing = candidate.missing_nbytes
-        move_s = candidate.move_s + latency_s if missing > fewest else candidate.move_s
+        move_s = candidate.move_s + MOVE_LATENCY_S if missing > fewest else candidate.move_s
         return candidate.wait_s + STAY_PUT * move_s, missing
 
     best = min(candidates, key=cost_s)
@@ -189,6 +191,28 @@ def accepts(missing_nbytes: int, consumers: int, best_missing_nbytes: int, outpu
     False
     """
     return missing_nbytes <= GUARD * max(best_missing_nbytes, output_nbytes) * max(consumers, 1)
+
+
+def starts_sooner(missing_s: float, consumers: int, there_s: float) -> bool:
+    """Say whether a planned task starts sooner at its worker, which has to fetch inputs, than where these are.
+
+    Parameters
+    ----------
+    missing_s
+        What it takes to fetch them.
+    consumers
+        Tasks planned there that take them, this one included.
+    there_s
+        How long the task would wait where they are, and what it takes to fetch its result from there.
+
+    Examples
+    --------
+    >>> starts_sooner(missing_s=0.4, consumers=3, there_s=0.1)
+    False
+    >>> starts_sooner(missing_s=0.004, consumers=3, there_s=0.1)
+    True
+    """
+    return STAY_PUT * missing_s / consumers <= there_s + UNKNOWN_S
 
 
 def result_nbytes(inputs_nbytes: int, ninputs: int) -> int:

@@ -21,10 +21,7 @@ from statistics import median
 
 from dask_gpurt.topology import DASK, Topology
 
-__all__ = ["LATENCY_S", "Prices"]
-
-#: What it costs to start a move where nothing was measured: a round trip and a turn of two event loops.
-LATENCY_S = 0.005
+__all__ = ["Prices"]
 
 
 class Prices:
@@ -43,8 +40,6 @@ class Prices:
         Seconds for a byte between workers of one host, and of two.
     typical_s
         The same between any two workers.
-    latency_s
-        What it costs to start a move, whatever its size.
     two
         Whether near and far are two things here.
 
@@ -75,7 +70,6 @@ class Prices:
         self._part_near = 1.0
         self.two = False
         self.near_s = self.far_s = self.typical_s = 0.0
-        self.latency_s = LATENCY_S
 
     def add_worker(self, address: str) -> None:
         """Take down a worker that has joined."""
@@ -106,14 +100,11 @@ class Prices:
 
     def _sum_up(self) -> None:
         found: dict[bool, list[float]] = {True: [], False: []}
-        latencies: list[float] = []
         hosts = self._hosts
         for source, target, rate in self._topology.rates(DASK):
             if source in hosts and target in hosts:
                 found[hosts[source] == hosts[target]].append(1 / rate.bandwidth)
-                latencies.append(rate.latency_s)
         self._known = _median(found[True]), _median(found[False])
-        self.latency_s = _median(latencies) or LATENCY_S
         nworkers = len(hosts)
         pairs = sum(size * (size - 1) for size in Counter(hosts.values()).values())
         self._part_near = pairs / (nworkers * (nworkers - 1)) if nworkers > 1 else 1.0

@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from distributed.protocol import to_serialize
+from distributed.protocol.serialize import to_serialize
 
 from dask_gpurt.topology import DASK, Place, Report, Topology
 
@@ -119,6 +119,11 @@ class Prober:
     def remove_worker(self, address: str) -> None:
         """Forget a worker that has left."""
         self._pairs.left(address)
+
+    async def settled(self) -> None:
+        """Wait until all has been measured that was to be."""
+        if self._running is not None:
+            await asyncio.wait([self._running])
 
     def stop(self) -> None:
         """Measure nothing more."""

@@ -84,7 +84,7 @@ class Serving:
             self._leave(largest, elapsed_s)
 
     async def _admitted(self, key: Hashable) -> bool:
-        turn = asyncio.get_running_loop().create_future()
+        turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         entered = self._turns.enter(key, turn)
         if entered is not False:
             return bool(entered)

@@ -38,6 +38,7 @@ from benchmarks.simulation.worker import SimulatedWorker
 from benchmarks.simulation.workload import Phase, Workload
 from dask_gpurt.plugins.probing import LARGE, Pairs
 from dask_gpurt.topology import DASK
+from dask_gpurt.topology import Report as LinkReport
 
 __all__ = ["STOCK", "Cluster", "Policy", "Report", "Spec", "StuckError", "gpurt", "run"]
 
@@ -370,7 +371,11 @@ class Cluster:
             ends = self.workers[source].number, self.workers[target].number
             _, bandwidth = self.spec.fabric.link(*ends)
             report = (source, "host", target, "host", DASK, 2 * self.spec.latency_s, bandwidth, LARGE)
-            self.scheduler.plugins["gpurt"].topology.learn([report])
+            self._learn([report])
+
+    def _learn(self, reports: list[LinkReport]) -> None:
+        plugin: Any = self.scheduler.plugins["gpurt"]
+        plugin.topology.learn(reports)
 
     def remove_worker(self, worker: SimulatedWorker) -> None:
         """Let a worker die; the scheduler hears of it by the connection that breaks."""
@@ -397,7 +402,7 @@ class Cluster:
                 address=worker.address, resolve_address=False, now=self.clock.now, **worker.heartbeat()
             )
             if self.takes_turns:
-                self.scheduler.plugins["gpurt"].topology.learn(worker.reports())
+                self._learn(worker.reports())
         return True
 
     def _find_missing(self, worker: SimulatedWorker) -> bool:

@@ -215,6 +215,19 @@ def _groupby(user: Recorder) -> None:
     user.compute(_table(256).groupby("group").agg({"value": ["sum", "mean"], "weight": "max"}))
 
 
+def _rows_to_columns(user: Recorder) -> None:
+    # All to all, by way of blocks that are some rows and some columns: with as much as six blocks in each.
+    parts = 24
+    side = parts * LONG
+    rows = _array("x", parts, 1, height=LONG, width=side)
+    columns = rows.rechunk((side, LONG), method="tasks", block_size_limit=6 * LONG * side * 8)
+    user.compute(da.map_blocks(_ranks, columns, dtype="f8"))
+
+
+def _ranks(block: Block) -> Block:
+    return block.argsort(axis=0).astype("f8")
+
+
 # --- kept aside -----------------------------------------------------------------------------------------------------------
 
 
@@ -307,6 +320,7 @@ TUNED: Mapping[str, Callable[[Recorder], None]] = {
     "double-diff": _double_diff,
     "kmeans": _kmeans,
     "groupby": _groupby,
+    "rows-to-columns": _rows_to_columns,
 }
 ASIDE: Mapping[str, Callable[[Recorder], None]] = {
     "rechunked-fft": _rechunked_fft,

@@ -17,6 +17,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import dask
@@ -114,7 +115,9 @@ class SimulatedWorker:
         self._topology = Topology()
         self._news = News(self._topology)
         self._serving = 0
-        self._turns: Turns[tuple[Callable[[], None], Callable[[], None]]] | None = Turns() if cluster.takes_turns else None
+        self._turns: Turns[tuple[Callable[[], None], Callable[[], None]]] | None = (
+            Turns() if cluster.takes_turns else None
+        )
         #: Transfers that are on their way from and to this worker, and what tells the receiver that one has broken.
         self._open: dict[Transfer, Callable[[], None]] = {}
         self._fluid = Fluid(cluster.clock)
@@ -294,6 +297,10 @@ class SimulatedWorker:
             arrived(found)
             leave(elapsed_s)
 
+        def unsent(tell: Callable[[], None]) -> None:
+            tell()
+            leave(None)
+
         def leave(elapsed_s: float | None) -> None:
             following, away = turns.leave(large, elapsed_s)
             if following is not None:
@@ -304,7 +311,7 @@ class SimulatedWorker:
         def send() -> None:
             nonlocal started
             started = clock.now
-            self._send(peer, keys, sent, lambda: (busy(), leave(None)), lambda: (failed(), leave(None)))
+            self._send(peer, keys, sent, partial(unsent, busy), partial(unsent, failed))
 
         answer = turns.enter(large, (send, busy))
         if answer:
@@ -316,9 +323,9 @@ class SimulatedWorker:
         self,
         peer: SimulatedWorker,
         keys: Collection[Any],
-        arrived: Callable[[list[Any]], object],
-        busy: Callable[[], object],
-        failed: Callable[[], object],
+        arrived: Callable[[list[Any]], None],
+        busy: Callable[[], None],
+        failed: Callable[[], None],
     ) -> None:
         if self._serving >= (1 if self.paused else self._served_max):
             busy()
