@@ -52,9 +52,9 @@ class Held(Protocol):
 W = TypeVar("W", bound=Holder)
 
 
-def is_full(worker: Holder) -> bool:
-    """Whether a worker is short of memory."""
-    return bool(worker.memory_limit) and worker.nbytes > FULL * worker.memory_limit
+def is_full(worker: Holder, incoming_nbytes: int = 0) -> bool:
+    """Whether a worker is short of memory, with so many bytes that are on their way to it."""
+    return bool(worker.memory_limit) and worker.nbytes + incoming_nbytes > FULL * worker.memory_limit
 
 
 def droppable(dep: Held, place_of: Callable[[Any], Any | None]) -> list[Any]:

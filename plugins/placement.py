@@ -80,6 +80,8 @@ SIBLINGS = 100_000
 PREFIXES = 10_000
 
 _NAME = "gpurt-placement"
+#: More than a graph has tasks: ranks of the tasks of one graph differ by less.
+_MANY_TASKS = 2**40
 
 
 class Decision(NamedTuple):
@@ -382,7 +384,7 @@ class Placement:
             if answer is _QUEUED:
                 return {key: "queued"}, {}, {}
             if answer is not None:
-                return self._add_to_processing(ts, answer, stimulus_id)
+                return self._sent(ts, answer, stimulus_id)
         return self._stock.waiting_processing(scheduler, key, stimulus_id)
 
     def _waiting_queued(self, scheduler: Any, key: Any, stimulus_id: str) -> seams.Answer:
@@ -416,7 +418,14 @@ class Placement:
         if early:
             assert family is not None
             self._note_early(key, family)
-        return self._add_to_processing(ts, ws, stimulus_id)
+        return self._sent(ts, ws, stimulus_id)
+
+    def _sent(self, ts: TaskState, ws: Any, stimulus_id: str) -> seams.Answer:
+        answer = self._add_to_processing(ts, ws, stimulus_id)
+        if ts.key in self._early:
+            for message in answer[2][ws.address]:
+                message["priority"] = _ahead_of_all(ts.priority)
+        return answer
 
     def _decide(self, ts: TaskState) -> Any:
         """Choose a worker; _QUEUED for a planned task that has to wait, None to leave the choice to Dask."""
@@ -438,7 +447,7 @@ class Placement:
             del self._plan[ts.key]
             return self._decide_by_inputs(ts)
         if (
-            not family.waits
+            (not family.waits and not self._will_be_full(ws))
             or ws in self._with_slots
             or (family.early and self._may_open(ws))
             or math.isinf(self.scheduler.WORKER_SATURATION)
@@ -455,7 +464,14 @@ class Placement:
 
     def _may_open(self, ws: Any) -> bool:
         """Whether a worker may make another result that others wait for, though it has tasks enough: they may wait, too."""
-        return ws in self._running and self._nearly[ws] < EARLY * ws.nthreads and not copies.is_full(ws)
+        if ws not in self._running or self._nearly[ws] >= EARLY * ws.nthreads:
+            return False
+        # What an idle worker waits for is made, whatever room it takes.
+        return bool(self.scheduler.idle) or not copies.is_full(ws)
+
+    def _will_be_full(self, ws: Any) -> bool:
+        """Whether a worker is short of memory, or will be when it has what it was given tasks for."""
+        return copies.is_full(ws, seams.incoming_nbytes(ws))
 
     def _pays_to_fetch(self, ts: TaskState, family: Family) -> bool:
         ws: Any = family.home
@@ -565,7 +581,7 @@ class Placement:
     def _enter(self, ts: TaskState, family: Family) -> None:
         """Let a task wait for the worker of its family."""
         first = not self._waiting
-        self._queues.enter(ts.key, ts.priority, family)
+        self._queues.enter(ts.key, self._rank(ts, family), family)
         if first:
             for queued in self.scheduler.queued:
                 if queued is not ts:
@@ -595,6 +611,8 @@ class Placement:
         free = self._queues.able(self._with_slots)
         if len(free) > 1:
             free.sort(key=_load)
+        if self._nearly and self.scheduler.idle:
+            self._opened.update(islice(self._queues.wanted, HELPED))
         if self._opened:
             free += [ws for ws in self._opened if ws in self._queues.wanted and ws not in self._with_slots]
             self._opened.clear()
@@ -630,7 +648,10 @@ class Placement:
         return ts is not None and ts.state == "queued"
 
     def _priority_of(self, key: Any) -> Any:
-        return self._tasks[key].priority
+        return self._rank(self._tasks[key], self._waiting[key])
+
+    def _rank(self, ts: TaskState, family: Family) -> Any:
+        return _ahead_of_all(ts.priority) if family.early else ts.priority
 
     # --- balance ------------------------------------------------------------------------------------------------------
 
@@ -732,6 +753,11 @@ def _is_unusual(ts: TaskState) -> Collection[Any] | bool | None:
 
 def _priority(ts: TaskState) -> Any:
     return ts.priority
+
+
+def _ahead_of_all(priority: Any) -> Any:
+    """Rank what others wait for before all else of its graph, and after all that its user has put before it."""
+    return (*priority[:-1], priority[-1] - _MANY_TASKS)
 
 
 def _expected_s(ts: Any) -> float:
