@@ -728,17 +728,22 @@ class Placement:
         return taken > 0
 
     def _get_thief(self, scheduler: Any, ts: TaskState, potential_thieves: Any, *, occupancies: Any) -> Any:
-        """Stand in for ``WorkStealing._get_thief``: no thief for a planned task whose plan still pays."""
+        """Stand in for ``WorkStealing._get_thief``: no thief where staying pays, by the price of what would have to be moved."""
         assert self._stock is not None
         assert self._stock.get_thief is not None
         thief = self._stock.get_thief(scheduler, ts, potential_thieves, occupancies=occupancies)
-        family = self._plan.get(ts.key) if self._plan else None
         victim = ts.processing_on
-        if thief is None or family is None or victim is None or family.home is not victim:
+        if thief is None or victim is None:
+            return thief
+        family = self._plan.get(ts.key) if self._plan else None
+        if family is not None and family.home is victim:
+            nbytes = self._output_nbytes.get(ts.prefix.name, 0)
+        elif ts.dependencies:
+            nbytes = sum(d.get_nbytes() for d in ts.dependencies if thief not in (d.who_has or ()))
+        else:
             return thief
         ahead = len(victim.processing) - len(victim.long_running) - victim.nthreads
         wait_s = max(ahead, 1) * _duration_s(ts.prefix) / victim.nthreads
-        nbytes = self._output_nbytes.get(ts.prefix.name, 0)
         if stealing.pays(wait_s, nbytes, self.prices.bandwidth):
             self._counts["steal-allowed"] += 1
             return thief

@@ -63,7 +63,9 @@ ROOM = 0.7
 MOVE_LATENCY_S = 0.05
 #: What a task of unknown duration adds to a wait. Little: moving inputs for a wait that nobody has seen yet is what
 #: takes apart the first tasks of each kind, and with them all that follows. Long tasks soon become known.
-UNKNOWN_S = 0.01
+UNKNOWN_S = 0.001
+#: How much later a planned task may start than where its inputs are, each: a plan is not left for next to nothing.
+SLACK_S = 0.01
 
 
 class Holder(Protocol):
@@ -212,7 +214,7 @@ def starts_sooner(missing_s: float, consumers: int, there_s: float) -> bool:
     >>> starts_sooner(missing_s=0.004, consumers=3, there_s=0.1)
     True
     """
-    return STAY_PUT * missing_s / consumers <= there_s + UNKNOWN_S
+    return STAY_PUT * missing_s / consumers <= there_s + SLACK_S
 
 
 def result_nbytes(inputs_nbytes: int, ninputs: int) -> int:
