@@ -162,8 +162,9 @@ def choose(candidates: Sequence[Candidate]) -> Choice:
 
     def cost_s(candidate: Candidate) -> tuple[float, int]:
         missing = candidate.missing_nbytes
-        move_s = candidate.move_s + MOVE_LATENCY_S if missing > fewest else candidate.move_s
-        return candidate.wait_s + STAY_PUT * move_s, missing
+        # Where all have to fetch as much, as in a shuffle, none of them is left.
+        left = min(1.0, (missing - fewest) / fewest) if fewest else float(missing > 0)
+        return candidate.wait_s + STAY_PUT * (candidate.move_s + MOVE_LATENCY_S * left), missing
 
     best = min(candidates, key=cost_s)
     return Choice(best.worker, "most-bytes" if best.missing_nbytes == fewest else "earlier-elsewhere")
@@ -237,6 +238,9 @@ def with_room(workers: list[W]) -> list[W]:
 def best_holders(held: dict[Any, int], running: Collection[Any], limit: int = CANDIDATES) -> list[Any]:
     """List the running workers that hold the most, most first, ``limit`` at most."""
     able = [worker for worker in held if worker in running]
-    if len(able) > 1:
+    if len(able) > limit > 1:
+        # Of those that hold as much, as in a shuffle all do, the ones with the least to do.
+        able.sort(key=lambda worker: (-held[worker], len(worker.processing)))
+    elif len(able) > 1:
         able.sort(key=held.__getitem__, reverse=True)
     return able[:limit]
