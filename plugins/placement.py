@@ -155,6 +155,8 @@ class Placement:
         self._nearly: Counter[Any] = Counter()
         #: Workers that may be able to take another early root.
         self._opened: set[Any] = set()
+        #: Whether early roots may be among those that wait.
+        self._early_wait = False
         #: Task group to whether it is root-like, for as long as neither graph nor cluster change.
         self._rootish: dict[Any, bool] = {}
         #: Task prefix to the size of its latest planned result.
@@ -257,6 +259,8 @@ class Placement:
             early = self._early.pop(key, None)
             if early is not None:
                 self._nearly[early] -= 1
+                if not self._nearly[early]:
+                    del self._nearly[early]
                 self._opened.add(early)
         if finish == "memory":
             if self._plan.pop(key, None) is not None and len(self._output_nbytes) < PREFIXES:
@@ -581,6 +585,7 @@ class Placement:
     def _enter(self, ts: TaskState, family: Family) -> None:
         """Let a task wait for the worker of its family."""
         first = not self._waiting
+        self._early_wait = family.early or (self._early_wait and not first)
         self._queues.enter(ts.key, self._rank(ts, family), family)
         if first:
             for queued in self.scheduler.queued:
@@ -594,6 +599,7 @@ class Placement:
         self._early.clear()
         self._nearly.clear()
         self._opened.clear()
+        self._early_wait = False
         self._queues.clear()
 
     def _slots_opened(self, *, stimulus_id: str) -> None:
@@ -611,7 +617,7 @@ class Placement:
         free = self._queues.able(self._with_slots)
         if len(free) > 1:
             free.sort(key=_load)
-        if self._nearly and self.scheduler.idle:
+        if self._early_wait and self.scheduler.idle:
             self._opened.update(islice(self._queues.wanted, HELPED))
         if self._opened:
             free += [ws for ws in self._opened if ws in self._queues.wanted and ws not in self._with_slots]
@@ -620,7 +626,8 @@ class Placement:
             served = []
             for ws in free:
                 slots = ws in self._with_slots
-                key = self._queues.next_for(ws, self._is_queued) if slots or self._may_open(ws) else None
+                able = slots or (self._early_wait and self._may_open(ws))
+                key = self._queues.next_for(ws, self._is_queued) if able else None
                 if key is None or not (slots or (key in self._waiting and self._waiting[key].early)):
                     continue
                 ts: Any = self._tasks[key]
@@ -679,7 +686,7 @@ class Placement:
         self.prices.refresh(self.scheduler.bandwidth)
         if not self._waiting or self._stock is None:
             return
-        if self._nearly:
+        if self._early_wait:
             # Some may have been short of memory.
             self._opened.update(self._queues.wanted)
         try:

@@ -224,6 +224,12 @@ def _rows_to_columns(user: Recorder) -> None:
     user.compute(da.map_blocks(_ranks, columns, dtype="f8"))
 
 
+def _shuffled_join(user: Recorder) -> None:
+    # A table and one of half its size, both cut anew by what they are joined on.
+    left, right = _table(24), _table(12)
+    user.compute(left.merge(right, on="key", how="left", shuffle_method="tasks").weight_y.count())
+
+
 def _ranks(block: Block) -> Block:
     return block.argsort(axis=0).astype("f8")
 
@@ -321,6 +327,7 @@ TUNED: Mapping[str, Callable[[Recorder], None]] = {
     "kmeans": _kmeans,
     "groupby": _groupby,
     "rows-to-columns": _rows_to_columns,
+    "shuffled-join": _shuffled_join,
 }
 ASIDE: Mapping[str, Callable[[Recorder], None]] = {
     "rechunked-fft": _rechunked_fft,
