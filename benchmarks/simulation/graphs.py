@@ -306,6 +306,14 @@ def _table_join(user: Recorder) -> None:
     user.compute(left.merge(right, on="key", shuffle_method="tasks").groupby("group_x").value_x.sum())
 
 
+def _inference(user: Recorder) -> None:
+    # One model, and many blocks that it is applied to.
+    model = delayed(_block)(slice(0, SIDE), slice(0, SIDE), SIDE)
+    rows = _array("x", 96, 1)
+    scores = [delayed(np.matmul)(block, model) for block in rows.to_delayed().ravel()]
+    user.compute(*[delayed(np.argmax)(score, axis=1) for score in scores])
+
+
 TUNED: Mapping[str, Callable[[Recorder], None]] = {
     "matmul": _matmul,
     "matmul-persisted": _matmul_persisted,
@@ -339,6 +347,7 @@ ASIDE: Mapping[str, Callable[[Recorder], None]] = {
     "pairwise-merge": _pairwise_merge,
     "chains": _chains,
     "table-join": _table_join,
+    "inference": _inference,
 }
 GRAPHS: Mapping[str, Callable[[Recorder], None]] = {**TUNED, **ASIDE}
 
