@@ -4,7 +4,8 @@ Covers: :class:`Placement`, which plans root tasks as graphs arrive, keeps plann
 their workers, chooses workers for tasks whose inputs are in memory, and balances what waits.
 Does not cover: the decisions themselves, which are pure: :mod:`dask_gpurt.plugins.families` (who belongs together, and
 where), :mod:`dask_gpurt.plugins.policy` (where a task with inputs goes), :mod:`dask_gpurt.plugins.stealing` (when to
-leave a plan); and the order in which planned tasks wait, :mod:`dask_gpurt.plugins.queues`.
+leave a plan), :mod:`dask_gpurt.plugins.copies` (what a worker short of memory forgets); what moves cost,
+:mod:`dask_gpurt.plugins.prices`; and the order in which planned tasks wait, :mod:`dask_gpurt.plugins.queues`.
 See also: :mod:`dask_gpurt.seams`, which replaces and restores the scheduler's functions.
 
 Theory of operation
@@ -17,6 +18,10 @@ task                   what happens
 =====================  ================================================================================================
 planned                it goes to the worker of its family if that has a free slot, in the sense of Dask's
                        ``worker-saturation``; else it is ``queued``, as in stock Dask, and in the queue of that worker
+planned, of which      it goes to its worker as soon as it is ready, as long as there is room for what that has been
+inputs are shared      given so far; else it waits for a free slot (see :mod:`dask_gpurt.plugins.crossings`)
+planned and taken by   beside the tasks that fill the slots, which may wait for such results themselves, a worker makes
+those: *early*         some of them at a time, before all else; fewer if it is short of memory and nobody is idle
 with inputs            it stays with its input bytes, see the policy
 anything else          Dask's own decision: roots that were not planned, restrictions of any kind, actors
 =====================  ================================================================================================
@@ -183,6 +188,7 @@ class Placement:
         stock = seams.stock_choice(self.scheduler)
         for address in self.scheduler.workers:
             self.prices.add_worker(address)
+        self.prices.refresh(self.scheduler.bandwidth)
         callback = PeriodicCallback(self._balance, BALANCE_INTERVAL_S * 1000)
         self._stock = stock
         seams.override_choice(
@@ -220,8 +226,9 @@ class Placement:
         Returns
         -------
         ``decisions``: reason to count (``planned``, ``urgent``, ``only-holder``, ``most-bytes``, ``earlier-elsewhere``; of
-        families ``rehomed`` and ``relieved``; of Dask's stealing ``steal-allowed`` and ``steal-refused``); ``errors``: decisions that fell to Dask because of an exception; ``planned``:
-        tasks with a plan that are not done; ``waiting``: those of them that wait in the scheduler.
+        families ``rehomed`` and ``relieved``; of Dask's stealing ``steal-allowed`` and ``steal-refused``; of copies
+        ``copy-dropped``); ``errors``: decisions that fell to Dask because of an exception; ``planned``: tasks with a plan that
+        are not done; ``waiting``: those of them that wait in the scheduler.
         """
         return {
             "decisions": dict(self._counts),
@@ -250,7 +257,10 @@ class Placement:
         if finish == "memory" and start == "processing":
             ws = self.scheduler.workers.get(kwargs.get("worker", ""))
             if ws is not None and copies.is_full(ws):
-                self._drop_copies(self._tasks[key], kwargs.get("stimulus_id", ""))
+                try:
+                    self._drop_copies(self._tasks[key], kwargs.get("stimulus_id", ""))
+                except Exception as error:  # noqa: BLE001 - Dask would swallow it; copies stay, as in stock Dask
+                    self._failed("copies could not be dropped", error)
         if not self._plan:
             return
         if start == "queued" and self._waiting:
@@ -577,8 +587,9 @@ class Placement:
                     self._counts["copy-dropped"] += 1
 
     def _place_of(self, ts: TaskState) -> Any | None:
+        """Tell where a task runs, or is planned to; None if nobody knows."""
         family = self._plan.get(ts.key)
-        return ts.processing_on if family is None else family.home
+        return ts.processing_on or (None if family is None else family.home)
 
     # --- queues -------------------------------------------------------------------------------------------------------
 
