@@ -32,7 +32,7 @@ REASONS: Mapping[str, str] = {
     "earlier-elsewhere": "it starts so much earlier there than where more of its inputs are that fetching them pays",
     "plan-does-not-pay": "it left its plan: its planned worker would fetch more than the plan saves",
     "plan-without-worker": "it left its plan: no worker was running that could take over its family",
-    "steal-allowed": "an idle worker may take it over: it is spared more time than its result takes to come back",
+    "steal-allowed": "an idle worker may take it over: it is spared more time than moving its inputs, or its result later, takes",
     "unplanned": "Dask decided: there is no plan for it, and no input says where it belongs",
     "restricted": "Dask decided: it has restrictions or resources, or it is an actor",
     "no-holder": "Dask decided: no running worker holds any of its inputs",
@@ -62,7 +62,9 @@ class Alternative:
     missing_nbytes: int
     #: Expected time until it would have started the task.
     wait_s: float
-    #: What was compared: the wait, and what fetching costs more than for the worker that misses the least, counted twice.
+    #: Expected time that fetching takes.
+    move_s: float
+    #: What was compared: the wait, and twice the time to fetch.
     price_s: float
 
 
@@ -115,8 +117,8 @@ class Decision:
         if self.family is not None:
             yield f"  {self.family}"
         for alternative in self.alternatives:
-            nbytes, wait, price = _figures(alternative)
-            yield f"  {alternative.worker}: {nbytes} to fetch, waits {wait}, price {price}"
+            nbytes, move, wait, price = _figures(alternative)
+            yield f"  {alternative.worker}: {nbytes} to fetch in {move}, waits {wait}, price {price}"
 
 
 @dataclass(frozen=True)
@@ -168,13 +170,13 @@ class Explanation:
 
     Examples
     --------
-    >>> compared = (Alternative("tcp://10.0.0.1:1", 0, 0.25, 0.25), Alternative("tcp://10.0.0.2:1", 10**6, 0.0, 0.31))
+    >>> compared = (Alternative("tcp://10.0.0.1:1", 0, 0.25, 0.0, 0.25), Alternative("tcp://10.0.0.2:1", 10**6, 0.0, 0.15, 0.31))
     >>> decision = Decision("most-bytes", "tcp://10.0.0.1:1", compared)
     >>> Explanation((TaskExplanation(("x", 0), "memory", ("tcp://10.0.0.1:1",), (decision,)),))
     ('x', 0): memory on tcp://10.0.0.1:1
       most-bytes tcp://10.0.0.1:1: most of its inputs are there, and nowhere does it start so much earlier that fetching them pays
-        tcp://10.0.0.1:1: 0 B to fetch, waits 250.00 ms, price 250.00 ms
-        tcp://10.0.0.2:1: 0.95 MiB to fetch, waits 0.00 us, price 310.00 ms
+        tcp://10.0.0.1:1: 0 B to fetch in 0.00 us, waits 250.00 ms, price 250.00 ms
+        tcp://10.0.0.2:1: 0.95 MiB to fetch in 150.00 ms, waits 0.00 us, price 310.00 ms
     """
 
     tasks: tuple[TaskExplanation, ...]
@@ -226,11 +228,12 @@ def _name(key: Any) -> str:
     return key if isinstance(key, str) else repr(key)
 
 
-def _figures(alternative: Alternative) -> tuple[str, str, str]:
+def _figures(alternative: Alternative) -> tuple[str, str, str, str]:
     from dask.utils import format_bytes, format_time
 
     return (
         format_bytes(alternative.missing_nbytes),
+        format_time(alternative.move_s),
         format_time(alternative.wait_s),
         format_time(alternative.price_s),
     )

@@ -95,6 +95,9 @@ PLACEMENT: tuple[Seam, ...] = (
     Seam("scheduler", "distributed.scheduler:WorkerState.task_prefix_count"),
     Seam("scheduler", "distributed.scheduler:WorkerState._network_occ"),
     Seam("scheduler", "distributed.scheduler:_task_slots_available", ("ws", "saturation_factor")),
+    Seam("worker", "distributed.worker:Worker.get_data", ("comm", "keys", "who", "serializers")),
+    Seam("worker", ".handlers"),
+    Seam("worker", ".state.tasks"),
     Seam(
         "scheduler",
         "distributed.stealing:WorkStealing._get_thief",
@@ -330,6 +333,17 @@ def incoming_nbytes(ws: Any) -> int:
     """Return the bytes that a worker has to fetch for the tasks that it was given."""
     nbytes: int = ws._network_occ
     return nbytes
+
+
+def worker_get_data(worker: Any) -> Callable[..., Any]:
+    """Return what answers a peer that asks a worker for data, whoever has put it there: comm, keys, who, serializers."""
+    function: Callable[..., Any] = worker.handlers["get_data"]
+    return function
+
+
+def set_worker_get_data(worker: Any, function: Callable[..., Any]) -> None:
+    """Let ``function`` answer peers that ask a worker for data."""
+    worker.handlers["get_data"] = function
 
 
 def task_slots_available() -> Callable[[Any, float], int]:

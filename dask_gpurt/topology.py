@@ -37,11 +37,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 __all__ = [
+    "DASK",
     "LARGE_NBYTES",
     "LINKS_MAX",
     "MESSAGE_NBYTES",
@@ -68,6 +69,8 @@ LINKS_MAX = 8192
 NEWS_FACTOR = 1.25
 #: Large transfers before the price of a link is believed by those who plan: the first ones meet a process that just began.
 TRANSFERS_MIN = 4
+#: Path of the transfers that Dask makes itself: inputs of tasks.
+DASK = "dask"
 #: By the price of so many bytes links are compared, where nothing else is known: a message of a shuffle.
 MESSAGE_NBYTES = 2**23
 
@@ -209,6 +212,8 @@ class Topology:
         self._limit = limit
         #: Ends and path of a link; what was asked for last stands last.
         self._links: dict[tuple[Place, Place, str], Link] = {}
+        #: How often reports have been taken over.
+        self.changes = 0
 
     def __len__(self) -> int:
         return len(self._links)
@@ -258,6 +263,12 @@ class Topology:
                 found[pair] = min(price_s, found.get(pair, price_s))
         return found
 
+    def rates(self, path: str) -> Iterator[tuple[str, str, Rate]]:
+        """Go through what is known of a path between the hosts of two workers: their addresses, and what it takes."""
+        for (source, target, of), link in self._links.items():
+            if of == path and source.tier == target.tier == "host":
+                yield source.worker, target.worker, link.rate
+
     def forget(self, worker: str) -> None:
         """Forget the links from and to a worker."""
         for key in [key for key in self._links if worker in (key[0].worker, key[1].worker)]:
@@ -274,6 +285,7 @@ class Topology:
     def learn(self, reports: Iterable[Report]) -> None:
         """Take over what others have measured. What cannot be the rate of a link is passed over."""
         for worker, tier, to_worker, to_tier, path, latency_s, bandwidth, transfers in reports:
+            self.changes += 1
             if not (0 <= latency_s < math.inf and 0 < bandwidth < math.inf):
                 continue
             source, target = Place(worker, tier), Place(to_worker, to_tier)

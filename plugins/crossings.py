@@ -203,7 +203,7 @@ def _with_their_crossings(
         dealt[home] += 1
         family = open_families.get(home)
         if family is None or len(family.keys) >= PIECE:
-            family = open_families[home] = Family([], home, "crossed")
+            family = open_families[home] = Family([], home, "crossed", early=True)
             families.append(family)
         family.keys.append(key)
     return families

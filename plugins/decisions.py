@@ -26,13 +26,10 @@ from dask_gpurt.plugins.families import Family
 from dask_gpurt.plugins.policy import prices_s
 from dask_gpurt.plugins.view import Candidate
 
-__all__ = ["REMEMBERED", "Compared", "Decisions", "Noted", "explain_family"]
+__all__ = ["REMEMBERED", "Decisions", "Noted", "explain_family"]
 
 #: Decisions that are remembered: at most some 10 MB, if each compares four workers.
 REMEMBERED = 20_000
-
-#: The workers that were compared, and the bytes per second at which moves were priced.
-Compared = tuple[Sequence[Candidate], float]
 
 
 class Noted(NamedTuple):
@@ -44,8 +41,8 @@ class Noted(NamedTuple):
     worker: Any
     #: The plan that was carried out or left.
     family: Family | None
-    #: None: nothing was.
-    compared: Compared | None
+    #: The workers that were compared; None if there was no choice.
+    compared: Sequence[Candidate] | None
 
 
 class Decisions:
@@ -58,7 +55,7 @@ class Decisions:
     """
 
     def __init__(self, limit: int = REMEMBERED) -> None:
-        self._noted: deque[tuple[Any, str, Any, Family | None, Compared | None]] = deque(maxlen=limit)
+        self._noted: deque[tuple[Any, str, Any, Family | None, Sequence[Candidate] | None]] = deque(maxlen=limit)
         self.note = self._noted.append
 
     def about(self, keys: Collection[Any]) -> dict[Any, list[Decision]]:
@@ -91,10 +88,9 @@ def explain_family(family: Family) -> FamilyExplanation:
 def _decision(noted: Noted) -> Decision:
     alternatives: list[Alternative] = []
     if noted.compared is not None:
-        candidates, bandwidth = noted.compared
-        for candidate, price_s in zip(candidates, prices_s(candidates, bandwidth), strict=True):
-            address = _address(candidate.worker)
-            alternatives.append(Alternative(address, candidate.missing_nbytes, candidate.wait_s, price_s))
+        for candidate, price_s in zip(noted.compared, prices_s(noted.compared), strict=True):
+            worker, missing_nbytes, wait_s, move_s = candidate
+            alternatives.append(Alternative(_address(worker), missing_nbytes, wait_s, move_s, price_s))
         alternatives.sort(key=lambda alternative: (alternative.price_s, alternative.missing_nbytes))
     return Decision(
         reason=noted.reason,

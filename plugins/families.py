@@ -74,20 +74,30 @@ class Family:
         Key of the task in which their results meet; None if there is none.
     waits
         Whether members wait until their worker has a free slot, as roots do, or are sent as soon as they are ready.
+    early
+        Whether some members are sent though their worker has no free slot: others wait for their results.
     moved
         Why the family was last given to another worker, and from which; None if it is where it was dealt.
     """
 
-    __slots__ = ("at", "home", "keys", "kind", "moved", "waits")
+    __slots__ = ("at", "early", "home", "keys", "kind", "moved", "waits")
 
     def __init__(
-        self, keys: list[Any], home: Hashable, kind: str = "meeting", at: Any = None, *, waits: bool = True
+        self,
+        keys: list[Any],
+        home: Hashable,
+        kind: str = "meeting",
+        at: Any = None,
+        *,
+        waits: bool = True,
+        early: bool = False,
     ) -> None:
         self.keys = keys
         self.home = home
         self.kind = kind
         self.at = at
         self.waits = waits
+        self.early = early
         self.moved: tuple[str, Any] | None = None
 
     def __repr__(self) -> str:

@@ -4,7 +4,8 @@ Covers: :class:`Placement`, which plans root tasks as graphs arrive, keeps plann
 their workers, chooses workers for tasks whose inputs are in memory, and balances what waits.
 Does not cover: the decisions themselves, which are pure: :mod:`dask_gpurt.plugins.families` (who belongs together, and
 where), :mod:`dask_gpurt.plugins.policy` (where a task with inputs goes), :mod:`dask_gpurt.plugins.stealing` (when to
-leave a plan); and the order in which planned tasks wait, :mod:`dask_gpurt.plugins.queues`.
+leave a plan), :mod:`dask_gpurt.plugins.copies` (what a worker short of memory forgets); what moves cost,
+:mod:`dask_gpurt.plugins.prices`; and the order in which planned tasks wait, :mod:`dask_gpurt.plugins.queues`.
 See also: :mod:`dask_gpurt.seams`, which replaces and restores the scheduler's functions.
 
 Theory of operation
@@ -17,6 +18,10 @@ task                   what happens
 =====================  ================================================================================================
 planned                it goes to the worker of its family if that has a free slot, in the sense of Dask's
                        ``worker-saturation``; else it is ``queued``, as in stock Dask, and in the queue of that worker
+planned, of which      it goes to its worker as soon as it is ready, as long as there is room for what that has been
+inputs are shared      given so far; else it waits for a free slot (see :mod:`dask_gpurt.plugins.crossings`)
+planned and taken by   beside the tasks that fill the slots, which may wait for such results themselves, a worker makes
+those: *early*         some of them at a time, before all else; fewer if it is short of memory and nobody is idle
 with inputs            it stays with its input bytes, see the policy
 anything else          Dask's own decision: roots that were not planned, restrictions of any kind, actors
 =====================  ================================================================================================
@@ -43,16 +48,19 @@ from itertools import islice
 from time import time
 from typing import TYPE_CHECKING, Any
 
+from distributed.comm.addressing import get_address_host
 from distributed.diagnostics.plugin import SchedulerPlugin
 from tornado.ioloop import PeriodicCallback
 
 from dask_gpurt import seams
 from dask_gpurt.explanation import TaskExplanation
-from dask_gpurt.plugins import crossings, families, policy, stealing
-from dask_gpurt.plugins.decisions import Compared, Decisions, explain_family
+from dask_gpurt.plugins import copies, crossings, families, policy, stealing
+from dask_gpurt.plugins.decisions import Decisions, explain_family
 from dask_gpurt.plugins.families import Family
+from dask_gpurt.plugins.prices import Prices
 from dask_gpurt.plugins.queues import Queues
 from dask_gpurt.plugins.view import Backlog, Candidate, Share, Tail
+from dask_gpurt.topology import Topology
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -68,6 +76,8 @@ logger = logging.getLogger(__name__)
 
 #: How often idle workers are compared with what waits for others; the interval of Dask's own stealing.
 BALANCE_INTERVAL_S = 0.1
+#: Early roots that a worker has for each of its threads at most, beside the tasks that fill its slots.
+EARLY = 4
 #: Idle workers that are helped in one turn of the balancer, so that a turn stays short on a large cluster.
 HELPED = 32
 #: Families that are looked at for one idle worker.
@@ -78,6 +88,8 @@ SIBLINGS = 100_000
 PREFIXES = 10_000
 
 _NAME = "gpurt-placement"
+#: More than a graph has tasks: ranks of the tasks of one graph differ by less.
+_MANY_TASKS = 2**40
 
 
 class _Queued:
@@ -111,9 +123,16 @@ class Placement:
         The running scheduler.
     settings
         The part's settings.
+    topology
+        What is known of the links between workers.
+
+    Attributes
+    ----------
+    prices
+        What moves cost.
     """
 
-    def __init__(self, scheduler: Scheduler, settings: PlacementSettings) -> None:
+    def __init__(self, scheduler: Scheduler, settings: PlacementSettings, topology: Topology | None = None) -> None:
         self.scheduler = scheduler
         self.settings = settings
         self._stock: seams.ChoiceOverrides | None = None
@@ -125,11 +144,19 @@ class Placement:
         self._tasks: dict[Any, TaskState] = scheduler.tasks
         #: Key of a planned task to its family, until its result is in memory or it is gone.
         self._plan: dict[Any, Family] = {}
+        self.prices = Prices(Topology() if topology is None else topology, get_address_host)
         self._queues = Queues()
         #: Key of a planned task in the state "queued" to its family; the queues' own dict, read on every event.
         self._waiting = self._queues.waiting
         #: The task that is being dequeued, and for which worker.
         self._dequeuing: tuple[Any, WorkerState] | None = None
+        #: Key of an early root that runs to its worker, and worker to the number of those.
+        self._early: dict[Any, Any] = {}
+        self._nearly: Counter[Any] = Counter()
+        #: Workers that may be able to take another early root.
+        self._opened: set[Any] = set()
+        #: Whether early roots may be among those that wait.
+        self._early_wait = False
         #: Task group to whether it is root-like, for as long as neither graph nor cluster change.
         self._rootish: dict[Any, bool] = {}
         #: Task prefix to the size of its latest planned result.
@@ -156,6 +183,9 @@ class Placement:
         if self._stock is not None:
             return
         stock = seams.stock_choice(self.scheduler)
+        for address in self.scheduler.workers:
+            self.prices.add_worker(address)
+        self.prices.refresh(self.scheduler.bandwidth)
         callback = PeriodicCallback(self._balance, BALANCE_INTERVAL_S * 1000)
         self._stock = stock
         seams.override_choice(
@@ -193,8 +223,9 @@ class Placement:
         Returns
         -------
         ``decisions``: reason to count (``planned``, ``urgent``, ``only-holder``, ``most-bytes``, ``earlier-elsewhere``; of
-        families ``rehomed`` and ``relieved``; of Dask's stealing ``steal-allowed`` and ``steal-refused``); ``errors``: decisions that fell to Dask because of an exception; ``planned``:
-        tasks with a plan that are not done; ``waiting``: those of them that wait in the scheduler.
+        families ``rehomed`` and ``relieved``; of Dask's stealing ``steal-allowed`` and ``steal-refused``; of copies
+        ``copy-dropped``); ``errors``: decisions that fell to Dask because of an exception; ``planned``: tasks with a plan that
+        are not done; ``waiting``: those of them that wait in the scheduler.
         """
         return {
             "decisions": dict(self._counts),
@@ -232,12 +263,20 @@ class Placement:
         """Plan the roots of a graph that has arrived, before its first transition."""
         self._rootish.clear()
         try:
+            self.prices.refresh(scheduler.bandwidth)
             self._plan_graph(tasks)
         except Exception as error:  # noqa: BLE001 - a plan is a luxury: without one, the graph runs as in stock Dask
             self._failed("a graph could not be planned", error)
 
     def transition(self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Follow the planned tasks: out of the queue, and out of the plan when they are done or gone."""
+        if finish == "memory" and start == "processing":
+            ws = self.scheduler.workers.get(kwargs.get("worker", ""))
+            if ws is not None and copies.is_full(ws):
+                try:
+                    self._drop_copies(self._tasks[key], kwargs.get("stimulus_id", ""))
+                except Exception as error:  # noqa: BLE001 - Dask would swallow it; copies stay, as in stock Dask
+                    self._failed("copies could not be dropped", error)
         if not self._plan:
             return
         if start == "queued" and self._waiting:
@@ -245,6 +284,13 @@ class Placement:
                 self._queues.leave(key)
             except Exception as error:  # noqa: BLE001 - a task that has left and still seems to wait would be sent for ever
                 self._give_up("a task could not leave its queue", error)
+        if self._early and start == "processing":
+            early = self._early.pop(key, None)
+            if early is not None:
+                self._nearly[early] -= 1
+                if not self._nearly[early]:
+                    del self._nearly[early]
+                self._opened.add(early)
         if finish == "memory":
             if self._plan.pop(key, None) is not None and len(self._output_nbytes) < PREFIXES:
                 self._output_nbytes[self._tasks[key].prefix.name] = kwargs.get("nbytes") or 0
@@ -253,11 +299,13 @@ class Placement:
 
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:  # noqa: ARG002
         """Give a worker that joins what waits for workers that are gone; the balancer gives it the rest."""
+        self.prices.add_worker(worker)
         self._rootish.clear()
         self._try_to_rehome_all()
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:  # noqa: ARG002
         """Deal what waits for a worker that has left to the others."""
+        self.prices.remove_worker(worker)
         self._rootish.clear()
         if self._try_to_rehome_all():
             self._dispatch(f"{_NAME}-remove-worker-{time()}")
@@ -369,7 +417,7 @@ class Placement:
             if answer is _QUEUED:
                 return {key: "queued"}, {}, {}
             if answer is not None:
-                return self._add_to_processing(ts, answer, stimulus_id)
+                return self._sent(ts, answer, stimulus_id)
         else:
             self._note((key, "unplanned", None, None, None))
         return self._stock.waiting_processing(scheduler, key, stimulus_id)
@@ -401,10 +449,22 @@ class Placement:
             return self._stock.queued_processing(scheduler, key, stimulus_id)
         ws = self._dequeuing[1]
         ts = self._tasks[key]
-        if ws not in self._with_slots:
+        family = self._plan.get(key)
+        early = family is not None and family.early and family.home is ws
+        if ws not in self._with_slots and not (early and self._may_open(ws)):
             return {}, {}, {}
         scheduler.queued.discard(ts)
-        return self._add_to_processing(ts, ws, stimulus_id)
+        if early:
+            assert family is not None
+            self._note_early(key, family)
+        return self._sent(ts, ws, stimulus_id)
+
+    def _sent(self, ts: TaskState, ws: Any, stimulus_id: str) -> seams.Answer:
+        answer = self._add_to_processing(ts, ws, stimulus_id)
+        if ts.key in self._early:
+            for message in answer[2][ws.address]:
+                message["priority"] = _ahead_of_all(ts.priority)
+        return answer
 
     def _decide(self, ts: TaskState) -> Any:
         """Choose a worker; _QUEUED for a planned task that has to wait, None to leave the choice to Dask."""
@@ -426,30 +486,65 @@ class Placement:
             del self._plan[ts.key]
             return self._decide_by_inputs(ts)
         if (
-            not family.waits
+            (not family.waits and not self._will_be_full(ws))
             or ws in self._with_slots
+            or (family.early and self._may_open(ws))
             or math.isinf(self.scheduler.WORKER_SATURATION)
             or not seams.is_queueable(ts)
         ):
+            self._note_early(ts.key, family)
             return self._decided(ts, ws, "planned", family)
         return _QUEUED
 
+    def _note_early(self, key: Any, family: Family) -> None:
+        if family.early:
+            self._early[key] = family.home
+            self._nearly[family.home] += 1
+
+    def _may_open(self, ws: Any) -> bool:
+        """Whether a worker may make another result that others wait for, though it has tasks enough: they may wait, too."""
+        if ws not in self._running or self._nearly[ws] >= EARLY * ws.nthreads:
+            return False
+        # What an idle worker waits for is made, whatever room it takes.
+        return bool(self.scheduler.idle) or not copies.is_full(ws)
+
+    def _will_be_full(self, ws: Any) -> bool:
+        """Whether a worker is short of memory, or will be when it has what it was given tasks for."""
+        return copies.is_full(ws, seams.incoming_nbytes(ws))
+
     def _pays_to_fetch(self, ts: TaskState, family: Family) -> bool:
         ws: Any = family.home
-        held, total = policy.holdings(ts.dependencies, len(self._running))
         coming = ws.needs_what
-        missing = sum(d.get_nbytes() for d in ts.dependencies if ws not in (d.who_has or ()) and d not in coming)
-        output_nbytes = self._output_nbytes.get(ts.prefix.name)
-        if not missing or output_nbytes is None:
+        absent = [d for d in ts.dependencies if ws not in (d.who_has or ()) and d not in coming]
+        if not absent:
             return True
-        best = total - max(held.values(), default=0)
-        accepted = policy.accepts(missing, self._queues.backlog(ws) + 1, best, output_nbytes)
-        if not accepted:
-            holders = policy.best_holders(held, self._running, limit=1)
-            compared = [(ws, missing), *((holder, best) for holder in holders)]
-            candidates = [Candidate(worker, nbytes, self._wait_s(worker)) for worker, nbytes in compared]
-            self._note((ts.key, "plan-does-not-pay", ws, family, (candidates, self.scheduler.bandwidth)))
-        return accepted
+        missing = sum(d.get_nbytes() for d in absent)
+        held, total = policy.holdings(ts.dependencies, len(self._running))
+        output_nbytes = self._output_nbytes.get(ts.prefix.name)
+        holders = policy.best_holders(held, self._running, limit=1)
+        if output_nbytes is not None:
+            best = total - max(held.values(), default=0)
+            pays = policy.accepts(missing, self._queues.backlog(ws) + 1, best, output_nbytes)
+        else:
+            pays = True
+        if pays and family.waits and holders:
+            there_s = self._wait_s(holders[0]) + (output_nbytes or 0) * self.prices.typical_s
+            pays = policy.starts_sooner(missing * self.prices.typical_s, self._consumers(absent, ws), there_s)
+        if not pays:
+            compared = [(ws, missing), *((holder, total - held[holder]) for holder in holders)]
+            candidates = [self._candidate(worker, nbytes) for worker, nbytes in compared]
+            self._note((ts.key, "plan-does-not-pay", ws, family, candidates))
+        return pays
+
+    def _candidate(self, ws: Any, missing: int) -> Candidate:
+        return Candidate(ws, missing, self._wait_s(ws), missing * self.prices.typical_s)
+
+    def _consumers(self, inputs: Sequence[TaskState], ws: Any) -> int:
+        """Count the tasks planned at ``ws`` that take the first of ``inputs``; of many tasks, a part is looked at."""
+        waiters = inputs[0].waiters or ()
+        seen = [self._plan.get(waiter.key) for waiter in islice(waiters, LOOKED_AT)]
+        here = sum(family is not None and family.home is ws for family in seen)
+        return max(1, here * len(waiters) // max(len(seen), 1))
 
     def _decide_by_inputs(self, ts: TaskState) -> Any:
         inputs = ts.dependencies
@@ -473,6 +568,8 @@ class Placement:
         sibling = self._siblings.get(consumer)
         # What this task makes has to come to its siblings' results, unless it is made beside them.
         apart_nbytes = policy.result_nbytes(total, len(inputs)) if sibling is not None else 0
+        prices = self.prices
+        at = {ws.address: nbytes for ws, nbytes in held.items()} if prices.two else {}
         candidates = []
         for ws in workers:
             missing = total - held[ws]
@@ -481,14 +578,13 @@ class Placement:
             coming = ws.needs_what
             if missing and coming:
                 missing -= sum(policy.share_nbytes(d, nworkers) for d in inputs if d in coming)
-            candidates.append(Candidate(ws, missing, self._wait_s(ws)))
-        bandwidth = self.scheduler.bandwidth
-        choice = policy.choose(candidates, bandwidth)
+            candidates.append(Candidate(ws, missing, self._wait_s(ws), prices.move_s(ws.address, missing, at)))
+        choice = policy.choose(candidates)
         if consumer is not None:
             if len(self._siblings) >= SIBLINGS:
                 self._siblings.clear()
             self._siblings[consumer] = choice.worker
-        return self._decided(ts, choice.worker, choice.reason, None, (candidates, bandwidth))
+        return self._decided(ts, choice.worker, choice.reason, None, candidates)
 
     def _wait_s(self, ws: WorkerState) -> float:
         """Estimate when a thread of ``ws`` is free; tasks of unknown duration count for little, see the policy."""
@@ -496,7 +592,7 @@ class Placement:
         busy_s = 0.0
         for name, count in ws.task_prefix_count.items():
             busy_s += count * (_duration_s(prefixes[name]) or policy.UNKNOWN_S)
-        return busy_s / ws.nthreads + seams.incoming_nbytes(ws) / self.scheduler.bandwidth
+        return busy_s / ws.nthreads + seams.incoming_nbytes(ws) * self.prices.typical_s
 
     def _decided(
         self,
@@ -504,7 +600,7 @@ class Placement:
         ws: Any,
         reason: str,
         family: Family | None = None,
-        compared: Compared | None = None,
+        compared: Sequence[Candidate] | None = None,
     ) -> Any:
         self._counts[reason] += 1
         self._note((ts.key, reason, ws, family, compared))
@@ -525,14 +621,31 @@ class Placement:
         for key in self._waiting:
             self._note((key, "failed", None, self._plan.pop(key, None), None))
         self._queues.clear()
+        self._early_wait = False
         self._failed(what, error)
+
+    # --- memory -------------------------------------------------------------------------------------------------------
+
+    def _drop_copies(self, ts: TaskState, stimulus_id: str) -> None:
+        """Let workers that are short of memory forget copies of inputs of ``ts``, which is done."""
+        for dts in ts.dependencies:
+            if len(dts.who_has or ()) > 1:
+                for ws in copies.droppable(dts, self._place_of):
+                    self.scheduler.request_remove_replicas(ws.address, [dts.key], stimulus_id=stimulus_id)
+                    self._counts["copy-dropped"] += 1
+
+    def _place_of(self, ts: TaskState) -> Any | None:
+        """Tell where a task runs, or is planned to; None if nobody knows."""
+        family = self._plan.get(ts.key)
+        return ts.processing_on or (None if family is None else family.home)
 
     # --- queues -------------------------------------------------------------------------------------------------------
 
     def _enter(self, ts: TaskState, family: Family) -> None:
         """Let a task wait for the worker of its family."""
         first = not self._waiting
-        self._queues.enter(ts.key, ts.priority, family)
+        self._early_wait = family.early or (self._early_wait and not first)
+        self._queues.enter(ts.key, self._rank(ts, family), family)
         if first:
             for queued in self.scheduler.queued:
                 if queued is not ts:
@@ -542,6 +655,10 @@ class Placement:
         self._plan.clear()
         self._rootish.clear()
         self._siblings.clear()
+        self._early.clear()
+        self._nearly.clear()
+        self._opened.clear()
+        self._early_wait = False
         self._queues.clear()
 
     def _slots_opened(self, *, stimulus_id: str) -> None:
@@ -578,15 +695,24 @@ class Placement:
         free = self._queues.able(self._with_slots)
         if len(free) > 1:
             free.sort(key=_load)
+        if self._early_wait and self.scheduler.idle:
+            self._opened.update(islice(self._queues.wanted, HELPED))
+        if self._opened:
+            free += [ws for ws in self._opened if ws in self._queues.wanted and ws not in self._with_slots]
+            self._opened.clear()
         while free and self._waiting:
             served = []
             for ws in free:
-                key = self._queues.next_for(ws, self._is_queued) if ws in self._with_slots else None
-                if key is None:
+                slots = ws in self._with_slots
+                able = slots or (self._early_wait and self._may_open(ws))
+                key = self._queues.next_for(ws, self._is_queued) if able else None
+                if key is None or not (slots or (key in self._waiting and self._waiting[key].early)):
                     continue
                 ts: Any = self._tasks[key]
                 first: Any = scheduler.queued.peek()
                 if first.priority[0] < ts.priority[0]:
+                    if not slots:
+                        continue
                     # Priorities that users gave hold across all queues, as in Dask, whatever the plan.
                     key = first.key
                     self._decided(first, ws, "urgent")
@@ -601,7 +727,10 @@ class Placement:
         return ts is not None and ts.state == "queued"
 
     def _priority_of(self, key: Any) -> Any:
-        return self._tasks[key].priority
+        return self._rank(self._tasks[key], self._waiting[key])
+
+    def _rank(self, ts: TaskState, family: Family) -> Any:
+        return _ahead_of_all(ts.priority) if family.early else ts.priority
 
     # --- balance ------------------------------------------------------------------------------------------------------
 
@@ -633,16 +762,22 @@ class Placement:
 
     def _balance(self) -> None:
         """Let paused workers' families go elsewhere, and idle workers take over families of busy ones."""
-        if not self._waiting or self._stock is None:
+        if self._stock is None:
             return
+        moved = False
         try:
-            moved = self._rehome_all()
-            for thief in self._idle_workers():
-                moved = self._relieve(thief) or moved
+            self.prices.refresh(self.scheduler.bandwidth)
+            if self._waiting:
+                moved = self._rehome_all()
+                for thief in self._idle_workers():
+                    moved = self._relieve(thief) or moved
         except Exception as error:  # noqa: BLE001 - without it, tasks may wait for workers that are gone
             self._give_up("balancing failed", error)
             moved = True
-        if moved:
+        if self._early_wait:
+            # Some may have been short of memory.
+            self._opened.update(self._queues.wanted)
+        if moved or self._opened:
             self._dispatch(f"{_NAME}-balance-{time()}")
 
     def _idle_workers(self) -> list[WorkerState]:
@@ -672,7 +807,7 @@ class Placement:
             Backlog(queues.backlog(victim), victim.nthreads, duration_s),
             Backlog(0, thief.nthreads, duration_s),
             tails,
-            self.scheduler.bandwidth,
+            self.prices.bandwidth,
         )
         for family in found[:taken]:
             queues.move(family, thief, "relieved", self._priority_of)
@@ -681,7 +816,7 @@ class Placement:
         return taken > 0
 
     def _get_thief(self, scheduler: Any, ts: TaskState, potential_thieves: Any, *, occupancies: Any) -> Any:
-        """Stand in for ``WorkStealing._get_thief``: no thief for a planned task whose plan still pays."""
+        """Stand in for ``WorkStealing._get_thief``: no thief where staying pays, by the price of what would have to be moved."""
         assert self._stock is not None
         assert self._stock.get_thief is not None
         thief = self._stock.get_thief(scheduler, ts, potential_thieves, occupancies=occupancies)
@@ -693,16 +828,24 @@ class Placement:
 
     def _consented(self, ts: TaskState, thief: Any) -> Any:
         """Return ``thief`` if it may have ``ts``, or None."""
-        family = self._plan.get(ts.key) if self._plan else None
         victim = ts.processing_on
-        if thief is None or family is None or victim is None or family.home is not victim:
+        if thief is None or victim is None:
+            return thief
+        family = self._plan.get(ts.key) if self._plan else None
+        if family is not None and family.home is victim:
+            nbytes = self._output_nbytes.get(ts.prefix.name, 0)
+        elif ts.dependencies:
+            nbytes = sum(d.get_nbytes() for d in ts.dependencies if thief not in (d.who_has or ()))
+        else:
             return thief
         ahead = len(victim.processing) - len(victim.long_running) - victim.nthreads
         wait_s = max(ahead, 1) * _duration_s(ts.prefix) / victim.nthreads
-        nbytes = self._output_nbytes.get(ts.prefix.name, 0)
-        if stealing.pays(wait_s, nbytes, self.scheduler.bandwidth):
-            compared = (Candidate(victim, 0, wait_s), Candidate(thief, nbytes, 0.0))
-            return self._decided(ts, thief, "steal-allowed", family, (compared, self.scheduler.bandwidth))
+        if stealing.pays(wait_s, nbytes, self.prices.bandwidth):
+            compared = (
+                Candidate(victim, 0, wait_s, 0.0),
+                Candidate(thief, nbytes, 0.0, nbytes / self.prices.bandwidth),
+            )
+            return self._decided(ts, thief, "steal-allowed", family, compared)
         self._counts["steal-refused"] += 1
         return None
 
@@ -714,6 +857,11 @@ def _is_unusual(ts: TaskState) -> Collection[Any] | bool | None:
 
 def _priority(ts: TaskState) -> Any:
     return ts.priority
+
+
+def _ahead_of_all(priority: Any) -> Any:
+    """Rank what others wait for before all else of its graph, and after all that its user has put before it."""
+    return (*priority[:-1], priority[-1] - _MANY_TASKS)
 
 
 def _expected_s(ts: Any) -> float:

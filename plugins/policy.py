@@ -44,6 +44,7 @@ __all__ = [
     "prices_s",
     "result_nbytes",
     "share_nbytes",
+    "starts_sooner",
     "with_room",
 ]
 
@@ -58,11 +59,14 @@ CANDIDATES = 4
 MANY = 8
 #: Part of a worker's memory that is in use when it is short of it: where Dask begins to spill.
 ROOM = 0.7
-#: What it costs to start a transfer, whatever its size: a round trip and a turn of two event loops.
-MOVE_LATENCY_S = 0.005
+#: What it costs to move anything, whatever its size. When tasks become ready one after the other, the first worker's queue is full
+#: while those of the others, whose tasks come next, are empty. Dask's stealing, which sees them all later, reckons with twice that.
+MOVE_LATENCY_S = 0.05
 #: What a task of unknown duration adds to a wait. Little: moving inputs for a wait that nobody has seen yet is what
 #: takes apart the first tasks of each kind, and with them all that follows. Long tasks soon become known.
-UNKNOWN_S = 0.01
+UNKNOWN_S = 0.001
+#: How much later a planned task may start than where its inputs are, each: a plan is not left for next to nothing.
+SLACK_S = 0.01
 
 
 class Holder(Protocol):
@@ -139,49 +143,48 @@ def holdings(inputs: Iterable[Held], nworkers: int, *, many: int = MANY) -> tupl
     return held, total
 
 
-def choose(candidates: Sequence[Candidate], bandwidth: float) -> Choice:
+def choose(candidates: Sequence[Candidate]) -> Choice:
     """Choose among workers.
 
     Parameters
     ----------
     candidates
         At least one worker.
-    bandwidth
-        Bytes per second between workers.
 
     Examples
     --------
-    >>> here, there = Candidate("here", 0, 1.0), Candidate("there", 100, 0.0)
-    >>> choose([here, there], bandwidth=1e9)
+    >>> here, there = Candidate("here", 0, 1.0, 0.0), Candidate("there", 100, 0.0, 0.1)
+    >>> choose([here, there])
     Choice(worker='there', reason='earlier-elsewhere')
-    >>> choose([here, there], bandwidth=100.0)
+    >>> choose([here, there._replace(move_s=1.0)])
     Choice(worker='here', reason='most-bytes')
     """
     fewest = min(candidate.missing_nbytes for candidate in candidates)
 
     def cost_s(candidate: Candidate) -> tuple[float, int]:
-        return _price_s(candidate, fewest, bandwidth), candidate.missing_nbytes
+        return _price_s(candidate, fewest), candidate.missing_nbytes
 
     best = min(candidates, key=cost_s)
     return Choice(best.worker, "most-bytes" if best.missing_nbytes == fewest else "earlier-elsewhere")
 
 
-def prices_s(candidates: Sequence[Candidate], bandwidth: float) -> list[float]:
+def prices_s(candidates: Sequence[Candidate]) -> list[float]:
     """Tell what :func:`choose` compares: when each worker would start the task, and what fetching costs there.
 
     Examples
     --------
-    >>> prices_s([Candidate("here", 0, 1.0), Candidate("there", 1000, 0.0)], bandwidth=1e6)
-    [1.0, 0.012]
+    >>> prices_s([Candidate("here", 0, 1.0, 0.0), Candidate("there", 1000, 0.0, 0.25)])
+    [1.0, 0.51]
     """
     fewest = min(candidate.missing_nbytes for candidate in candidates)
-    return [_price_s(candidate, fewest, bandwidth) for candidate in candidates]
+    return [_price_s(candidate, fewest) for candidate in candidates]
 
 
-def _price_s(candidate: Candidate, fewest_nbytes: int, bandwidth: float) -> float:
-    extra = candidate.missing_nbytes - fewest_nbytes
-    move_s = extra / bandwidth + MOVE_LATENCY_S if extra else 0.0
-    return candidate.wait_s + STAY_PUT * move_s
+def _price_s(candidate: Candidate, fewest_nbytes: int) -> float:
+    missing = candidate.missing_nbytes
+    # Where all have to fetch as much, as in a shuffle, none of them is left.
+    left = min(1.0, (missing - fewest_nbytes) / fewest_nbytes) if fewest_nbytes else float(missing > 0)
+    return candidate.wait_s + STAY_PUT * (candidate.move_s + MOVE_LATENCY_S * left)
 
 
 def accepts(missing_nbytes: int, consumers: int, best_missing_nbytes: int, output_nbytes: int) -> bool:
@@ -210,6 +213,28 @@ def accepts(missing_nbytes: int, consumers: int, best_missing_nbytes: int, outpu
     return missing_nbytes <= GUARD * max(best_missing_nbytes, output_nbytes) * max(consumers, 1)
 
 
+def starts_sooner(missing_s: float, consumers: int, there_s: float) -> bool:
+    """Say whether a planned task starts sooner at its worker, which has to fetch inputs, than where these are.
+
+    Parameters
+    ----------
+    missing_s
+        What it takes to fetch them.
+    consumers
+        Tasks planned there that take them, this one included.
+    there_s
+        How long the task would wait where they are, and what it takes to fetch its result from there.
+
+    Examples
+    --------
+    >>> starts_sooner(missing_s=0.4, consumers=3, there_s=0.1)
+    False
+    >>> starts_sooner(missing_s=0.004, consumers=3, there_s=0.1)
+    True
+    """
+    return STAY_PUT * missing_s / consumers <= there_s + SLACK_S
+
+
 def result_nbytes(inputs_nbytes: int, ninputs: int) -> int:
     """Guess the size of a result before one of its kind has been seen: half of a typical input.
 
@@ -230,6 +255,9 @@ def with_room(workers: list[W]) -> list[W]:
 def best_holders(held: dict[Any, int], running: Collection[Any], limit: int = CANDIDATES) -> list[Any]:
     """List the running workers that hold the most, most first, ``limit`` at most."""
     able = [worker for worker in held if worker in running]
-    if len(able) > 1:
+    if len(able) > limit > 1:
+        # Of those that hold as much, as in a shuffle all do, the ones with the least to do.
+        able.sort(key=lambda worker: (-held[worker], len(worker.processing)))
+    elif len(able) > 1:
         able.sort(key=held.__getitem__, reverse=True)
     return able[:limit]

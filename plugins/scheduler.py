@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from distributed.comm.addressing import get_address_host
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.protocol.pickle import dumps
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from dask_gpurt.config import Settings
     from dask_gpurt.plugins.horizon import HorizonScheduler
     from dask_gpurt.plugins.placement import Placement
+    from dask_gpurt.plugins.probing import Prober
     from dask_gpurt.shuffle.scheduler import ShuffleScheduler
 
 __all__ = ["NAME", "GpurtSchedulerPlugin", "set_up", "take_away"]
@@ -43,7 +45,7 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
     workers
         Address of a worker to its parts, as the worker reported them.
     topology
-        What workers have measured of the links between them. The shuffle fills it.
+        What workers have measured of the links between them.
     """
 
     name = NAME
@@ -54,6 +56,7 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
         self.workers: dict[str, dict[str, PartStatus]] = {}
         self.topology = Topology()
         self.placement: Placement | None = None
+        self.prober: Prober | None = None
         self.horizon: HorizonScheduler | None = None
         self.shuffle: ShuffleScheduler | None = None
         self._scheduler: Scheduler | None = None
@@ -66,6 +69,7 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
         scheduler.handlers[_READY] = self.worker_ready
         from dask_gpurt.plugins.horizon import HorizonScheduler
         from dask_gpurt.plugins.placement import Placement
+        from dask_gpurt.plugins.probing import Pairs, Prober
         from dask_gpurt.shuffle.scheduler import ShuffleScheduler
 
         parts = Parts("scheduler", scheduler, self.settings)
@@ -82,14 +86,18 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
                 self.shuffle = shuffle
         if parts.startable("placement"):
             with parts.starting("placement"):
-                placement = Placement(scheduler, self.settings.placement)
+                placement = Placement(scheduler, self.settings.placement, self.topology)
                 placement.start()
                 self.placement = placement
+                self.prober = Prober(scheduler, self.topology, Pairs(get_address_host))
 
     def stop(self) -> None:
         """Put stock Dask back on the scheduler. Calling it again does nothing."""
         if self._scheduler is None:
             return
+        if self.prober is not None:
+            self.prober.stop()
+            self.prober = None
         if self.placement is not None:
             self.placement.stop()
             self.placement = None
@@ -113,11 +121,16 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
         if self.shuffle is not None:
             shuffle = statuses.get("shuffle")
             self.shuffle.set_capable(worker, shuffle is not None and shuffle.installed)
+        placement = statuses.get("placement")
+        if self.prober is not None and placement is not None and placement.installed:
+            self.prober.worker_ready(worker)
         return {"memory": self.horizon is not None}
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:  # noqa: ARG002
         """Forget a worker that left; a worker that returns on the same address reports anew."""
         self.workers.pop(worker, None)
+        if self.prober is not None:
+            self.prober.remove_worker(worker)
         if self.shuffle is not None:
             self.shuffle.remove_worker(worker)
 

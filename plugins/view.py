@@ -53,6 +53,8 @@ class Candidate(NamedTuple):
     missing_nbytes: int
     #: Expected time until a thread of the worker is free for the task.
     wait_s: float
+    #: Expected time that the missing bytes take to come.
+    move_s: float
 
 
 class Choice(NamedTuple):

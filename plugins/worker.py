@@ -18,12 +18,15 @@ from distributed.diagnostics.plugin import WorkerPlugin
 from dask_gpurt.installation import PartStatus
 from dask_gpurt.memory.store import BufferStore, DictBufferStore
 from dask_gpurt.plugins.parts import Parts
+from dask_gpurt.topology import Topology
 
 if TYPE_CHECKING:
     from distributed.worker import Worker
 
     from dask_gpurt.config import Settings
     from dask_gpurt.memory.manager import MemoryManager
+    from dask_gpurt.plugins.probing import Probe
+    from dask_gpurt.plugins.serving import Serving
     from dask_gpurt.shuffle.worker import ShuffleWorker
 
 __all__ = ["GpurtWorkerPlugin", "WorkerRuntime"]
@@ -38,11 +41,15 @@ class WorkerRuntime:
         The tiered store, or None where it was left stock.
     shuffle
         The data plane of the shuffle, or None where it was left stock.
+    serving, probe
+        What of the placement lives on a worker, or None where it was left stock.
     parts
         Part to its status.
     """
 
     def __init__(self) -> None:
+        self.serving: Serving | None = None
+        self.probe: Probe | None = None
         self.memory: MemoryManager | None = None
         self.shuffle: ShuffleWorker | None = None
         self.parts: dict[str, PartStatus] = {}
@@ -50,6 +57,8 @@ class WorkerRuntime:
     async def start(self, worker: Worker, settings: Settings) -> None:
         """Start what is enabled. Never raises for a part that cannot start; see :attr:`parts`."""
         from dask_gpurt.memory.manager import MemoryManager
+        from dask_gpurt.plugins.probing import Probe
+        from dask_gpurt.plugins.serving import Serving
         from dask_gpurt.shuffle.worker import ShuffleWorker
 
         parts = Parts("worker", worker, settings)
@@ -70,12 +79,24 @@ class WorkerRuntime:
                 remark = shuffle.carrier.path()
             if self.shuffle is not None:
                 parts.remark("shuffle", remark)
+        if parts.startable("placement"):
+            with parts.starting("placement"):
+                # The shuffle tells the scheduler what is known of links.
+                topology = self.shuffle.carrier.topology if self.shuffle is not None else Topology()
+                serving, probe = Serving(worker, topology), Probe(worker, topology)
+                serving.start()
+                probe.start()
+                self.serving, self.probe = serving, probe
 
     async def stop(self, *, closing: bool) -> None:
         """Put stock Dask back; on a worker that is ``closing``, data is let go instead of being moved back.
 
-        The shuffle goes first: its runs take their shards out of the tiers.
+        What stands before others goes before them. The shuffle goes before the tiers: its runs take their shards out of the tiers.
         """
+        if self.serving is not None and self.probe is not None:
+            self.probe.stop()
+            self.serving.stop()
+            self.serving = self.probe = None
         if self.shuffle is not None:
             await self.shuffle.stop()
             self.shuffle = None

@@ -27,6 +27,7 @@ from typing import Any
 
 import dask
 from distributed import Scheduler
+from distributed.comm.addressing import get_address_host
 from distributed.scheduler import ClientState, heartbeat_interval
 from distributed.utils import silence_logging_cmgr
 
@@ -35,6 +36,9 @@ from benchmarks.simulation.clock import Clock
 from benchmarks.simulation.network import FABRICS, Fabric, Network
 from benchmarks.simulation.worker import SimulatedWorker
 from benchmarks.simulation.workload import Phase, Workload
+from dask_gpurt.plugins.probing import LARGE, Pairs
+from dask_gpurt.topology import DASK
+from dask_gpurt.topology import Report as LinkReport
 
 __all__ = ["STOCK", "Cluster", "Policy", "Report", "Spec", "StuckError", "gpurt", "run"]
 
@@ -215,6 +219,8 @@ class Cluster:
         Address to each worker that is alive.
     numbered
         Number to each worker that ever was.
+    takes_turns
+        Whether workers take turns in sending, as dask-gpurt's do.
     trace
         What has happened: time, what, worker, keys; empty unless it is asked for.
     """
@@ -234,6 +240,8 @@ class Cluster:
         self.numbered: dict[int, SimulatedWorker] = {}
         self.trace: list[tuple[Any, ...]] = []
         self.computed = 0
+        self.takes_turns = False
+        self._pairs = Pairs(get_address_host)
         self._traced = traced
         self._loop = asyncio.new_event_loop()
         self._registered: set[asyncio.Task[None]] = set()
@@ -283,6 +291,7 @@ class Cluster:
         for plugin in list(self.scheduler.plugins.values()):
             await plugin.start(self.scheduler)
         await policy(self.scheduler)
+        self.takes_turns = "gpurt" in self.scheduler.plugins
         for name, callback in self.scheduler.periodic_callbacks.items():
             callback.stop()
             if name not in _HOUSEKEEPING:
@@ -351,13 +360,27 @@ class Cluster:
         self._do(register())
         stream: Any = self.scheduler.stream_comms[worker.address]
         stream.connect(lambda message: self.clock.after(self.spec.latency_s, lambda: worker.receive(message)))
+        self._probe(worker)
         period_s = heartbeat_interval(self.spec.nworkers)
         self.clock.every(period_s, lambda: self._heartbeat(worker), first_s=period_s * self._vary())
         self.clock.every(1.0, lambda: self._find_missing(worker), first_s=self._vary())
 
+    def _probe(self, worker: SimulatedWorker) -> None:
+        """Let links be measured that dask-gpurt's workers would measure now, while nothing else goes over them."""
+        for source, target in self._pairs.joined(worker.address) if self.takes_turns else ():
+            ends = self.workers[source].number, self.workers[target].number
+            _, bandwidth = self.spec.fabric.link(*ends)
+            report = (source, "host", target, "host", DASK, 2 * self.spec.latency_s, bandwidth, LARGE)
+            self._learn([report])
+
+    def _learn(self, reports: list[LinkReport]) -> None:
+        plugin: Any = self.scheduler.plugins["gpurt"]
+        plugin.topology.learn(reports)
+
     def remove_worker(self, worker: SimulatedWorker) -> None:
         """Let a worker die; the scheduler hears of it by the connection that breaks."""
         del self.workers[worker.address]
+        self._pairs.left(worker.address)
         self._account(worker)
         worker.die()
 
@@ -378,6 +401,8 @@ class Cluster:
             self.scheduler.heartbeat_worker(
                 address=worker.address, resolve_address=False, now=self.clock.now, **worker.heartbeat()
             )
+            if self.takes_turns:
+                self._learn(worker.reports())
         return True
 
     def _find_missing(self, worker: SimulatedWorker) -> bool:

@@ -215,6 +215,25 @@ def _groupby(user: Recorder) -> None:
     user.compute(_table(256).groupby("group").agg({"value": ["sum", "mean"], "weight": "max"}))
 
 
+def _rows_to_columns(user: Recorder) -> None:
+    # All to all, by way of blocks that are some rows and some columns: with as much as six blocks in each.
+    parts = 24
+    side = parts * LONG
+    rows = _array("x", parts, 1, height=LONG, width=side)
+    columns = rows.rechunk((side, LONG), method="tasks", block_size_limit=6 * LONG * side * 8)
+    user.compute(da.map_blocks(_ranks, columns, dtype="f8"))
+
+
+def _shuffled_join(user: Recorder) -> None:
+    # A table and one of half its size, both cut anew by what they are joined on.
+    left, right = _table(24), _table(12)
+    user.compute(left.merge(right, on="key", how="left", shuffle_method="tasks").weight_y.count())
+
+
+def _ranks(block: Block) -> Block:
+    return block.argsort(axis=0).astype("f8")
+
+
 # --- kept aside -----------------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +306,14 @@ def _table_join(user: Recorder) -> None:
     user.compute(left.merge(right, on="key", shuffle_method="tasks").groupby("group_x").value_x.sum())
 
 
+def _inference(user: Recorder) -> None:
+    # One model, and many blocks that it is applied to.
+    model = delayed(_block)(slice(0, SIDE), slice(0, SIDE), SIDE)
+    rows = _array("x", 96, 1)
+    scores = [delayed(np.matmul)(block, model) for block in rows.to_delayed().ravel()]
+    user.compute(*[delayed(np.argmax)(score, axis=1) for score in scores])
+
+
 TUNED: Mapping[str, Callable[[Recorder], None]] = {
     "matmul": _matmul,
     "matmul-persisted": _matmul_persisted,
@@ -307,6 +334,8 @@ TUNED: Mapping[str, Callable[[Recorder], None]] = {
     "double-diff": _double_diff,
     "kmeans": _kmeans,
     "groupby": _groupby,
+    "rows-to-columns": _rows_to_columns,
+    "shuffled-join": _shuffled_join,
 }
 ASIDE: Mapping[str, Callable[[Recorder], None]] = {
     "rechunked-fft": _rechunked_fft,
@@ -318,6 +347,7 @@ ASIDE: Mapping[str, Callable[[Recorder], None]] = {
     "pairwise-merge": _pairwise_merge,
     "chains": _chains,
     "table-join": _table_join,
+    "inference": _inference,
 }
 GRAPHS: Mapping[str, Callable[[Recorder], None]] = {**TUNED, **ASIDE}
 

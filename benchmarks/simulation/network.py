@@ -45,6 +45,10 @@ class Fabric:
         """Return the node of the worker of that number."""
         return number // self.node_size
 
+    def seat(self, number: int) -> tuple[int, int]:
+        """Return the host of the worker of that number, and which of its workers it is; without nodes each has its own."""
+        return (number, 0) if self.between is None else divmod(number, self.node_size)
+
     def link(self, source: int, target: int) -> tuple[str, float]:
         """Return the class of links from one worker to another, and its bandwidth."""
         if self.between is None or self.node_of(source) == self.node_of(target):

@@ -17,6 +17,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import dask
@@ -49,6 +50,9 @@ from distributed.worker_state_machine import (
 from benchmarks.simulation.clock import Flow, Fluid
 from benchmarks.simulation.network import Transfer
 from benchmarks.simulation.store import Store
+from dask_gpurt.plugins.turns import AWAY_DELAY_S, LARGE_NBYTES, Turns
+from dask_gpurt.shuffle.links import REPORTS_MAX
+from dask_gpurt.topology import DASK, News, Place, Report, Topology
 
 if TYPE_CHECKING:
     from benchmarks.simulation.cluster import Cluster
@@ -89,7 +93,8 @@ class SimulatedWorker:
         self.cluster = cluster
         self.number = number
         self.name = f"worker-{number}"
-        self.address = f"tcp://10.{number // 250 // 250}.{number // 250 % 250}.{number % 250 + 1}:8788"
+        node, seat = spec.fabric.seat(number)
+        self.address = f"tcp://10.{node // 250 // 250}.{node // 250 % 250}.{node % 250 + 1}:{8788 + seat}"
         self.speed = speed
         self.dead = False
         self.paused = False
@@ -107,7 +112,12 @@ class SimulatedWorker:
             ),
         )
         self._served_max = dask.config.get("distributed.worker.connections.incoming")
+        self._topology = Topology()
+        self._news = News(self._topology)
         self._serving = 0
+        self._turns: Turns[tuple[Callable[[], None], Callable[[], None]]] | None = (
+            Turns() if cluster.takes_turns else None
+        )
         #: Transfers that are on their way from and to this worker, and what tells the receiver that one has broken.
         self._open: dict[Transfer, Callable[[], None]] = {}
         self._fluid = Fluid(cluster.clock)
@@ -161,6 +171,10 @@ class SimulatedWorker:
                 "transfer": {},
             },
         }
+
+    def reports(self) -> list[Report]:
+        """Return what is new about links, as heartbeats of dask-gpurt's workers do."""
+        return self._news.take(REPORTS_MAX)
 
     def find_missing(self) -> None:
         """Ask for keys that are nowhere, as workers do from time to time."""
@@ -268,6 +282,51 @@ class SimulatedWorker:
         failed: Callable[[], None],
     ) -> None:
         """Send what is here of ``keys`` to another worker."""
+        turns = self._turns
+        large = max(keys, key=self.cluster.sizes.__getitem__)
+        if turns is None or self.cluster.sizes[large] < LARGE_NBYTES:
+            self._send(peer, keys, arrived, busy, failed)
+            return
+        clock = self.cluster.clock
+        started = clock.now
+
+        def sent(found: list[Any]) -> None:
+            elapsed_s = clock.now - started
+            link = self._topology.link(Place(self.address), Place(peer.address), DASK)
+            link.observe(sum(map(self.cluster.sizes.__getitem__, found)), elapsed_s)
+            arrived(found)
+            leave(elapsed_s)
+
+        def unsent(tell: Callable[[], None]) -> None:
+            tell()
+            leave(None)
+
+        def leave(elapsed_s: float | None) -> None:
+            following, away = turns.leave(large, elapsed_s)
+            if following is not None:
+                following[0]()
+            for _, send_away in away:
+                clock.after(AWAY_DELAY_S, send_away)
+
+        def send() -> None:
+            nonlocal started
+            started = clock.now
+            self._send(peer, keys, sent, partial(unsent, busy), partial(unsent, failed))
+
+        answer = turns.enter(large, (send, busy))
+        if answer:
+            send()
+        elif answer is None:
+            busy()
+
+    def _send(
+        self,
+        peer: SimulatedWorker,
+        keys: Collection[Any],
+        arrived: Callable[[list[Any]], None],
+        busy: Callable[[], None],
+        failed: Callable[[], None],
+    ) -> None:
         if self._serving >= (1 if self.paused else self._served_max):
             busy()
             return

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from dask_gpurt.plugins import families, policy, stealing
 from dask_gpurt.plugins.families import Family
 from dask_gpurt.plugins.queues import Queues
+from dask_gpurt.plugins.turns import Turns
 from dask_gpurt.plugins.view import Backlog, Candidate, Share, Tail
 
 SHARES = st.lists(st.integers(1, 4), min_size=1, max_size=6).map(
@@ -101,13 +102,14 @@ def test_positions_are_dealt_in_proportion(indices: set[tuple[int, int]], shares
 
 
 @given(
-    st.lists(
-        st.builds(Candidate, st.integers(0, 99), st.integers(0, 10**12), st.floats(0, 1e6)), min_size=1, max_size=8
-    ),
+    st.lists(st.tuples(st.integers(0, 99), st.integers(0, 10**12), st.floats(0, 1e6)), min_size=1, max_size=8),
     st.floats(1, 1e12),
 )
-def test_no_candidate_beats_the_choice_in_both_bytes_and_wait(candidates: list[Candidate], bandwidth: float) -> None:
-    choice = policy.choose(candidates, bandwidth)
+def test_no_candidate_beats_the_choice_in_both_bytes_and_wait(
+    figures: list[tuple[int, int, float]], bandwidth: float
+) -> None:
+    candidates = [Candidate(worker, missing, wait_s, missing / bandwidth) for worker, missing, wait_s in figures]
+    choice = policy.choose(candidates)
     chosen = [candidate for candidate in candidates if candidate.worker == choice.worker]
     assert any(
         not any(c.missing_nbytes < best.missing_nbytes and c.wait_s < best.wait_s for c in candidates)
@@ -197,3 +199,53 @@ class QueuesMachine(RuleBasedStateMachine):
 
 QueuesMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestQueues: Any = QueuesMachine.TestCase
+
+
+class TurnsMachine(RuleBasedStateMachine):
+    """Peers ask, copies are made or fail: each peer has one answer, and nobody waits for a key that is not being sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turns: Turns[int] = Turns()
+        self.asked = 0
+        self.serving: dict[str, int] = {}
+        self.waiting: dict[str, list[int]] = {"x": [], "y": []}
+        self.away: list[int] = []
+
+    @rule(key=st.sampled_from("xy"))
+    def ask(self, key: str) -> None:
+        self.asked += 1
+        answer = self.turns.enter(key, self.asked)
+        assert (answer is True) == (key not in self.serving)
+        if answer:
+            self.serving[key] = self.asked
+        elif answer is None:
+            self.away.append(self.asked)
+        else:
+            self.waiting[key].append(self.asked)
+
+    @precondition(lambda self: self.serving)
+    @rule(data=st.data(), elapsed_s=st.one_of(st.none(), st.floats(0, 2)))
+    def copy(self, data: st.DataObject, elapsed_s: float | None) -> None:
+        key = data.draw(st.sampled_from(sorted(self.serving)))
+        del self.serving[key]
+        following, away = self.turns.leave(key, elapsed_s)
+        waiting = self.waiting[key]
+        assert following == (waiting[0] if waiting else None)
+        assert not away or elapsed_s is not None
+        if following is not None:
+            self.serving[key] = following
+            self.waiting[key] = [peer for peer in waiting[1:] if peer not in away]
+            assert len(self.waiting[key]) + len(away) + 1 == len(waiting)
+            # There is one more holder: no more are sent there than stay.
+            assert len(away) <= len(self.waiting[key]) + 1
+        self.away += away
+
+    @invariant()
+    def keys_that_are_sent_are_those_known(self) -> None:
+        assert len(self.turns) == len(self.serving)
+        assert not any(peers for key, peers in self.waiting.items() if key not in self.serving)
+
+
+TestTurns = TurnsMachine.TestCase
+TestTurns.settings = settings(max_examples=50, stateful_step_count=40)

@@ -20,7 +20,8 @@ from benchmarks.simulation.graphs import workload
 from benchmarks.simulation.network import FABRICS
 from benchmarks.simulation.synthetic import tree
 from benchmarks.simulation.workload import Phase, Workload
-from dask_gpurt.plugins import crossings, families, policy, stealing
+from dask_gpurt.plugins import copies, crossings, families, policy, stealing
+from dask_gpurt.plugins.prices import Prices
 from dask_gpurt.plugins.queues import Queues
 
 REAL = ("thin-tree", "task-shuffle", "aligned", "tsqr")
@@ -90,7 +91,9 @@ def test_nothing_is_lost_or_stuck(seed: int) -> None:
 FALLIBLE: list[tuple[Any, str]] = [
     *((families, name) for name in ("meetings", "by_meeting", "by_position")),
     (crossings, "by_crossing"),
-    *((policy, name) for name in ("holdings", "best_holders", "choose", "accepts", "with_room")),
+    *((policy, name) for name in ("holdings", "best_holders", "choose", "accepts", "with_room", "starts_sooner")),
+    *((copies, name) for name in ("is_full", "droppable")),
+    *((Prices, name) for name in ("move_s", "refresh")),
     *((stealing, name) for name in ("pays", "relief")),
     *((Queues, name) for name in ("enter", "leave", "move", "next_for", "able", "homes", "families_of", "backlog")),
 ]
@@ -113,11 +116,11 @@ def test_errors_in_the_policy_stall_nothing(
             raise PolicyError(name)
         return sound(*args, **kwargs)
 
-    monkeypatch.setattr(owner, name, fallible)
     # Of a tree, most tasks are planned, and wait.
     graph = random_workload(rng) if shaken_seed % 3 == 2 else tree(rng.choice([40, 200]), fan_in=4)
     cluster = Cluster(Spec(nworkers=rng.randint(2, 6), nthreads=rng.choice([1, 2]), validate=True), graph, shaken_seed)
     with cluster.started(gpurt):
+        monkeypatch.setattr(owner, name, fallible)
         unleash(cluster, Faults(graph.bound_s(cluster.spec.nworkers), joins=2, deaths=2, pauses=2, slowdowns=2))
         report = cluster.compute()
         cluster.settle()

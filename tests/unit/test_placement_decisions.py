@@ -44,13 +44,12 @@ def test_the_latest_decisions_are_remembered_and_no_more() -> None:
 
 def test_prices_are_told_in_seconds_the_least_first() -> None:
     decisions = Decisions()
-    candidates = [Candidate(A, 0, 9.0), Candidate(B, 1_000_000, 1.0)]
-    decisions.note(("x", "earlier-elsewhere", B, None, (candidates, 1e6)))
+    decisions.note(("x", "earlier-elsewhere", B, None, [Candidate(A, 0, 9.0, 0.0), Candidate(B, 1_000_000, 1.0, 1.0)]))
     (decision,) = decisions.about({"x"})["x"]
     # A second for the bytes, and what it takes to begin; both twice.
     there, here = decision.alternatives
-    assert here == Alternative("tcp://a", 0, 9.0, 9.0)
-    assert there == Alternative("tcp://b", 1_000_000, 1.0, there.price_s)
+    assert here == Alternative("tcp://a", 0, 9.0, 0.0, 9.0)
+    assert there == Alternative("tcp://b", 1_000_000, 1.0, 1.0, there.price_s)
     assert there.price_s == pytest.approx(1.0 + 2 * (1.0 + MOVE_LATENCY_S))
 
 

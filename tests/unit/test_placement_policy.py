@@ -51,10 +51,21 @@ def test_an_input_that_many_wait_for_counts_by_the_share_of_one() -> None:
     assert policy.holdings([table, part], nworkers=40) == ({"a": 1000, "b": 150}, 1150)
 
 
+class Worker:
+    def __init__(self, ntasks: int = 0) -> None:
+        self.processing = range(ntasks)
+
+
 def test_best_holders_run_and_are_few() -> None:
-    nbytes = {"a": 1, "b": 5, "c": 3, "d": 4, "e": 2}
-    assert policy.best_holders(nbytes, {"a", "b", "c", "e"}, limit=3) == ["b", "c", "e"]
+    a, b, c, d, e = (Worker() for _ in range(5))
+    nbytes = {a: 1, b: 5, c: 3, d: 4, e: 2}
+    assert policy.best_holders(nbytes, {a, b, c, e}, limit=3) == [b, c, e]
     assert policy.best_holders(nbytes, set()) == []
+
+
+def test_of_holders_of_as_much_those_with_the_least_to_do_are_looked_at() -> None:
+    busy, idle, more = Worker(3), Worker(0), Worker(9)
+    assert policy.best_holders({busy: 4, idle: 4, more: 5}, {busy, idle, more}, limit=2) == [more, idle]
 
 
 def test_a_worker_short_of_memory_is_passed_over() -> None:
@@ -65,15 +76,23 @@ def test_a_worker_short_of_memory_is_passed_over() -> None:
 
 def test_a_task_stays_with_its_bytes_until_waiting_costs_twice_the_move() -> None:
     def chosen(wait_s: float) -> object:
-        return policy.choose([Candidate("here", 0, wait_s), Candidate("there", 1_000, 0.0)], bandwidth=1_000.0).worker
+        return policy.choose([Candidate("here", 0, wait_s, 0.0), Candidate("there", 1_000, 0.0, 1.0)]).worker
 
     move_s = 1.0 + policy.MOVE_LATENCY_S
     assert chosen(1.9 * move_s) == "here"
     assert chosen(2.1 * move_s) == "there"
 
 
+def test_where_all_fetch_about_as_much_the_shorter_queue_wins() -> None:
+    # As in a shuffle: each holds a part, and nobody the whole.
+    chosen = policy.choose([Candidate("a", 100, 0.002, 0.1), Candidate("b", 101, 0.0, 0.101)])
+    assert chosen == ("a", "most-bytes")
+    chosen = policy.choose([Candidate("a", 100, 0.01, 0.1), Candidate("b", 101, 0.0, 0.101)])
+    assert chosen == ("b", "earlier-elsewhere")
+
+
 def test_between_equals_the_shorter_queue_wins() -> None:
-    chosen = policy.choose([Candidate("a", 7, 2.0), Candidate("b", 7, 1.0)], bandwidth=1.0)
+    chosen = policy.choose([Candidate("a", 7, 2.0, 7.0), Candidate("b", 7, 1.0, 7.0)])
     assert chosen == ("b", "most-bytes")
 
 
@@ -99,3 +118,13 @@ def test_relief_is_not_given_where_moving_costs_more_than_waiting() -> None:
 
 def test_the_last_long_task_goes_to_the_idle_worker() -> None:
     assert stealing.relief(Backlog(1, 1, 60.0), Backlog(0, 1, 60.0), [Tail(1, 1_000)], bandwidth=1e6) == 1
+
+
+def test_what_a_part_is_taken_of_is_not_fetched_for_it() -> None:
+    # Three tasks here would split a block that takes a second to come; where it lies they would wait for 20 ms.
+    assert not policy.starts_sooner(1.0, 3, 0.02)
+    # With a hundred tasks here it pays; and with a link that is quicker.
+    assert policy.starts_sooner(1.0, 100, 0.02)
+    assert policy.starts_sooner(0.001, 3, 0.02)
+    # Work that waits long where the inputs are goes elsewhere.
+    assert policy.starts_sooner(1.0, 3, 5.0)

@@ -1,0 +1,113 @@
+"""Sends large results of a worker to one peer at a time, and learns from that what its links carry.
+
+Covers: :class:`Serving`, which stands before the entry of a worker that peers ask for data.
+Does not cover: who is served when (:mod:`dask_gpurt.plugins.turns`); what is sent, and from which tier (:mod:`dask_gpurt.memory.manager`).
+
+Clients, and the scheduler on their behalf, take no turns: they do not pass on what they get.
+
+A request holds its connection while it waits; there are no more of those than peers, and of one key no more than
+:data:`~dask_gpurt.plugins.turns.WAITING_MAX`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Hashable
+from typing import TYPE_CHECKING, Any
+
+from distributed.core import Status
+
+from dask_gpurt import seams
+from dask_gpurt.plugins.turns import AWAY_DELAY_S, LARGE_NBYTES, Turns
+from dask_gpurt.topology import DASK, Place, Topology
+
+if TYPE_CHECKING:
+    from distributed import Worker
+
+__all__ = ["Serving"]
+
+_BUSY = {"status": "busy"}
+
+
+class Serving:
+    """Serve the peers of ``worker`` from :meth:`start` to :meth:`stop`.
+
+    Parameters
+    ----------
+    worker
+        The worker.
+    topology
+        Takes down what each link carries.
+    """
+
+    def __init__(self, worker: Worker, topology: Topology) -> None:
+        self._worker = worker
+        self._topology = topology
+        self._stock: Any = None
+        #: What is set to True for a request that is served next, and to False for one that is sent away.
+        self._turns: Turns[asyncio.Future[bool]] = Turns()
+        #: Requests that have waited, and those that were sent away.
+        self.waited = 0
+        self.sent_away = 0
+
+    def start(self) -> None:
+        """Begin."""
+        self._stock = seams.worker_get_data(self._worker)
+        seams.set_worker_get_data(self._worker, self._get_data)
+
+    def stop(self) -> None:
+        """End. Those that wait have their turns none the less."""
+        seams.set_worker_get_data(self._worker, self._stock)
+
+    async def _get_data(
+        self, comm: Any, keys: Collection[Hashable], who: str | None = None, serializers: list[str] | None = None
+    ) -> Any:
+        sizes = {key: seams.worker_result_nbytes(self._worker, key) or 0 for key in keys}
+        largest = max(sizes, key=sizes.__getitem__, default=None)
+        if who is None or largest is None or sizes[largest] < LARGE_NBYTES:
+            return await self._stock(comm, keys, who=who, serializers=serializers)
+        if not await self._admitted(largest):
+            self.sent_away += 1
+            return _BUSY
+        elapsed_s: float | None = None
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        try:
+            answer = await self._stock(comm, keys, who=who, serializers=serializers)
+            if answer is Status.dont_reply:
+                elapsed_s = loop.time() - started
+                # A peer asks one request at a time, so that nothing goes beside it on the link.
+                link = self._topology.link(Place(self._worker.address), Place(who), DASK)
+                link.observe(sum(sizes.values()), elapsed_s)
+            return answer
+        finally:
+            self._leave(largest, elapsed_s)
+
+    async def _admitted(self, key: Hashable) -> bool:
+        turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        entered = self._turns.enter(key, turn)
+        if entered is not False:
+            return bool(entered)
+        self.waited += 1
+        try:
+            return await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled() and turn.result():
+                self._leave(key, None)
+            raise
+
+    def _leave(self, key: Hashable, elapsed_s: float | None) -> None:
+        following, away = self._turns.leave(key, elapsed_s)
+        # Requests that were given up while they waited are passed over.
+        while following is not None and following.done():
+            following, _ = self._turns.leave(key, None)
+        if following is not None:
+            following.set_result(True)
+        if away:
+            asyncio.get_running_loop().call_later(AWAY_DELAY_S, _send_away, away)
+
+
+def _send_away(turns: Collection[asyncio.Future[bool]]) -> None:
+    for turn in turns:
+        if not turn.done():
+            turn.set_result(False)

@@ -1,0 +1,97 @@
+"""One result that all workers take: it is passed on by those who have it, and links are measured on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import dask
+import numpy as np
+import pytest
+from clusters import local_cluster
+from distributed import Client, LocalCluster, wait
+
+import dask_gpurt
+from dask_gpurt.plugins import serving, turns
+
+WORKERS = 6
+#: Numbers of the result: 64 MB.
+LENGTH = 8_000_000
+
+
+@pytest.fixture
+def near(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalCluster]:
+    """Workers in this process, that send peers away whenever there are two, once the scheduler has heard of the copy."""
+    monkeypatch.setattr(turns, "WORTH_S", 0.0)
+    monkeypatch.setattr(serving, "AWAY_DELAY_S", 0.5)
+    with (
+        dask.config.set({"distributed.scheduler.validate": True, "distributed.worker.validate": True}),
+        local_cluster(WORKERS, processes=False, memory_limit=0) as cluster,
+    ):
+        yield cluster
+
+
+def make(length: int = LENGTH) -> Any:
+    return np.arange(length, dtype="f8")
+
+
+def total(values: Any, times: int) -> float:
+    return float(values[::1000].sum() * times)
+
+
+def take_everywhere(client: Client) -> tuple[Any, list[Any]]:
+    """Make a result on one worker, and have all others take it at once."""
+    first, *others = client.scheduler_info(n_workers=-1)["workers"]
+    made = client.submit(make, workers=[first])
+    wait(made)
+    return made, [client.submit(total, made, i, workers=[address]) for i, address in enumerate(others, 1)]
+
+
+def test_those_who_have_a_result_pass_it_on(near: LocalCluster) -> None:
+    with Client(near) as client:
+        dask_gpurt.install(client, memory=False)
+        made, totals = take_everywhere(client)
+        expected = float(make()[::1000].sum())
+        assert client.gather(totals) == [expected * i for i in range(1, WORKERS)]
+        holders = dict.fromkeys(client.who_has(made)[made.key], 0)
+        assert len(holders) == WORKERS
+        for worker in near.workers.values():
+            for sent in worker.transfer_outgoing_log:
+                holders[worker.address] += made.key in sent["keys"]
+        assert sum(holders.values()) == WORKERS - 1, "it was sent once to each"
+        # First to one; then half of the other four are sent away, to the copy.
+        assert max(holders.values()) <= 3
+        assert sum(copies > 0 for copies in holders.values()) >= 2
+        served = [worker.extensions["gpurt"].serving for worker in near.workers.values()]
+        assert sum(serving.waited for serving in served) >= WORKERS - 2
+        assert sum(serving.sent_away for serving in served) >= 2
+
+
+def test_requests_that_wait_are_answered_when_it_is_uninstalled(near: LocalCluster) -> None:
+    with Client(near) as client:
+        dask_gpurt.install(client, memory=False)
+        _, totals = take_everywhere(client)
+        dask_gpurt.uninstall(client)
+        expected = float(make()[::1000].sum())
+        assert client.gather(totals) == [expected * i for i in range(1, WORKERS)]
+
+
+def test_links_between_processes_are_measured_before_anything_is_moved() -> None:
+    with local_cluster(3, memory_limit=0) as cluster, Client(cluster) as client:
+        scheduler: Any = cluster.scheduler
+
+        async def measured() -> float:
+            plugin = scheduler.plugins["gpurt"]
+            await plugin.prober.settled()
+            plugin.placement.prices.refresh(scheduler.bandwidth)
+            return float(plugin.placement.prices.bandwidth)
+
+        dask_gpurt.install(client)
+        bandwidth = cluster.sync(measured, callback_timeout=30)
+        # Dask assumes 100 MB/s. What it is here depends on what else the machine does.
+        assert bandwidth != scheduler.bandwidth
+        assert 1e6 < bandwidth < 1e12
+        _, totals = take_everywhere(client)
+        expected = float(make()[::1000].sum())
+        assert client.gather(totals) == [expected, 2 * expected]
+        dask_gpurt.uninstall(client)
