@@ -173,8 +173,8 @@ def prices_s(candidates: Sequence[Candidate]) -> list[float]:
 
     Examples
     --------
-    >>> prices_s([Candidate("here", 0, 1.0, 0.0), Candidate("there", 1000, 0.0, 0.25)])
-    [1.0, 0.51]
+    >>> [round(price, 2) for price in prices_s([Candidate("here", 0, 1.0, 0.0), Candidate("there", 1000, 0.0, 0.25)])]
+    [1.0, 0.6]
     """
     fewest = min(candidate.missing_nbytes for candidate in candidates)
     return [_price_s(candidate, fewest) for candidate in candidates]
