@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from benchmarks.simulation.cluster import STOCK, Cluster, Spec, gpurt, run
@@ -28,6 +30,36 @@ def test_bytes(name: str, bytes_part: float) -> None:
     assert ours.metrics["errors"] == 0
     assert ours.moved_nbytes <= bytes_part * stock.moved_nbytes
     assert ours.makespan_s <= 1.25 * stock.makespan_s
+
+
+@pytest.mark.parametrize(
+    ("name", "fabric", "makespan_part"),
+    [("broadcast-join", "tcp", 0.75), ("matmul", "tcp", 0.6), ("kmeans", "dgx", 1.1)],
+)
+def test_makespan(name: str, fabric: str, makespan_part: float) -> None:
+    spec = Spec(fabric=FABRICS[fabric], memory_nbytes=16e9)
+    ours, stock = run(spec, workload(name), gpurt), run(spec, workload(name), STOCK)
+    assert ours.makespan_s <= makespan_part * stock.makespan_s
+
+
+def test_short_memory_is_not_filled_with_what_was_fetched() -> None:
+    # All inputs and results of the product are 40 GB, which is what the workers have together; and copies come on top.
+    spec = Spec(fabric=FABRICS["tcp"], memory_nbytes=6e9)
+    ours, stock = run(spec, workload("matmul"), gpurt), run(spec, workload("matmul"), STOCK)
+    assert ours.metrics["decisions"]["copy-dropped"] > 0
+    assert ours.spilled_nbytes <= 1.5 * stock.spilled_nbytes
+    assert ours.makespan_s <= 1.25 * stock.makespan_s
+
+
+def test_moves_have_the_price_of_links_before_anything_is_moved() -> None:
+    cluster = Cluster(Spec(nworkers=16, fabric=FABRICS["dgx"]), workload("thin-tree"))
+    with cluster.started(gpurt):
+        plugin: Any = cluster.scheduler.plugins["gpurt"]
+        prices = plugin.placement.prices
+        prices.refresh(cluster.scheduler.bandwidth)
+        assert 1 / prices.near_s == pytest.approx(450e9)
+        assert 1 / prices.far_s == pytest.approx(50e9)
+        assert prices.two
 
 
 def test_crossings_wait_for_no_worker_that_is_gone() -> None:
