@@ -9,7 +9,7 @@ scheduler knows. So a worker that gets short of memory *watches*: it is told, fo
 - whether a client wants the key;
 - which tasks still need it, and what workers they were given to, if all have one and no client wants the key. Those that
   run here end here, and those that run elsewhere fetch it from here: so a worker can tell by itself when the key is
-  *dying*, and need not wait to be told so.
+  *dying*, or needed by nobody that has not fetched it, and need not wait to be told so.
 
 A task that has got another worker is not ahead any more: that worker fetches the key right away, and is served from the tier
 where it lies. (By rank alone such a task would look overdue here, and the key as if it was needed in a moment.) One that

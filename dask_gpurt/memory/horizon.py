@@ -18,10 +18,12 @@ short of memory (:class:`Word`): the first one counts like a task whose inputs a
 client holds, the deletion is as good as on its way, or a peer is about to fetch it: it stays, like what is recent.
 
 What one worker sees by itself never proves that a block is dying: the last task that it knows of may not be the last
-there is. The scheduler names the last ones (:attr:`Word.users`): when those that run here are done, and the workers of the
-others were served, the block is dying a round trip before its deletion is ordered. Should it be wanted here after all,
-because another graph came in that very moment, or such a worker was lost, it is computed again, as if this worker had been
-lost; what cannot be computed again is never called dying.
+there is. The scheduler names the last ones (:attr:`Word.users`): when all of them have run here, the block is dying a round
+trip before its deletion is ordered. Should it be wanted here after all, because another graph came in that very moment, it is
+computed again, as if this worker had been lost; what cannot be computed again is never called dying.
+
+A peer that was served may be lost before its task has run, and the task may be stolen from it while the block is on its way, which
+the peer throws away then. So what only peers need that have all been served is not dying: it counts as overdue.
 
 Covers: the arithmetic.
 Does not cover: where tasks, ranks and queues come from; see :mod:`dask_gpurt.memory.manager`, and
@@ -43,6 +45,7 @@ __all__ = [
     "IDLE",
     "RECENT",
     "RUNNING",
+    "SERVED",
     "TELL",
     "WATCH",
     "Horizon",
@@ -92,6 +95,8 @@ class Use(NamedTuple):
 DYING = Use(Kind.DYING)
 IDLE = Use(Kind.IDLE)
 RUNNING = Use(Kind.RUNNING)
+#: Its last users are on peers that have fetched it: most will be gone when these have run.
+SERVED = Use(Kind.NEXT, OVERDUE)
 #: Of no known use, but a moment ago an input or a result: most will be gone, or be an input again, in another moment.
 RECENT = Use(Kind.NEXT, 1.0)
 

@@ -50,7 +50,7 @@ from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.cuda import Device, is_out_of_memory
 from dask_gpurt.memory.device import DeviceFrames, device_mover, on_device, pinned_pool
 from dask_gpurt.memory.disk import SpillFolder, remove_leftovers
-from dask_gpurt.memory.horizon import DYING, IDLE, RECENT, Priority, Snapshot, Use, Word, next_use
+from dask_gpurt.memory.horizon import DYING, IDLE, RECENT, SERVED, Priority, Snapshot, Use, Word, next_use
 from dask_gpurt.memory.ledger import Ledger, Tier
 from dask_gpurt.memory.lower import DiskStore, ObjectStore
 from dask_gpurt.memory.mapping import Ruined, RuinedForClient, TieredMapping, serving
@@ -276,17 +276,23 @@ class WorkerHorizon:
         word = self._words.get(key)
         # The task that ends right now is still executing, to the worker.
         use = next_use(seams.dependents_of(self._worker, key, self._ended), snapshot, word, recent=key in recent)
-        if word is not None and word.users is not None and use == RECENT and self._done(key, word.users):
-            return DYING
+        if word is not None and word.users is not None and use == RECENT:
+            return self._after(key, word.users)
         return use
 
-    def _done(self, key: Hashable, users: Iterable[tuple[Hashable, str]]) -> bool:
+    def _after(self, key: Hashable, users: Iterable[tuple[Hashable, str]]) -> Use:
+        """Judge the next use of a block of which all users are known, and for which none waits here."""
         served = self._served.get(key, ())
-        here = self._worker.address
-        return all(
-            user == self._ended or seams.worker_holds(self._worker, user) if address == here else address in served
-            for user, address in users
-        )
+        use = DYING
+        for user, address in users:
+            if address == self._worker.address:
+                if user != self._ended and not seams.worker_holds(self._worker, user):
+                    return RECENT
+            elif address in served:
+                use = SERVED
+            else:
+                return RECENT
+        return use
 
 
 class MemoryManager:

@@ -67,6 +67,19 @@ def test_those_who_have_a_result_pass_it_on(near: LocalCluster) -> None:
         assert sum(serving.sent_away for serving in served) >= 2
 
 
+def test_nobody_waits_long_for_a_peer_that_takes_long(near: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    # No copy ends in no time.
+    monkeypatch.setattr(serving, "PATIENCE", 0)
+    monkeypatch.setattr(serving, "PATIENCE_S", 0.0)
+    with Client(near) as client:
+        dask_gpurt.install(client, memory=False)
+        _, totals = take_everywhere(client)
+        expected = float(make()[::1000].sum())
+        assert client.gather(totals) == [expected * i for i in range(1, WORKERS)]
+        served = [worker.extensions["gpurt"].serving for worker in near.workers.values()]
+        assert sum(serving.impatient for serving in served) == sum(serving.waited for serving in served) > 0
+
+
 def test_requests_that_wait_are_answered_when_it_is_uninstalled(near: LocalCluster) -> None:
     with Client(near) as client:
         dask_gpurt.install(client, memory=False)

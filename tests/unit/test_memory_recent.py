@@ -7,7 +7,7 @@ from typing import Any
 
 from distributed.worker_state_machine import ComputeTaskEvent, ExecuteSuccessEvent, FreeKeysEvent, WorkerState
 
-from dask_gpurt.memory.horizon import DYING, FAR, IDLE, OVERDUE, RECENT, Kind, Use
+from dask_gpurt.memory.horizon import DYING, FAR, IDLE, OVERDUE, RECENT, SERVED, Kind, Use
 from dask_gpurt.memory.manager import RECENT_PER_THREAD, WorkerHorizon
 from dask_gpurt.memory.policy import OPERATION_NBYTES, SMALL_NBYTES, Candidate, order
 
@@ -87,7 +87,7 @@ def test_what_the_last_user_has_used_is_dying_before_its_deletion_is_ordered() -
     assert site.use("input") == IDLE
 
 
-def test_what_goes_to_a_peer_is_dying_once_that_was_served() -> None:
+def test_what_goes_to_a_peer_has_time_once_that_was_served() -> None:
     site = Site()
     site.compute("input")
     site.end("input")
@@ -96,11 +96,26 @@ def test_what_goes_to_a_peer_is_dying_once_that_was_served() -> None:
     site.horizon.serve(["input"], "tcp://127.0.0.1:3")
     assert site.use("input") == RECENT
     site.horizon.serve(["input"], "tcp://127.0.0.1:2")
-    assert site.use("input") == DYING
+    assert site.use("input") == SERVED
+    # The task is stolen while the input is on its way: the peer throws that away, and the thief asks here.
+    site.horizon.tell([("input", None, False, [("user", "tcp://127.0.0.1:4")])])
+    assert site.use("input") == RECENT
     # It is deleted, and made again for somebody else.
     site.horizon.drop("input")
     site.horizon.note("input")
     assert site.use("input") == RECENT
+
+
+def test_what_was_used_here_and_served_is_not_dying() -> None:
+    site = Site()
+    site.compute("input")
+    site.end("input")
+    site.compute("user", "input")
+    site.horizon.tell([("input", None, False, [("user", site.state.address), ("other", "tcp://127.0.0.1:2")])])
+    site.end("user")
+    assert site.use("input") == RECENT
+    site.horizon.serve(["input"], "tcp://127.0.0.1:2")
+    assert site.use("input") == SERVED
 
 
 def test_a_user_that_was_taken_away_has_used_nothing() -> None:
