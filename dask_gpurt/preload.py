@@ -21,11 +21,12 @@ async def set_up_server(server: Any) -> None:
     from dask_gpurt.config import Settings
     from dask_gpurt.plugins.scheduler import NAME, GpurtSchedulerPlugin
     from dask_gpurt.plugins.worker import GpurtWorkerPlugin
+    from dask_gpurt.secret import Secret
 
     settings = Settings.load()
     if isinstance(server, Scheduler):
         # There are no workers yet: those that come are given the plugin as they join.
-        server.worker_plugins[NAME] = dumps(GpurtWorkerPlugin(settings))
+        server.worker_plugins[NAME] = dumps(GpurtWorkerPlugin(settings, Secret.new()))
         await server.register_scheduler_plugin(GpurtSchedulerPlugin(settings), name=NAME, idempotent=True)
     elif isinstance(server, Worker):
         await server.plugin_add(GpurtWorkerPlugin(settings, report=False), name=NAME)

@@ -17,6 +17,7 @@ from distributed.protocol.pickle import dumps
 from dask_gpurt.installation import PartStatus
 from dask_gpurt.plugins.parts import Parts
 from dask_gpurt.plugins.worker import GpurtWorkerPlugin
+from dask_gpurt.secret import Secret
 from dask_gpurt.topology import Topology
 
 if TYPE_CHECKING:
@@ -140,7 +141,9 @@ async def set_up(scheduler: Scheduler, settings: Settings) -> GpurtSchedulerPlug
     await take_away(scheduler)
     plugin = GpurtSchedulerPlugin(settings)
     await scheduler.register_scheduler_plugin(plugin, name=NAME, idempotent=False)
-    await scheduler.register_worker_plugin(None, dumps(GpurtWorkerPlugin(settings)), name=NAME, idempotent=False)
+    # New for each installation: nobody who was in the one before is in this one by that.
+    workers = dumps(GpurtWorkerPlugin(settings, Secret.new()))
+    await scheduler.register_worker_plugin(None, workers, name=NAME, idempotent=False)
     return plugin
 
 

@@ -18,6 +18,7 @@ from distributed.diagnostics.plugin import WorkerPlugin
 from dask_gpurt.installation import PartStatus
 from dask_gpurt.memory.store import BufferStore, DictBufferStore
 from dask_gpurt.plugins.parts import Parts
+from dask_gpurt.secret import Secret
 from dask_gpurt.topology import Topology
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class WorkerRuntime:
         self.shuffle: ShuffleWorker | None = None
         self.parts: dict[str, PartStatus] = {}
 
-    async def start(self, worker: Worker, settings: Settings) -> None:
+    async def start(self, worker: Worker, settings: Settings, secret: Secret | None) -> None:
         """Start what is enabled. Never raises for a part that cannot start; see :attr:`parts`."""
         from dask_gpurt.memory.manager import MemoryManager
         from dask_gpurt.plugins.probing import Probe
@@ -73,7 +74,7 @@ class WorkerRuntime:
                 store: BufferStore = self.memory.store if self.memory is not None else DictBufferStore()
                 pool = self.memory.pool if self.memory is not None else None
                 device_store = self.memory.device_store if self.memory is not None else None
-                shuffle = ShuffleWorker(worker, settings.shuffle, store, pool, device_store)
+                shuffle = ShuffleWorker(worker, settings.shuffle, store, pool, device_store, secret=secret)
                 shuffle.start()
                 self.shuffle = shuffle
                 remark = shuffle.carrier.path()
@@ -112,14 +113,17 @@ class GpurtWorkerPlugin(WorkerPlugin):
     ----------
     settings
         What to install.
+    secret
+        What all workers of this installation know; None: this one is none of them.
     report
         Whether the scheduler runs dask-gpurt too and waits for the status of this worker.
     """
 
     name = "gpurt"
 
-    def __init__(self, settings: Settings, *, report: bool = True) -> None:
+    def __init__(self, settings: Settings, secret: Secret | None = None, *, report: bool = True) -> None:
         self.settings = settings
+        self.secret = secret
         self.report = report
         self._memory: MemoryManager | None = None
 
@@ -128,7 +132,7 @@ class GpurtWorkerPlugin(WorkerPlugin):
         runtime = WorkerRuntime()
         # The runtime is in place before the parts are: a shuffle run may arrive as soon as the scheduler knows.
         worker.extensions["gpurt"] = runtime
-        await runtime.start(worker, self.settings)
+        await runtime.start(worker, self.settings, self.secret)
         self._memory = runtime.memory
         if self.report:
             served = await worker.scheduler.gpurt_worker_ready(

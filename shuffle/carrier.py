@@ -17,7 +17,9 @@ Theory of operation
 
     UCX is started when the first run begins, aside; until it is there, and with peers that have none, Dask's comms do.
     A delivery that UCX fails goes by Dask's comms, and so do all later ones to that peer. Where Dask's comms are
-    encrypted, UCX, which is not, is never used.
+    encrypted, UCX, which is not, is never started. Peers prove to each other that they are of one installation
+    (:mod:`dask_gpurt.shuffle.transport.handshake`); on a worker that has no secret, UCX is not started either. Where a
+    worker is reached by the loopback address only, so is its UCX.
 
     *Buffers on a device* go by UCX from there into memory of the receiver's device, whose tier pays for them; where that
     cannot be allocated, into memory of the host, which UCX can do as well. Dask's comms carry a copy on the host, and the
@@ -34,14 +36,17 @@ Theory of operation
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib.util
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 import dask.config
+from distributed.comm.addressing import get_address_host
 from distributed.core import ErrorMessage, OKMessage, Status, error_message
 from distributed.metrics import context_meter
 from distributed.protocol.serialize import to_serialize
@@ -50,6 +55,7 @@ from dask_gpurt import codecs, seams
 from dask_gpurt.codecs import Compressed, Packed, plain
 from dask_gpurt.memory.store import Buffer, DeviceBuffer, Reservation, buffer_nbytes
 from dask_gpurt.seams import P2PConsistencyError, ShuffleClosedError
+from dask_gpurt.secret import Secret
 from dask_gpurt.shuffle import paths
 from dask_gpurt.shuffle.device import DeviceBody, allocate, library_named
 from dask_gpurt.shuffle.shelves import TieredReservation
@@ -98,15 +104,20 @@ class Carrier:
         Its part of the shuffle.
     ucx
         Whether UCX may be used.
+    secret
+        By which peers know each other; None: UCX is not used.
     compress
         Whether messages may be compressed.
     """
 
-    def __init__(self, worker: Worker, part: ShuffleWorker, *, ucx: bool, compress: bool = True) -> None:
+    def __init__(
+        self, worker: Worker, part: ShuffleWorker, *, ucx: bool, secret: Secret | None = None, compress: bool = True
+    ) -> None:
         self._worker = worker
         self._part = part
         #: Why UCX is not used; None: it is, or will be.
         self.without_ucx: str | None = None if ucx else "so it is configured"
+        self._secret = secret
         self._transport: UCXTransport | None = None
         self._opening: asyncio.Task[None] | None = None
         #: Address of a worker to that of its transport; None: it is not to be used.
@@ -165,6 +176,8 @@ class Carrier:
         """Say in words what carries messages."""
         if self.without_ucx is None and seams.worker_encrypts(self._worker):
             self.without_ucx = "they are encrypted, UCX is not"
+        if self.without_ucx is None and self._secret is None:
+            self.without_ucx = "the scheduler has given no secret"
         if self.without_ucx is None and importlib.util.find_spec("ucxx") is None:
             self.without_ucx = "ucxx is not installed"
         return UCX if self.without_ucx is None else f"by Dask's comms: {self.without_ucx}"
@@ -178,11 +191,20 @@ class Carrier:
 
     async def _open(self) -> None:
         loop = asyncio.get_running_loop()
+        assert self._secret is not None
+        begin = functools.partial(UCXTransport.open, loop, self._secret, loopback=self._on_loopback())
         try:
-            self._transport = await loop.run_in_executor(None, UCXTransport.open, loop)
+            self._transport = await loop.run_in_executor(None, begin)
         except TransportUnavailable as reason:
             self.without_ucx = str(reason)
             logger.info("The shuffle goes by Dask's own comms: %s", reason)
+
+    def _on_loopback(self) -> bool:
+        try:
+            return ip_address(get_address_host(self._worker.address)).is_loopback
+        except ValueError:
+            # It has a name, or none.
+            return False
 
     async def address(self) -> bytes | None:
         """Answer with the address of this worker's transport. Handler for peers."""
@@ -214,7 +236,14 @@ class Carrier:
             return None
         if address not in self._peers:
             # Two that ask at a time get the same answer.
-            self._peers[address] = await self._worker.rpc(address).gpurt_shuffle_address()
+            found = await self._worker.rpc(address).gpurt_shuffle_address()
+            try:
+                if found is not None:
+                    self._transport.check(found)
+            except TransportError as error:
+                logger.warning("UCX is not used to %s: %s", address, error)
+                found = None
+            self._peers[address] = found
         return self._peers.get(address)
 
     # Sending

@@ -19,6 +19,7 @@ from dask_gpurt import seams
 from dask_gpurt.config import ShuffleSettings
 from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.store import BufferStore, DictBufferStore
+from dask_gpurt.secret import Secret
 from dask_gpurt.shuffle import hashing
 from dask_gpurt.shuffle.carrier import Carrier
 from dask_gpurt.shuffle.credits import ByteWindow
@@ -66,6 +67,8 @@ class ShuffleWorker:
         Lends the memory of shards and outputs; None: one of its own.
     device_store
         Where runs keep shards that lie on a device; None: one without a limit.
+    secret
+        By which peers know each other; see :mod:`dask_gpurt.secret`.
     """
 
     def __init__(
@@ -75,13 +78,21 @@ class ShuffleWorker:
         store: BufferStore,
         pool: BlockPool | None = None,
         device_store: BufferStore | None = None,
+        *,
+        secret: Secret | None = None,
     ) -> None:
         self.worker = worker
         self.store = store
         self.device_store = DictBufferStore() if device_store is None else device_store
         self.pool = BlockPool(IDLE_NBYTES) if pool is None else pool
         self.window = ByteWindow(settings.send_limit)
-        self.carrier = Carrier(worker, self, ucx=settings.transport != "dask", compress=settings.compression != "off")
+        self.carrier = Carrier(
+            worker,
+            self,
+            ucx=settings.transport != "dask",
+            secret=secret,
+            compress=settings.compression != "off",
+        )
         self.sampler = Sampler(worker)
         self._shortcut = Shortcut(worker)
         self._reporter = LinkReporter(worker, self.carrier.topology)

@@ -10,7 +10,8 @@ Layout
     used before it was restarted on the same address is not taken for one of its successor's. Among 1,000 workers, two
     incarnations are the same with a probability of 2e-6.
 
-    An *address* is magic (4 bytes), version (1), incarnation (8), then what UCX calls the address of a worker.
+    An *address* is magic (4 bytes), version (1), incarnation (8), then what UCX calls the address of a worker, then a seal
+    (16) by the secret of the installation: an address that no member has made never reaches UCX.
 
     A *manifest* is the number of frames (8 bytes) and a hash of their sizes (8). It makes the check that both sides
     mean the same delivery independent of how many frames there are.
@@ -28,17 +29,33 @@ from typing import Self
 import xxhash
 
 from dask_gpurt.errors import GpurtError
+from dask_gpurt.secret import SEAL_NBYTES, Secret
 
-__all__ = ["Address", "Manifest", "Part", "TagCounter", "TransportError", "TransportUnavailable", "owner_of"]
+__all__ = [
+    "ADDRESS_NBYTES_MAX",
+    "TAG_BITS",
+    "Address",
+    "Manifest",
+    "Part",
+    "TagCounter",
+    "TransportError",
+    "TransportUnavailable",
+    "owner_of",
+]
 
 _MAGIC = b"GPUX"
-_VERSION = 1
+_VERSION = 2
 _PREFIX = struct.Struct("<4sBQ")
 _MANIFEST = struct.Struct("<QQ")
+
+#: An encoded address is no larger. UCX takes some 30 bytes for each device and transport.
+ADDRESS_NBYTES_MAX = 4000
 
 _COUNTER_BITS = 24
 _OWNER_BITS = 38
 _PART_SHIFT = _COUNTER_BITS + _OWNER_BITS
+#: Bits of the tag of a delivery.
+TAG_BITS = _PART_SHIFT
 
 
 class TransportError(GpurtError, OSError):
@@ -58,6 +75,8 @@ class Part(enum.IntEnum):
     MANIFEST = 1
     #: The sender has given up: what was not taken yet is to be refused.
     WITHDRAWAL = 2
+    #: Of no delivery: peers prove who they are.
+    GREETING = 3
 
 
 @dataclass(frozen=True)
@@ -80,30 +99,37 @@ class Address:
         """Return the address of a new incarnation."""
         return cls(secrets.randbits(_OWNER_BITS), ucx)
 
-    def encode(self) -> bytes:
-        """Return the form that travels over Dask's comms."""
-        return _PREFIX.pack(_MAGIC, _VERSION, self.incarnation) + self.ucx
+    def encode(self, secret: Secret) -> bytes:
+        """Return the form that travels over Dask's comms, and in greetings."""
+        body = _PREFIX.pack(_MAGIC, _VERSION, self.incarnation) + self.ucx
+        return body + secret.sign("address", body)
 
     @classmethod
-    def decode(cls, encoded: bytes) -> Self:
+    def decode(cls, encoded: bytes, secret: Secret) -> Self:
         """Read what :meth:`encode` wrote.
 
         Raises
         ------
         TransportError
-            If it is not an address of this version.
+            If it is not an address of this version, or nobody who knows the secret has made it.
 
         Examples
         --------
-        >>> Address.decode(Address(7, b"ucx").encode())
+        >>> secret = Secret.new()
+        >>> Address.decode(Address(7, b"ucx").encode(secret), secret)
         Address(incarnation=7, ucx=b'ucx')
         """
-        if len(encoded) <= _PREFIX.size:
+        if not isinstance(encoded, bytes | bytearray | memoryview):
+            raise TransportError(f"a {type(encoded).__name__} is no address")
+        encoded = bytes(encoded)
+        if not _PREFIX.size + SEAL_NBYTES < len(encoded) <= ADDRESS_NBYTES_MAX:
             raise TransportError(f"{len(encoded)} bytes are no address")
         magic, version, incarnation = _PREFIX.unpack_from(encoded)
         if (magic, version) != (_MAGIC, _VERSION) or incarnation >> _OWNER_BITS:
-            raise TransportError(f"not an address of version {_VERSION}: {bytes(encoded[: _PREFIX.size])!r}")
-        return cls(incarnation, bytes(encoded[_PREFIX.size :]))
+            raise TransportError(f"not an address of version {_VERSION}: {encoded[: _PREFIX.size]!r}")
+        if not secret.verifies(encoded[-SEAL_NBYTES:], "address", encoded[:-SEAL_NBYTES]):
+            raise TransportError("the address is none of this installation")
+        return cls(incarnation, encoded[_PREFIX.size : -SEAL_NBYTES])
 
 
 class TagCounter:

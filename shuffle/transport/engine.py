@@ -2,13 +2,19 @@
 
 Covers: the settings UCX needs, sends and receives as requests, what becomes of them when a peer is gone, and when a
 buffer is free again.
-Does not cover: which message is taken (:mod:`dask_gpurt.shuffle.transport.inbox`); threads and the event loop
-(:mod:`dask_gpurt.shuffle.transport.ucx`). All methods are called from one thread.
+Does not cover: which message is taken (:mod:`dask_gpurt.shuffle.transport.inbox`); how peers prove who they are
+(:mod:`dask_gpurt.shuffle.transport.handshake`); threads and the event loop (:mod:`dask_gpurt.shuffle.transport.ucx`). All
+methods are called from one thread.
 
 Theory of operation
     *Credits.* Every frame is larger than the threshold above which UCX sends by rendezvous: the sender sends a few
     bytes, and no byte of the frame moves before the receiver has given a buffer for it. Since a receiver reserves the
     memory first, a sender cannot make it hold more than it has reserved.
+
+    *Strangers.* Whoever reaches a port of UCX can send messages. One that is not of a peer that has proven itself is
+    refused when its first bytes are there: no memory is given for it, nothing is kept, and nothing is answered; it is
+    counted, and the first is logged. What a peer says of a delivery counts with its seal only. A message that is smaller
+    than the threshold below has come in whole by then, into memory of UCX's own, which is free at once.
 
     *Endpoints have error handling.* Without it, UCX ends the process of the survivor (SIGABRT) when it reads from the
     memory of a peer that was killed. UCX leaves out shared memory where errors are to be handled, unless it is told that
@@ -26,6 +32,7 @@ Theory of operation
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import deque
@@ -34,7 +41,9 @@ from typing import Any
 
 import numpy as np
 
+from dask_gpurt.secret import SEAL_NBYTES, Secret
 from dask_gpurt.shuffle.transport.address import (
+    ADDRESS_NBYTES_MAX,
     MANIFEST_NBYTES,
     Address,
     Manifest,
@@ -45,15 +54,25 @@ from dask_gpurt.shuffle.transport.address import (
     on_wire,
     owner_of,
 )
+from dask_gpurt.shuffle.transport.handshake import HANDSHAKE_S, MESSAGE_NBYTES_MAX, Handshake, Met, Say
 from dask_gpurt.shuffle.transport.inbox import Fail, Inbox, Instruction, Receipt, Refuse, Take
 
-__all__ = ["MAX_GONE", "RENDEZVOUS_NBYTES", "Engine", "Transfer"]
+__all__ = ["MAX_GONE", "MAX_READING", "RENDEZVOUS_NBYTES", "Engine", "Transfer"]
+
+logger = logging.getLogger(__name__)
 
 #: Messages from this size on go by rendezvous. UCX's own choice depends on the link, and may be a megabyte.
 RENDEZVOUS_NBYTES = 8192
 
 #: Incarnations of dropped peers that are remembered. Dask itself forgets a worker that is gone.
 MAX_GONE = 4096
+
+#: Messages of greetings that have come in part. They are small: mostly there is none.
+MAX_READING = 64
+#: Messages that are looked at before anything else has its turn.
+_MESSAGES_PER_STEP = 256
+#: Size of what is said of a delivery.
+_SAID_NBYTES = MANIFEST_NBYTES + SEAL_NBYTES
 
 #: How long requests are given to end when the transport is closed, and how often they are looked at.
 _CLOSING_S = 0.2
@@ -67,6 +86,8 @@ _DEFAULTS = {
     "SYSV_ERROR_HANDLING": "y",
     "CMA_MEMORY_INVALIDATE": "y",
 }
+#: What UCX may use of the network where all peers are on this host.
+_LOOPBACK = {"NET_DEVICES": "lo"}
 #: Settings without which credits would not hold.
 _FORCED = {"RNDV_THRESH": str(RENDEZVOUS_NBYTES)}
 
@@ -121,14 +142,22 @@ class Transfer:
 class Engine:
     """UCX, and the state of all deliveries of one worker.
 
+    Parameters
+    ----------
+    secret
+        By which peers know each other.
+    loopback
+        Whether peers are on this host only: then nothing listens on the network.
+
     Raises
     ------
     TransportUnavailable
         If UCX does not start here.
     """
 
-    def __init__(self) -> None:
-        settings = {key: value for key, value in _DEFAULTS.items() if f"UCX_{key}" not in os.environ} | _FORCED
+    def __init__(self, secret: Secret, *, loopback: bool = False) -> None:
+        defaults = _DEFAULTS | (_LOOPBACK if loopback else {})
+        settings = {key: value for key, value in defaults.items() if f"UCX_{key}" not in os.environ} | _FORCED
         self._api, self._array = _load()
         api = self._api
         features = (api.Feature.TAG, api.Feature.WAKEUP)
@@ -143,11 +172,20 @@ class Engine:
             self.address = Address.new(api.UCXAddress.create_from_worker(self._worker).tobytes())
         except (api.UCXError, RuntimeError, OSError) as error:
             raise TransportUnavailable(f"UCX does not start: {error}") from error
+        if len(self.address.encode(secret)) > ADDRESS_NBYTES_MAX:
+            raise TransportUnavailable(f"UCX has an address of {len(self.address.ucx)} bytes")
+        self._handshake = Handshake(secret, self.address)
         self._any_tag = api.UCXXTag(0)
         self._any_mask = api.UCXXTagMask(0)
         #: Where messages are put that are refused.
         self._nowhere = self._array(np.empty(1, dtype=np.uint8))
         self._inbox = Inbox()
+        #: Incarnation to the deliveries for it that wait for its answer to a greeting.
+        self._greeting: dict[int, list[Transfer]] = {}
+        #: Messages of greetings that are not there as a whole: requests, each with the array that UCX works on.
+        self._reading: list[tuple[Any, Any]] = []
+        #: Messages that were refused, as nobody has proven that they are from a peer. Any thread may look.
+        self.strangers = 0
         #: Incarnation to endpoint.
         self._endpoints: dict[int, Any] = {}
         #: Deliveries that have requests open, or wait for messages.
@@ -199,18 +237,28 @@ class Engine:
     # What the worker asks for
 
     def send(self, transfer: Transfer) -> None:
-        """Begin to send."""
+        """Begin to send, with a greeting if there was none."""
+        peer = transfer.peer
         try:
-            endpoint = self._endpoint(transfer.peer)
-            manifest = Manifest.of([array.nbytes for array in transfer.arrays])
-            self._say(endpoint, transfer.tag, Part.MANIFEST, manifest)
+            endpoint = self._endpoint(peer)
+            if self._handshake.met(peer.incarnation):
+                self._begin(endpoint, transfer)
+                return
+            if peer.incarnation not in self._greeting:
+                self._greet(endpoint, self._handshake.greet(peer, time.monotonic()))
+            self._greeting.setdefault(peer.incarnation, []).append(transfer)
             self._transfers[transfer] = None
-            tag = self._api.UCXXTag(on_wire(transfer.tag, Part.FRAME))
-            for array in transfer.arrays:
-                transfer.requests.append((endpoint.tag_send(array, tag), array))
-                transfer.posted += 1
         except (TransportError, self._api.UCXError) as error:
             self._settle(transfer, _as_transport_error(error))
+
+    def _begin(self, endpoint: Any, transfer: Transfer) -> None:
+        manifest = Manifest.of([array.nbytes for array in transfer.arrays])
+        self._say(endpoint, transfer, Part.MANIFEST, manifest)
+        self._transfers[transfer] = None
+        tag = self._api.UCXXTag(on_wire(transfer.tag, Part.FRAME))
+        for array in transfer.arrays:
+            transfer.requests.append((endpoint.tag_send(array, tag), array))
+            transfer.posted += 1
 
     def withdraw(self, transfer: Transfer) -> None:
         """Give up sending; the peer is asked to refuse what it has not taken."""
@@ -218,9 +266,10 @@ class Engine:
             return
         self._settle(transfer, TransportError("withdrawn"))
         endpoint = self._endpoints.get(transfer.peer.incarnation)
-        if endpoint is not None:
+        # A peer that was not met hears of it when it is.
+        if endpoint is not None and self._handshake.met(transfer.peer.incarnation):
             try:
-                self._say(endpoint, transfer.tag, Part.WITHDRAWAL, Manifest(transfer.posted, 0))
+                self._say(endpoint, transfer, Part.WITHDRAWAL, Manifest(transfer.posted, 0))
             except self._api.UCXError:
                 # It has failed, and its requests end by that.
                 self._fail_peer(transfer.peer.incarnation, "the connection failed")
@@ -249,6 +298,7 @@ class Engine:
         self._gone[peer.incarnation] = None
         if len(self._gone) > MAX_GONE:
             del self._gone[next(iter(self._gone))]
+        self._handshake.gone(peer.incarnation)
         self._fail_peer(peer.incarnation, "the peer is gone")
 
     def close(self, reason: str = "the transport is closed") -> None:
@@ -269,6 +319,8 @@ class Engine:
         # UCX is done with all buffers when its worker is no more.
         del self._worker, self._context
         self._transfers.clear()
+        self._greeting.clear()
+        self._reading.clear()
         self._minor.clear()
 
     def _drain(self) -> None:
@@ -284,32 +336,115 @@ class Engine:
         """Let UCX go on, and do what follows from it; says whether there was anything."""
         self._worker.progress()
         busy = False
-        while (probe := self._worker.tag_probe(self._any_tag, self._any_mask, True)).matched:
+        for _ in range(_MESSAGES_PER_STEP):
+            probe = self._worker.tag_probe(self._any_tag, self._any_mask, True)
+            if not probe.matched:
+                break
             busy = True
             self._message(probe)
+        if self._reading:
+            self._read_on()
         while self._minor and self._minor[0][0].completed:
             # A refusal always ends with an error, and a peer that a small message cannot reach is found out by the rest.
             self._minor.popleft()
         for transfer in list(self._transfers):
             busy |= self._advance(transfer)
+        if self._handshake.pending:
+            self._expire()
         return busy
 
     def _message(self, probe: Any) -> None:
         tag, part = off_wire(probe.sender_tag.value)
-        if part == Part.FRAME and owner_of(tag) not in self._gone:
-            self._follow(self._inbox.arrived(tag, probe.length, probe))
-        elif part in (Part.MANIFEST, Part.WITHDRAWAL) and probe.length == MANIFEST_NBYTES:
-            scratch = np.empty(MANIFEST_NBYTES, dtype=np.uint8)
-            request = self._worker.tag_recv_with_handle(self._array(scratch), probe)
-            # Small messages come with their data.
-            assert request.completed, "a message below the rendezvous threshold came without its data"
-            request.check_error()
-            if part == Part.MANIFEST:
-                self._follow(self._inbox.announced(tag, Manifest.decode(scratch.tobytes())))
-            else:
-                self._follow(self._inbox.withdrawn(tag))
-        else:
+        owner = owner_of(tag)
+        if part == Part.GREETING:
+            self._read(probe)
+        elif owner in self._gone:
             self._refuse(probe)
+        elif not self._handshake.proven(owner):
+            self._refuse(probe)
+            self._stranger("a message of a peer that has not proven itself")
+        elif part == Part.FRAME:
+            self._follow(self._inbox.arrived(tag, probe.length, probe))
+        else:
+            self._hear(probe, tag, part)
+
+    def _hear(self, probe: Any, tag: int, part: int) -> None:
+        """Take in what a peer says of a delivery."""
+        if probe.length != _SAID_NBYTES:
+            self._refuse(probe)
+            self._stranger(f"{probe.length} bytes about a delivery")
+            return
+        said = np.empty(_SAID_NBYTES, dtype=np.uint8)
+        request = self._worker.tag_recv_with_handle(self._array(said), probe)
+        # Small messages come with their data.
+        body, seal = said[:MANIFEST_NBYTES].tobytes(), said[MANIFEST_NBYTES:].tobytes()
+        if not request.completed or not self._handshake.verifies(owner_of(tag), probe.sender_tag.value, body, seal):
+            self._minor.append((request, said))
+            self._stranger("a message about a delivery without a proof")
+            return
+        request.check_error()
+        if part == Part.MANIFEST:
+            self._follow(self._inbox.announced(tag, Manifest.decode(body)))
+        else:
+            self._follow(self._inbox.withdrawn(tag))
+
+    # Greetings
+
+    def _read(self, probe: Any) -> None:
+        if not 0 < probe.length <= MESSAGE_NBYTES_MAX or len(self._reading) >= MAX_READING:
+            self._refuse(probe)
+            self._stranger(f"a greeting of {probe.length} bytes")
+            return
+        message = np.empty(probe.length, dtype=np.uint8)
+        self._reading.append((self._worker.tag_recv_with_handle(self._array(message), probe), message))
+        self._read_on()
+
+    def _read_on(self) -> None:
+        waiting, self._reading = self._reading, []
+        for request, message in waiting:
+            if not request.completed:
+                self._reading.append((request, message))
+                continue
+            try:
+                request.check_error()
+                self._heard(self._handshake.hear(message.tobytes(), time.monotonic()))
+            except (TransportError, self._api.UCXError) as error:
+                self._stranger(str(error))
+
+    def _heard(self, heard: Say | Met | None) -> None:
+        if heard is None:
+            return
+        endpoint = self._endpoint(heard.peer)
+        self._greet(endpoint, heard.message)
+        if isinstance(heard, Say):
+            return
+        for transfer in self._greeting.pop(heard.peer.incarnation, ()):
+            try:
+                if transfer.settled:
+                    self._say(endpoint, transfer, Part.WITHDRAWAL, Manifest(0, 0))
+                else:
+                    self._begin(endpoint, transfer)
+            except self._api.UCXError as error:
+                self._settle(transfer, _as_transport_error(error))
+
+    def _expire(self) -> None:
+        expired = self._handshake.expire(time.monotonic())
+        for incarnation in expired.silent:
+            error = TransportError(f"the peer has not proven within {HANDSHAKE_S:g} s that it is one")
+            for transfer in self._greeting.pop(incarnation, ()):
+                self._settle(transfer, error)
+        for incarnation in expired.unproven:
+            self._stranger("a greeting that was not proven")
+            in_use = self._handshake.met(incarnation) or self._handshake.proven(incarnation)
+            if not in_use and all(transfer.peer.incarnation != incarnation for transfer in self._transfers):
+                self._fail_peer(incarnation, "the peer has not proven that it is one")
+
+    def _stranger(self, what: str) -> None:
+        self.strangers += 1
+        if self.strangers == 1:
+            logger.warning(
+                "UCX was sent what is not of this installation, and refuses it: %s. More is only counted", what
+            )
 
     def _follow(self, instructions: Iterable[Instruction]) -> None:
         for instruction in instructions:
@@ -360,6 +495,8 @@ class Engine:
 
     def _fail_peer(self, incarnation: int, reason: str) -> None:
         error = TransportError(reason)
+        self._handshake.lost(incarnation)
+        self._greeting.pop(incarnation, None)
         self._follow(self._inbox.gone(incarnation, reason))
         for transfer in list(self._transfers):
             if transfer.peer.incarnation == incarnation:
@@ -372,9 +509,16 @@ class Engine:
         # Too small for it: UCX tells the sender that it is done, and moves nothing.
         self._minor.append((self._worker.tag_recv_with_handle(self._nowhere, message), self._nowhere))
 
-    def _say(self, endpoint: Any, tag: int, part: Part, manifest: Manifest) -> None:
-        array = self._array(manifest.encode())
-        self._minor.append((endpoint.tag_send(array, self._api.UCXXTag(on_wire(tag, part))), array))
+    def _say(self, endpoint: Any, transfer: Transfer, part: Part, manifest: Manifest) -> None:
+        tag, body = on_wire(transfer.tag, part), manifest.encode()
+        self._post(endpoint, tag, body + self._handshake.seal(transfer.peer.incarnation, tag, body))
+
+    def _greet(self, endpoint: Any, message: bytes) -> None:
+        self._post(endpoint, on_wire(0, Part.GREETING), message)
+
+    def _post(self, endpoint: Any, wire_tag: int, message: bytes) -> None:
+        array = self._array(message)
+        self._minor.append((endpoint.tag_send(array, self._api.UCXXTag(wire_tag)), array))
 
     def _endpoint(self, peer: Address) -> Any:
         if peer.incarnation in self._gone:

@@ -3,7 +3,8 @@
 Covers: sending and receiving deliveries, cancellation, peers that are gone, opening and closing; and the thread that
 works for it.
 Does not cover: what UCX is told (:mod:`dask_gpurt.shuffle.transport.engine`); who is alive, which Dask knows and says by
-:meth:`UCXTransport.drop_peer`; how many bytes may be under way, which the caller limits. There are no timeouts here.
+:meth:`UCXTransport.drop_peer`; how many bytes may be under way, which the caller limits. There are no timeouts here, but for a
+peer that does not prove that it is one (:mod:`dask_gpurt.shuffle.transport.handshake`).
 
 A delivery, from both sides
     1. The sender takes a tag (:meth:`UCXTransport.new_tag`), calls an RPC of the receiver with the tag, the sizes of the
@@ -37,7 +38,15 @@ from typing import Any
 
 import numpy as np
 
-from dask_gpurt.shuffle.transport.address import Address, TagCounter, TransportError, TransportUnavailable, owner_of
+from dask_gpurt.secret import Secret
+from dask_gpurt.shuffle.transport.address import (
+    TAG_BITS,
+    Address,
+    TagCounter,
+    TransportError,
+    TransportUnavailable,
+    owner_of,
+)
 from dask_gpurt.shuffle.transport.engine import RENDEZVOUS_NBYTES, Engine, Transfer
 
 __all__ = ["MIN_FRAME_NBYTES", "TransportError", "TransportUnavailable", "UCXTransport", "host_buffer"]
@@ -68,15 +77,23 @@ class UCXTransport:
         The event loop.
     engine
         UCX, which from now on belongs to the thread of this transport.
+    secret
+        By which addresses are known.
     prepare_thread
         Called first in that thread.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, engine: Engine, prepare_thread: Callable[[], None] | None = None
+        self,
+        loop: asyncio.AbstractEventLoop,
+        engine: Engine,
+        secret: Secret,
+        prepare_thread: Callable[[], None] | None = None,
     ) -> None:
         self._loop = loop
         self._engine = engine
+        self._secret = secret
+        self._address = engine.address.encode(secret)
         self._prepare_thread = prepare_thread
         self._tags = TagCounter(engine.address.incarnation)
         self._description = engine.describe()
@@ -103,28 +120,52 @@ class UCXTransport:
         return f"<UCXTransport {state}, {self.sent_nbytes} bytes out, {self.received_nbytes} bytes in>"
 
     @classmethod
-    def open(cls, loop: asyncio.AbstractEventLoop, prepare_thread: Callable[[], None] | None = None) -> UCXTransport:
+    def open(
+        cls,
+        loop: asyncio.AbstractEventLoop,
+        secret: Secret,
+        prepare_thread: Callable[[], None] | None = None,
+        *,
+        loopback: bool = False,
+    ) -> UCXTransport:
         """Start UCX for a worker. The first time in a process this takes half a second; any thread may do it.
 
         Parameters
         ----------
         loop
             The event loop that the transport will be used on.
+        secret
+            What all peers know; from whoever does not nothing is taken.
         prepare_thread
             Called first in the thread that works for the transport; where there are device buffers, it makes their CUDA
             context current.
+        loopback
+            Whether all peers are on this host: then UCX listens on the loopback address only.
 
         Raises
         ------
         TransportUnavailable
             If ucxx is not installed, or UCX does not start.
         """
-        return cls(loop, Engine(), prepare_thread)
+        return cls(loop, Engine(secret, loopback=loopback), secret, prepare_thread)
 
     @property
     def address(self) -> bytes:
         """What peers need to reach this worker, and to tell it from what was in its place before. Opaque."""
-        return self._engine.address.encode()
+        return self._address
+
+    def check(self, peer: object) -> None:
+        """Check what somebody says is the address of a peer.
+
+        Raises
+        ------
+        TransportError
+            If nobody has made it who knows the secret.
+        """
+        self._decode(peer)
+
+    def _decode(self, peer: Any) -> Address:
+        return Address.decode(peer, self._secret)
 
     def new_tag(self) -> int:
         """Return the tag for a delivery that this worker is to send."""
@@ -135,6 +176,7 @@ class UCXTransport:
         return self._description | {
             "under_way": len(self._waiting),
             "quarantined_nbytes": self._engine.quarantined_nbytes,
+            "strangers": self._engine.strangers,
             "sent_nbytes": self.sent_nbytes,
             "received_nbytes": self.received_nbytes,
         }
@@ -159,7 +201,7 @@ class UCXTransport:
         TransportError
             If the peer is gone, the connection broke, or this transport is closed.
         """
-        address = Address.decode(peer)
+        address = self._decode(peer)
         arrays = [self._frame(buffer) for buffer in buffers]
         if owner_of(tag) != self._engine.address.incarnation:
             raise ValueError(f"{tag:#x} is no tag of this transport")
@@ -192,9 +234,9 @@ class UCXTransport:
         TransportError
             If the peer is gone or withdrew, sends something else than was announced, or this transport is closed.
         """
-        address = Address.decode(peer)
-        if owner_of(tag) != address.incarnation:
-            raise TransportError(f"{tag:#x} is no tag of that peer")
+        address = self._decode(peer)
+        if type(tag) is not int or owner_of(tag) != address.incarnation or tag >> TAG_BITS:
+            raise TransportError(f"{tag!r:.40} is no tag of that peer")
         if any(nbytes < MIN_FRAME_NBYTES for nbytes in sizes):
             raise TransportError(f"a frame of under {MIN_FRAME_NBYTES} bytes was announced")
         buffers = [allocate(nbytes) for nbytes in sizes]
@@ -216,7 +258,7 @@ class UCXTransport:
 
         Nothing can be sent to or received from this incarnation after that.
         """
-        address = Address.decode(peer)
+        address = self._decode(peer)
         if not self._closing:
             self._submit(functools.partial(self._engine.drop, address))
 

@@ -71,6 +71,61 @@ def test_by_ucx() -> None:
     run(main())
 
 
+def secrets_of(cluster: Any) -> list[bytes]:
+    """What tells secrets apart, and does not tell them."""
+    plugins = [worker.plugins["gpurt"] for worker in cluster.workers.values()]
+    return [plugin.secret.sign("test") for plugin in plugins]
+
+
+def test_workers_of_an_installation_know_its_secret_and_no_log_does(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async with workers() as (cluster, client, installation):
+            first, again = secrets_of(cluster)
+            assert first == again
+            keys = {worker.plugins["gpurt"].secret._key for worker in cluster.workers.values()}
+            shown = [caplog.text, repr(installation), repr(carriers(cluster)), repr(cluster.scheduler)]
+            shown += [repr(vars(worker.plugins["gpurt"])) for worker in cluster.workers.values()]
+            shown.append(repr(await client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.identity())))
+            shown.append(repr(await client.get_events("gpurt")))
+            assert not [key for key in keys for text in shown if key.hex() in text or repr(key) in text]
+            # Another installation has another one, and so has a worker of which the scheduler knows nothing.
+            await dask_gpurt.install(client, placement=False)  # type: ignore[misc]
+            second, again = secrets_of(cluster)
+            assert second == again != first
+
+    with caplog.at_level("DEBUG"):
+        run(main())
+
+
+def test_a_worker_without_a_secret_does_not_start_ucx() -> None:
+    async def main() -> None:
+        async with workers() as (cluster, _, _):
+            worker = next(iter(cluster.workers.values()))
+            carrier = Carrier(worker, worker.extensions["gpurt"].shuffle, ucx=True)
+            assert carrier.path() == "by Dask's comms: the scheduler has given no secret"
+            assert await carrier.address() is None
+
+    run(main())
+
+
+@pytest.mark.parametrize("lie", [b"", b"x" * 300, "text", 7, ["list"]])
+def test_a_peer_whose_address_is_none_is_served_by_dasks_comms(caplog: pytest.LogCaptureFixture, lie: object) -> None:
+    async def main() -> None:
+        async with workers() as (cluster, client, _):
+            for carrier, worker in zip(carriers(cluster), cluster.workers.values(), strict=True):
+                assert await carrier.address() is not None
+
+                async def address() -> object:
+                    return lie
+
+                worker.handlers["gpurt_shuffle_address"] = address
+            await shuffle(client)
+            assert "UCX is not used to" in caplog.text
+            assert all(carrier.ucx_nbytes == 0 for carrier in carriers(cluster))
+
+    run(main())
+
+
 def test_by_dasks_comms_with_credits(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         monkeypatch.setattr(carrier_module, "EAGER_NBYTES", 1000)
@@ -84,15 +139,21 @@ def test_by_dasks_comms_with_credits(monkeypatch: pytest.MonkeyPatch) -> None:
     run(main())
 
 
-def test_what_is_encrypted_stays_encrypted() -> None:
+def test_what_is_encrypted_stays_encrypted(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cryptography", reason="makes the certificates")
 
     async def main() -> None:
         security = Security.temporary()
         async with workers(security=security, protocol="tls") as (cluster, client, installation):
             assert "encrypted" in str(installation)
+            opened: list[object] = []
+            monkeypatch.setattr(UCXTransport, "open", lambda *args, **_: opened.append(args))
             await shuffle(client)
-            assert all(carrier.ucx_nbytes == 0 for carrier in carriers(cluster))
+            for carrier in carriers(cluster):
+                # Nor does it when a peer asks for it.
+                assert await carrier.address() is None
+                assert carrier.ucx_nbytes == 0
+            assert not opened
 
     run(main())
 

@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("ucxx", reason="ucxx is not installed", exc_type=ImportError)
 
+from dask_gpurt.secret import Secret
 from dask_gpurt.shuffle.transport.ucx import TransportError, UCXTransport
 
 #: A delivery: enough of it that a peer dies within.
@@ -26,11 +27,12 @@ PROMPT_S = 1
 PEER = """
 import asyncio, json, sys
 import numpy as np
+from dask_gpurt.secret import Secret
 from dask_gpurt.shuffle.transport.ucx import UCXTransport, TransportError
 
 async def main():
     loop = asyncio.get_running_loop()
-    transport = UCXTransport.open(loop)
+    transport = UCXTransport.open(loop, Secret(bytes(32)))
     stdin = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
     say = lambda **what: print(json.dumps(what), flush=True)
@@ -100,7 +102,7 @@ class Peer:
 
 @asynccontextmanager
 async def peers(count: int) -> AsyncIterator[tuple[UCXTransport, list[Peer]]]:
-    own = UCXTransport.open(asyncio.get_running_loop())
+    own = UCXTransport.open(asyncio.get_running_loop(), Secret(bytes(32)))
     found = await asyncio.gather(*(Peer.start() for _ in range(count)))
     try:
         yield own, list(found)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from dask_gpurt.errors import GpurtError
+from dask_gpurt.secret import Secret
 from dask_gpurt.shuffle.transport.address import (
+    ADDRESS_NBYTES_MAX,
     MANIFEST_NBYTES,
     Address,
     Manifest,
@@ -17,27 +19,29 @@ from dask_gpurt.shuffle.transport.address import (
     owner_of,
 )
 
+SECRET = Secret.new()
+
 
 def test_an_address_comes_back_as_it_was() -> None:
     address = Address.new(b"what UCX says")
-    assert Address.decode(address.encode()) == address
+    assert Address.decode(address.encode(SECRET), SECRET) == address
 
 
 def test_two_incarnations_of_one_worker_differ() -> None:
     assert Address.new(b"same") != Address.new(b"same")
 
 
-@pytest.mark.parametrize("encoded", [b"", b"GPUX", b"nonsense that is long enough", Address(1, b"").encode()])
+@pytest.mark.parametrize("encoded", [b"", b"GPUX", b"nonsense that is long enough", Address(1, b"").encode(SECRET), 7])
 def test_what_is_no_address_is_refused(encoded: bytes) -> None:
     with pytest.raises(TransportError):
-        Address.decode(encoded)
+        Address.decode(encoded, SECRET)
 
 
 def test_another_version_is_refused() -> None:
-    encoded = bytearray(Address(1, b"x").encode())
+    encoded = bytearray(Address(1, b"x").encode(SECRET))
     encoded[4] += 1
     with pytest.raises(TransportError, match="version"):
-        Address.decode(bytes(encoded))
+        Address.decode(bytes(encoded), SECRET)
 
 
 def test_tags_differ_and_say_whose_they_are() -> None:
@@ -67,3 +71,18 @@ def test_a_transport_error_is_one_that_is_tried_again() -> None:
     # distributed's `retry` tries again after an OSError.
     assert issubclass(TransportError, OSError)
     assert issubclass(TransportError, GpurtError)
+
+
+def test_an_address_that_no_member_has_made_is_refused() -> None:
+    encoded = Address(7, b"where somebody else waits").encode(Secret.new())
+    with pytest.raises(TransportError, match="none of this installation"):
+        Address.decode(encoded, SECRET)
+    own = bytearray(Address(7, b"where it is").encode(SECRET))
+    own[-20] ^= 1
+    with pytest.raises(TransportError, match="none of this installation"):
+        Address.decode(bytes(own), SECRET)
+
+
+def test_an_address_has_a_largest_size() -> None:
+    with pytest.raises(TransportError, match="bytes are no address"):
+        Address.decode(Address(7, bytes(ADDRESS_NBYTES_MAX)).encode(SECRET), SECRET)

@@ -20,7 +20,9 @@ import pytest
 
 pytest.importorskip("ucxx", reason="ucxx is not installed", exc_type=ImportError)
 
+from dask_gpurt.secret import Secret
 from dask_gpurt.shuffle.device import SMALL_NBYTES, DeviceBody, allocate
+from dask_gpurt.shuffle.transport.address import Address
 from dask_gpurt.shuffle.transport.ucx import (
     MIN_FRAME_NBYTES,
     TransportError,
@@ -30,6 +32,7 @@ from dask_gpurt.shuffle.transport.ucx import (
 )
 
 SIZE = MIN_FRAME_NBYTES
+SECRET = Secret.new()
 
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -39,7 +42,7 @@ def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
 @asynccontextmanager
 async def two() -> AsyncIterator[tuple[UCXTransport, UCXTransport]]:
     loop = asyncio.get_running_loop()
-    a, b = UCXTransport.open(loop), UCXTransport.open(loop)
+    a, b = UCXTransport.open(loop, SECRET), UCXTransport.open(loop, SECRET)
     try:
         yield a, b
     finally:
@@ -238,7 +241,7 @@ def test_a_dropped_peer_ends_what_is_under_way_with_it_and_nothing_else() -> Non
     async def main() -> None:
         loop = asyncio.get_running_loop()
         async with two() as (a, b):
-            c = UCXTransport.open(loop)
+            c = UCXTransport.open(loop, SECRET)
             await carry(a, b, frames(SIZE))
             tag_out, tag_in, tag_other = a.new_tag(), b.new_tag(), c.new_tag()
             pending = [
@@ -335,7 +338,8 @@ def test_what_cannot_be_sent_is_said_so_at_once() -> None:
 def test_an_address_that_reaches_nobody() -> None:
     async def main() -> None:
         async with two() as (a, b):
-            broken = b.address[:20] + bytes(len(b.address) - 20)
+            known = Address.decode(b.address, SECRET)
+            broken = Address(known.incarnation, known.ucx[:7] + bytes(len(known.ucx) - 7)).encode(SECRET)
             with pytest.raises(TransportError):
                 await asyncio.wait_for(a.send(broken, a.new_tag(), frames(SIZE)), 5)
             await carry(a, b, frames(SIZE))
@@ -347,7 +351,7 @@ def test_without_ucxx_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None
     async def main() -> None:
         monkeypatch.setitem(sys.modules, "ucxx", None)
         with pytest.raises(TransportUnavailable, match="cannot be imported"):
-            UCXTransport.open(asyncio.get_running_loop())
+            UCXTransport.open(asyncio.get_running_loop(), SECRET)
 
     run(main)
 
@@ -357,7 +361,7 @@ def test_where_ucx_does_not_start_it_is_unavailable(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv("UCX_TLS", "no_such_transport")
         monkeypatch.setenv("UCX_LOG_LEVEL", "fatal")
         with pytest.raises(TransportUnavailable, match="does not start"):
-            UCXTransport.open(asyncio.get_running_loop())
+            UCXTransport.open(asyncio.get_running_loop(), SECRET)
 
     run(main)
 
@@ -379,7 +383,7 @@ def test_what_goes_wrong_in_the_thread_reaches_those_who_wait(caplog: pytest.Log
     async def main() -> None:
         loop = asyncio.get_running_loop()
         async with two() as (a, _):
-            failed = UCXTransport.open(loop, prepare_thread=broken)
+            failed = UCXTransport.open(loop, SECRET, prepare_thread=broken)
             with pytest.raises(TransportError):
                 await failed.send(a.address, failed.new_tag(), frames(SIZE))
             await failed.close()
