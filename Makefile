@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check format bench gpu-bench gpu-test clean
+# Minutes of `make fuzz`.
+FUZZ_MINUTES ?= 10
+
+.PHONY: setup demo test check format bench fuzz chaos gpu-bench gpu-test clean
 
 setup: $(STAMP)
 
@@ -52,6 +55,9 @@ gpu-bench: $(GPU_STAMP)
 
 gpu-test: $(GPU_STAMP)
 	$(GPU_VENV)/bin/python -m pytest -m gpu
+
+fuzz: setup
+	$(BIN)/python -m pytest -p no:cacheprovider tests/property/test_fuzz.py --fuzz-minutes=$(FUZZ_MINUTES)
 
 clean:
 	rm -rf $(VENV) $(GPU_VENV) build dist *.egg-info

@@ -7,6 +7,7 @@ See also: :mod:`distributed.shuffle._arrow`, whose results these must equal.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -90,20 +91,50 @@ def write_stream(table: pa.Table, view: memoryview) -> None:
 def decode_table(body: Buffer, rows: int) -> pa.Table:
     """Read an Arrow IPC stream of ``rows`` rows without a copy.
 
+    What Arrow reads it does not check by itself: a wrong offset in it would end the process where it is followed. And what
+    is compressed may be of any size when it is not: nobody of ours compresses within a stream.
+
     Raises
     ------
     WireError
-        If it is none, or has other rows.
+        If it is none, is compressed, or has other rows.
     """
     import pyarrow as pa
 
     try:
+        if any(map(_is_compressed, pa.ipc.MessageReader.open_stream(pa.py_buffer(body)))):
+            raise WireError("this Arrow stream is compressed within")
         table = pa.ipc.open_stream(pa.py_buffer(body)).read_all()
-    except (pa.ArrowException, OSError) as error:
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, struct.error, UnicodeDecodeError) as error:
         raise WireError(f"this is not an Arrow stream: {error}") from error
     if table.num_rows != rows:
         raise WireError(f"the header says there are {rows} rows, and there are {table.num_rows}")
     return table
+
+
+def _is_compressed(message: pa.ipc.Message) -> bool:
+    """Whether a batch has compressed buffers. pyarrow does not tell, but in its Flatbuffers it is easily found."""
+    metadata = memoryview(message.metadata).cast("B")
+    (root,) = struct.unpack_from("<I", metadata)
+    batch = _table_in(metadata, root, 2)
+    if message.type == "dictionary" and batch is not None:
+        batch = _table_in(metadata, batch, 1)
+    return message.type in {"dictionary", "record batch"} and batch is not None and _slot(metadata, batch, 3) != 0
+
+
+def _slot(metadata: memoryview, table: int, number: int) -> int:
+    """Find a field of a Flatbuffers table: how far it is behind the beginning of the table; 0: it is not there."""
+    (back,) = struct.unpack_from("<i", metadata, table)
+    nbytes, *_ = struct.unpack_from("<H", metadata, table - back)
+    at = 4 + 2 * number
+    return int(struct.unpack_from("<H", metadata, table - back + at)[0]) if at + 2 <= nbytes else 0
+
+
+def _table_in(metadata: memoryview, table: int, number: int) -> int | None:
+    """Follow a field that refers to another table."""
+    field = _slot(metadata, table, number)
+    return table + field + int(struct.unpack_from("<I", metadata, table + field)[0]) if field else None
 
 
 def name_index(frame: pd.DataFrame, meta: pd.DataFrame) -> None:
@@ -163,7 +194,22 @@ def arrange_tables(tables: Sequence[pa.Table], arrangement: Arrangement, names: 
 
 
 def to_frame(table: pa.Table, meta: pd.DataFrame, *, cast: bool = True) -> pd.DataFrame:
-    """Make a frame of a table; ``meta`` is the empty frame that says what is expected."""
+    """Make a frame of a table; ``meta`` is the empty frame that says what is expected.
+
+    Raises
+    ------
+    WireError
+        If the table has other columns, or what it says of them for pandas is not so.
+    """
+    try:
+        frame = _to_frame(table, meta)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        # What pandas and Arrow make of metadata that are none.
+        raise WireError(f"this is no table of the columns that are expected: {error!r}") from error
+    return cast_frame(frame, meta) if cast else frame
+
+
+def _to_frame(table: pa.Table, meta: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
     from dask.dataframe.dispatch import from_pyarrow_table_dispatch
 
@@ -179,4 +225,4 @@ def to_frame(table: pa.Table, meta: pd.DataFrame, *, cast: bool = True) -> pd.Da
         frame.insert(place, str(place), kept[str(place)])
     frame.columns = meta.columns
     name_index(frame, meta)
-    return cast_frame(frame, meta) if cast else frame
+    return frame

@@ -116,8 +116,9 @@ class Assigner:
 
     async def open(self, shuffle_id: str, key: Any, worker: str, sample: dict[str, Any]) -> Any:
         """Answer a worker's question for the run of a shuffle of which it has seen an input. Handler for workers."""
+        seen = Sample.from_message(sample)
         poll = self._polls.setdefault(shuffle_id, _Poll())
-        poll.samples[worker] = Sample.from_message(sample)
+        poll.samples[worker] = seen
         poll.asking += 1
         try:
             if patience_s := self._patience_s(shuffle_id, poll):

@@ -233,6 +233,8 @@ def _unpack(pieces: Sequence[tuple[Header, Any]], library: ArrayLibrary | None, 
         for segment in header.segments.tolist():
             shape = tuple(segment[ndim:])
             size = math.prod(shape)
+            if tuple(segment[:ndim]) in shards:
+                raise WireError(f"the shard at place {tuple(segment[:ndim])} is there twice")
             shards[tuple(segment[:ndim])] = elements[offset : offset + size].reshape(shape)
             offset += size
     ndim = len(next(iter(shards)))

@@ -61,7 +61,7 @@ from dask_gpurt.shuffle.device import DeviceBody, allocate, library_named
 from dask_gpurt.shuffle.shelves import TieredReservation
 from dask_gpurt.shuffle.transport.ucx import MIN_FRAME_NBYTES, TransportError, TransportUnavailable, UCXTransport
 from dask_gpurt.shuffle.ways import Way, Ways
-from dask_gpurt.shuffle.wire import WireError, pack_list
+from dask_gpurt.shuffle.wire import WireError, check_nbytes, check_sizes, pack_list
 from dask_gpurt.topology import Gauge, Place, Topology
 
 if TYPE_CHECKING:
@@ -372,6 +372,9 @@ class Carrier:
 
     async def credit(self, shuffle_id: str, run_id: int, credit: str, nbytes: int) -> Reply:
         """Reserve memory for a message that is to come. Handler for peers."""
+        check_nbytes(nbytes)
+        if not isinstance(credit, str):
+            raise WireError(f"a credit has a name, and not a {type(credit).__name__}")
         try:
             run = await seams.shuffle_run(self._worker, shuffle_id, run_id)
             await run.attend(run.grant(credit, nbytes))
@@ -397,6 +400,7 @@ class Carrier:
             told = pack_list(packed, len(buffers))
             if sizes is None:
                 return await run.attend(self._take_by_comm(run, list(buffers), told, credit))
+            check_sizes(sizes, libraries, len(buffers))
             if told and libraries is not None:
                 raise WireError("a message from the memory of a device has no compressed buffers")
             return await run.attend(self._take_by_ucx(run, list(buffers), told, sizes, libraries, tag, peer))
@@ -432,10 +436,8 @@ class Carrier:
     ) -> dict[str, Any]:
         if self._transport is None:
             raise TransportError("this worker has no UCX any more")
-        if len(sizes) != len(buffers) or (libraries is not None and len(libraries) != len(sizes)):
-            raise TransportError(f"{len(sizes)} sizes were announced for {len(buffers)} buffers")
-        if any(type(nbytes) is not int or nbytes < 0 for nbytes in sizes):
-            raise TransportError("a size that was announced is none")
+        # Before anything is reserved for it.
+        self._transport.check(peer, tag)
         large = [number for number, nbytes in enumerate(sizes) if nbytes]
         called_nbytes = nbytes_of(buffers)
         asked_s = time.perf_counter()
@@ -530,6 +532,9 @@ class Carrier:
 
     async def abandon(self, tag: int, peer: bytes) -> None:
         """Stop waiting for a delivery that its sender has given up. Handler for peers."""
+        if self._transport is None:
+            return
+        self._transport.check(peer, tag)
         identity = (peer, tag)
         self._abandoned.append(identity)
         receiving = self._receiving.get(identity)

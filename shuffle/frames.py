@@ -54,6 +54,8 @@ __all__ = ["LARGE_NBYTES", "check_parcel", "join", "pack", "ready", "split"]
 
 #: From this size on, on average, each shard has a body of its own. Its fixed cost, some 20 µs, is little then.
 LARGE_NBYTES = 2**18
+#: No shard has more rows. Where rows take no bytes, which Arrow knows, nothing else would bound them.
+ROWS_MAX = 2**31 - 1
 
 
 def split(
@@ -158,12 +160,19 @@ def check_parcel(header: Header, wanted: Callable[[Hashable], bool]) -> None:
     WireError
         If it is no frame, or for partitions that nobody unpacks here.
     """
-    if header.kind is not Kind.FRAME or len(header.input_id) != 1 or header.segments.shape[1] != 2:
+    if header.kind is not Kind.FRAME or len(header.input_id) != 1 or not _has_pairs(header):
         raise WireError(f"shards of a frame were expected, got {header.kind!r} for {header.input_id}")
+    if int(header.segments[:, 1].max()) > ROWS_MAX:
+        # More than memory has bytes: their sum could be any number.
+        raise WireError(f"a shard of {int(header.segments[:, 1].max())} rows")
     for partition in header.segments[:, 0].tolist():
         if not wanted(partition):
             raise WireError(f"output partition {partition} is not held here")
     Schema.parse(header.extra).check_size(header.body_nbytes, int(header.segments[:, 1].sum()))
+
+
+def _has_pairs(header: Header) -> bool:
+    return len(header.segments) > 0 and header.segments.shape[1] == 2
 
 
 def ready(parcel: Parcel) -> tuple[int, list[Buffer]] | None:
@@ -261,11 +270,13 @@ def join(buffers: Sequence[Buffer], meta: pd.DataFrame, *, allocate: Allocate = 
     pieces = []
     for head, body in zip(buffers[::2], buffers[1::2], strict=True):
         header = decode(head, body)
-        if header.kind is not Kind.FRAME or header.segments.shape[1] != 2 or not len(header.segments):
+        if header.kind is not Kind.FRAME or not _has_pairs(header):
             raise WireError(f"shards of a frame were expected, got {header.kind!r}")
         schema = Schema.parse(header.extra)
         if schema.width != len(meta.columns):
             raise WireError(f"{len(meta.columns)} columns were expected")
+        if schema.has_index and meta.index.nlevels > 1:
+            raise WireError(f"an index of {meta.index.nlevels} levels was expected")
         pieces.append(_Piece(header.segments, schema, schema.read(body, int(header.segments[:, 1].sum()))))
     # Mostly this alone puts all of them in order.
     pieces.sort(key=lambda piece: int(piece.segments[0, 0]))

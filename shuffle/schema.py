@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import enum
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -53,8 +54,17 @@ WORDS: dict[int, np.dtype[Any]] = {nbytes: np.dtype(f"u{nbytes}") for nbytes in 
 LENGTHS = tuple(np.dtype(f"u{nbytes}") for nbytes in (1, 2, 4))
 _CODES = tuple(np.dtype(f"i{nbytes}") for nbytes in (1, 2, 4, 8))
 _VALID = np.dtype(np.bool_)
+#: How NumPy names a type whose elements are of one width. What else it can parse is much, and not all of it harmless.
+_TYPE = re.compile(r"[<>|=][biufcmMV]\d{1,2}(\[(s|ms|us|ns)\])?", re.ASCII)
+#: Units of the dates and durations of pandas.
+_TIMES = {("s", 1), ("ms", 1), ("us", 1), ("ns", 1)}
+#: What pandas has columns of, and no index.
+_NO_INDEX = np.dtype("f2")
 #: Where the Arrow stream begins: a multiple of this, as Arrow likes its buffers.
 _ALIGNMENT = 64
+#: Rows of an Arrow stream that a byte of it stands for at most. A bit a row is the least that there is, but for columns
+#: that have no value at all.
+_STREAM_ROWS_MAX = 1024
 
 
 class Form(enum.Enum):
@@ -75,10 +85,16 @@ class Form(enum.Enum):
 
 
 def is_plain(dtype: object) -> bool:
-    """Whether values of this type are bytes without references, that NumPy can name the type of."""
+    """Whether values of this type are bytes without references, of which pandas makes columns.
+
+    Examples
+    --------
+    >>> is_plain(np.dtype("M8[ms]")), is_plain(np.dtype("M8[25s]")), is_plain(np.dtype(object))
+    (True, False, False)
+    """
     if not isinstance(dtype, np.dtype) or dtype.kind not in "biufcmM":
         return False
-    return dtype.kind not in "mM" or np.datetime_data(dtype)[0] != "generic"
+    return dtype.kind not in "mM" or np.datetime_data(dtype) in _TIMES
 
 
 class Column(NamedTuple):
@@ -116,8 +132,12 @@ class Column(NamedTuple):
             If it is none.
         """
         form = next((form for form in Form if form.value and code.startswith(form.value)), Form.PLAIN)
-        column = cls(place, form, np.dtype(code.removeprefix(form.value).removesuffix("?")), code.endswith("?"))
-        if not form.allows(column.dtype) or (column.nulls and form not in {Form.FIXED, Form.TEXT}):
+        name = code.removeprefix(form.value).removesuffix("?")
+        if _TYPE.fullmatch(name) is None:
+            raise ValueError(f"no type has such a name: {name[:40]}")
+        column = cls(place, form, np.dtype(name), code.endswith("?"))
+        known = form.allows(column.dtype) and not (place == INDEX and column.dtype.newbyteorder("=") == _NO_INDEX)
+        if not known or (column.nulls and form not in {Form.FIXED, Form.TEXT}):
             raise ValueError(f"no column lies like that: {code}")
         return column
 
@@ -194,7 +214,7 @@ class Schema:
                 tuple(int(place) for place in rest),
                 bool(stream),
             )
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise WireError(f"this does not describe columns: {token[:100]!r}") from error
         places = [column.place for column in schema.columns]
         own = places[: len(places) - schema.has_index]
@@ -277,6 +297,8 @@ class Schema:
         end = self.stream_start(rows * self.row_nbytes)
         if nbytes < end or (nbytes != end and not self.stream and not self.texts):
             raise WireError(f"{rows} rows take {end} bytes and the body has {nbytes}")
+        if not self.row_nbytes and rows > _STREAM_ROWS_MAX * nbytes:
+            raise WireError(f"a stream of {nbytes} bytes has no {rows} rows")
 
     def view_parts(self, view: memoryview, rows: int) -> list[npt.NDArray[Any]]:
         """View the parts of a body that is large enough for them."""

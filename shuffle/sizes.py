@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dask_gpurt.shuffle.wire import WireError, check_nbytes
+
 __all__ = ["ROWS_MAX", "Sample", "expected_sizes", "joint_sizes", "sample_of"]
 
 Floats = npt.NDArray[np.float64]
@@ -56,9 +58,23 @@ class Sample:
 
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> Sample:
-        """Read what :meth:`to_message` has written."""
-        rows = np.frombuffer(message["rows"], "<u4").astype(np.int64)
-        return cls(str(message["column"]), int(message["nbytes"]), rows)
+        """Read what :meth:`to_message` has written.
+
+        Raises
+        ------
+        WireError
+            If it is not that.
+        """
+        column, nbytes, rows = (message.get(key) for key in ("column", "nbytes", "rows"))
+        check_nbytes(nbytes)
+        if (
+            not isinstance(column, str)
+            or not isinstance(rows, bytes)
+            or len(rows) % 4
+            or len(rows) > 4 * TABLE_SIZE_MAX
+        ):
+            raise WireError("this is no sample of an input")
+        return cls(column, nbytes, np.frombuffer(rows, "<u4").astype(np.int64))
 
     def sizes(self, outputs: Ints) -> Floats:
         """Return the bytes of this input that go to each of ``outputs``."""

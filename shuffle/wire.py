@@ -1,6 +1,6 @@
-"""The header that goes before every body of shards, on the wire and in the store, and what goes with compressed buffers.
+"""The header that goes before every body of shards, on the wire and in the store, and what is said of a message.
 
-Covers: encoding and decoding of :class:`Header`; :func:`pack_list`. Decoding checks every length against the buffer and against limits;
+Covers: encoding and decoding of :class:`Header`; what a peer says of a message beside it. Decoding checks every length against the buffer and against limits;
 nothing that a peer can put into a header makes it allocate more than the header's own size.
 Does not cover: what the segments and the body mean; see :mod:`dask_gpurt.shuffle.frames` and
 :mod:`dask_gpurt.shuffle.bricks`. Bodies are never pickled.
@@ -29,9 +29,12 @@ __all__ = [
     "MAX_EXTRA_NBYTES",
     "MAX_NDIM",
     "MAX_SEGMENTS",
+    "MESSAGE_NBYTES_MAX",
     "Header",
     "Kind",
     "WireError",
+    "check_nbytes",
+    "check_sizes",
     "decode",
     "encode",
     "pack_list",
@@ -47,6 +50,8 @@ MAX_NDIM = 64
 MAX_COLUMNS = 3 * MAX_NDIM
 #: Segments of one body. Dask runs out of tasks long before that many output partitions.
 MAX_SEGMENTS = 2**24
+#: Bytes of a message: far more than a worker has memory for, and far less than what makes a number overflow.
+MESSAGE_NBYTES_MAX = 2**42
 #: Bytes of ``extra``, which holds the description of a dtype.
 MAX_EXTRA_NBYTES = 2**16
 
@@ -160,6 +165,37 @@ def decode(buffer: Buffer, body: Buffer | DeviceBuffer) -> Header:
     if segments.size and int(segments.min()) < 0:
         raise WireError("a segment has a negative number")
     return Header(Kind(kind), input_id, segments.reshape(rows, columns), body_nbytes, bytes(view[segments_end:]))
+
+
+def check_nbytes(nbytes: object) -> None:
+    """Check what a peer says is the size of a message.
+
+    Raises
+    ------
+    WireError
+        If no message has that size.
+    """
+    if type(nbytes) is not int or not 0 <= nbytes <= MESSAGE_NBYTES_MAX:
+        raise WireError(f"a message has no {nbytes!r:.40} bytes")
+
+
+def check_sizes(sizes: object, libraries: object, buffers: int) -> None:
+    """Check what a peer says of a message of so many ``buffers``: the sizes of those to come, and whose memory they are.
+
+    Raises
+    ------
+    WireError
+        If that cannot be so.
+    """
+    if not isinstance(sizes, list | tuple) or len(sizes) != buffers:
+        raise WireError(f"the sizes of {buffers} buffers were expected")
+    if any(type(nbytes) is not int or nbytes < 0 for nbytes in sizes):
+        raise WireError("a size that was announced is none")
+    check_nbytes(sum(sizes))
+    if libraries is None:
+        return
+    if not isinstance(libraries, list | tuple) or [type(name) for name in libraries] != [str] * buffers:
+        raise WireError(f"the libraries of {buffers} buffers were expected")
 
 
 def pack_list(message: object, buffers: int) -> list[Packed]:

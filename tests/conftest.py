@@ -28,6 +28,7 @@ collect_ignore = [
     "device_exchange.py",
     "device_standin.py",
     "emulated_cuda",
+    "mutations.py",
     "placement_nodes.py",
     "rmm_standin.py",
     "s3_server.py",
@@ -41,6 +42,7 @@ settings.load_profile("dask-gpurt")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seeds", type=int, default=20, help="how many seeds of chaos run in the simulator")
+    parser.addoption("--fuzz-minutes", type=float, default=0, help="how long parsers are fuzzed beyond the usual")
 
 
 def _gpus() -> int:

@@ -33,6 +33,7 @@ import hashlib
 import itertools
 import logging
 import math
+import re
 import secrets
 import threading
 import time
@@ -53,6 +54,8 @@ logger = logging.getLogger(__name__)
 
 _PREFIX = "gpurt-spill-"
 _OWNER = ".owner"
+#: Names of owners: whatever else lies there is not ours to remove, nor may it name what is.
+_OWNERS = re.compile(rf"{_PREFIX}[0-9a-f]{{32}}\{_OWNER}", re.ASCII)
 
 #: Seconds between one try and the next.
 PAUSES_S = (0.1, 0.5, 2.0)
@@ -179,7 +182,7 @@ class ObjectFolder:
             now = self._fs.modified(self._owner)
             for path in self._fs.ls(self._base, detail=False):
                 name = path.rstrip("/").rpartition("/")[2]
-                if not (name.startswith(_PREFIX) and name.endswith(_OWNER)) or path.endswith(self._owner):
+                if _OWNERS.fullmatch(name) is None or path.endswith(self._owner):
                     continue
                 with contextlib.suppress(FileNotFoundError):  # another one removes it, too
                     if (now - self._fs.modified(path)).total_seconds() > STALE_S:

@@ -154,15 +154,17 @@ class UCXTransport:
         """What peers need to reach this worker, and to tell it from what was in its place before. Opaque."""
         return self._address
 
-    def check(self, peer: object) -> None:
-        """Check what somebody says is the address of a peer.
+    def check(self, peer: object, tag: object = None) -> None:
+        """Check what somebody says is the address of a peer, and a tag of it.
 
         Raises
         ------
         TransportError
-            If nobody has made it who knows the secret.
+            If nobody has made it who knows the secret, or the tag is that of another.
         """
-        self._decode(peer)
+        address = self._decode(peer)
+        if tag is not None and (type(tag) is not int or tag >> TAG_BITS or owner_of(tag) != address.incarnation):
+            raise TransportError(f"{tag!r:.40} is no tag of that peer")
 
     def _decode(self, peer: Any) -> Address:
         return Address.decode(peer, self._secret)
@@ -235,8 +237,7 @@ class UCXTransport:
             If the peer is gone or withdrew, sends something else than was announced, or this transport is closed.
         """
         address = self._decode(peer)
-        if type(tag) is not int or owner_of(tag) != address.incarnation or tag >> TAG_BITS:
-            raise TransportError(f"{tag!r:.40} is no tag of that peer")
+        self.check(peer, tag)
         if any(nbytes < MIN_FRAME_NBYTES for nbytes in sizes):
             raise TransportError(f"a frame of under {MIN_FRAME_NBYTES} bytes was announced")
         buffers = [allocate(nbytes) for nbytes in sizes]
