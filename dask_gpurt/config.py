@@ -23,6 +23,7 @@ import dask.utils
 import yaml
 
 from dask_gpurt.errors import ConfigError
+from dask_gpurt.urls import shown
 
 __all__ = ["PARTS", "MemorySettings", "PlacementSettings", "Settings", "ShuffleSettings", "ensure_defaults"]
 
@@ -133,8 +134,14 @@ def _compression(value: object) -> str:
     return "auto"
 
 
-def _key(default: object, parse: Callable[[object], object], allowed: str) -> Any:
-    return dataclasses.field(default=default, metadata={"parse": parse, "allowed": allowed})
+def _key(default: object, parse: Callable[[object], object], allowed: str, *, url: bool = False) -> Any:
+    # Settings are shown where a call of Dask fails that they go with: a URL may have a password in it.
+    return dataclasses.field(default=default, repr=not url, metadata={"parse": parse, "allowed": allowed})
+
+
+def _said(value: object) -> object:
+    """Return what an error tells of a value: what was meant for a URL may stand anywhere."""
+    return shown(value) if isinstance(value, str) else value
 
 
 _BOOLEAN = "true or false"
@@ -152,12 +159,12 @@ class _Section:
         for key, value in values.items():
             name = key.replace("_", "-")
             if name not in fields:
-                raise ConfigError(f"{prefix}.{name}", value, "one of the keys " + ", ".join(sorted(fields)))
+                raise ConfigError(f"{prefix}.{name}", _said(value), "one of the keys " + ", ".join(sorted(fields)))
             field = fields[name]
             try:
                 parsed[field.name] = field.metadata["parse"](value)
             except _RefusedError as error:
-                raise ConfigError(f"{prefix}.{name}", value, field.metadata["allowed"]) from error
+                raise ConfigError(f"{prefix}.{name}", _said(value), field.metadata["allowed"]) from error
         return cls(**parsed)
 
 
@@ -207,7 +214,9 @@ class MemorySettings(_Section):
     #: ``"auto"``: copies on DISK and OBJECT are compressed where that pays; ``"off"``: never.
     compression: str = _key("auto", _compression, '"auto" or "off"')
     #: What the OBJECT tier lies below, which takes what DISK does not; None: there is no such tier.
-    object_url: str | None = _key(None, _url, 'a URL that fsspec opens, such as "s3://bucket/folder", or null')
+    object_url: str | None = _key(
+        None, _url, 'a URL that fsspec opens, such as "s3://bucket/folder", or null', url=True
+    )
     #: Bytes that OBJECT may hold; None: any number.
     object_limit: int | None = _key(
         None, lambda v: None if v is None else _size(v), 'a size such as "100 GiB", or null'
@@ -258,7 +267,7 @@ class Settings:
         for dotted, value in (overrides or {}).items():
             section, _, key = dotted.removeprefix("gpurt.").partition(".")
             if section not in sections or not key:
-                raise ConfigError(dotted, value, "a key such as gpurt.memory.host-limit")
+                raise ConfigError(dotted, _said(value), "a key such as gpurt.memory.host-limit")
             tree.setdefault(section, {})[key.replace("_", "-")] = value
         ensure_defaults()
         return cls(

@@ -22,11 +22,12 @@ from packaging.version import Version
 
 import dask_gpurt
 from dask_gpurt import seams
-from dask_gpurt.config import Settings
+from dask_gpurt.config import MemorySettings, Settings
 from dask_gpurt.errors import ConfigError, InstallError, SpillError
 from dask_gpurt.installation import Installation, PartStatus
 from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.objects import ObjectFolder
+from dask_gpurt.urls import shown
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -156,19 +157,17 @@ async def _look_at_cluster(client: Client, settings: Settings) -> dict[str, _Loo
         looks: dict[str, _Look | Exception] = {"the scheduler": await client.run_on_scheduler(_look, None)}
     except ImportError as error:
         raise InstallError(f"the scheduler cannot import dask_gpurt: {error}") from error
-    memory = settings.memory
-    places = (memory.directory, memory.object_url) if memory.enabled else (None, None)
-    looks.update(await client.run(_look_with_places, *places, on_error="return"))
+    looks.update(await client.run(_look_with_places, settings.memory, on_error="return"))
     return looks
 
 
-async def _look_with_places(directory: str | None, object_url: str | None) -> _Look:
-    look = _look(directory)
-    if object_url is None:
+async def _look_with_places(memory: MemorySettings) -> _Look:
+    look = _look(memory.directory if memory.enabled else None)
+    if memory.object_url is None or not memory.enabled:
         return look
     # A store may take its time to say no, which must not hold up the worker's event loop.
-    reason = await asyncio.to_thread(object_store_refusal, object_url)
-    return look if reason is None else replace(look, object_url=(_without_password(object_url), reason))
+    reason = await asyncio.to_thread(object_store_refusal, memory.object_url)
+    return look if reason is None else replace(look, object_url=(shown(memory.object_url), reason))
 
 
 def object_store_refusal(object_url: str) -> str | None:
@@ -180,12 +179,6 @@ def object_store_refusal(object_url: str) -> str | None:
         return str(error)
     folder.close()
     return None
-
-
-def _without_password(url: str) -> str:
-    scheme, mark, rest = url.partition("://")
-    host, slash, path = rest.partition("/")
-    return scheme + mark + host.rpartition("@")[2] + slash + path
 
 
 def _look(directory: str | None) -> _Look:

@@ -43,6 +43,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dask_gpurt.errors import CorruptDataError, SpillError
 from dask_gpurt.memory.packing import Meter
 from dask_gpurt.memory.store import flat
+from dask_gpurt.urls import Veil, shown
 
 if TYPE_CHECKING:
     from dask_gpurt.memory.blocks import BlockPool
@@ -85,7 +86,7 @@ class ObjectCopy:
         self.nbytes = sum(lengths)
 
     def __repr__(self) -> str:
-        return f"<ObjectCopy {self.path} {len(self.lengths)} frames, {self.nbytes} bytes>"
+        return self.folder.veil(f"<ObjectCopy {self.path} {len(self.lengths)} frames, {self.nbytes} bytes>")
 
     def read(self) -> list[memoryview]:
         """Read and check; see :meth:`ObjectFolder.read`."""
@@ -115,11 +116,12 @@ class ObjectFolder:
     def __init__(self, url: str, pool: BlockPool) -> None:
         import fsspec
 
+        self.veil = Veil(url)
         try:
             self._fs, self._base = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            # The URL is not told: there may be a password in it.
-            raise SpillError(errno.EINVAL, f"cannot keep spilled data at the configured URL: {error}") from error
+        except Exception as error:  # noqa: BLE001 - some file systems connect already now, each has errors of its own
+            story = self.veil(f"cannot keep spilled data at {shown(url)}: {error}")
+            raise SpillError(_errno(error, errno.EINVAL), story) from self._cause(error)
         self.path = f"{self._base.rstrip('/')}/{_PREFIX}{secrets.token_hex(16)}"
         self._owner = self.path + _OWNER
         self._pool = pool
@@ -134,7 +136,7 @@ class ObjectFolder:
         self._closing = threading.Event()
 
     def __repr__(self) -> str:
-        return f"<ObjectFolder {self.path}>"
+        return self.veil(f"<ObjectFolder {self.path}>")
 
     # The beginning and the end
 
@@ -150,7 +152,7 @@ class ObjectFolder:
             if self._begun:
                 return
             if self._closing.is_set():
-                raise SpillError(errno.EBADF, f"{self.path} is closed")
+                raise SpillError(errno.EBADF, self.veil(f"{self.path} is closed"))
             self._try(f"cannot keep spilled data in {self._base}", self._make, 0)
             self._begun = True
 
@@ -186,10 +188,10 @@ class ObjectFolder:
                     continue
                 with contextlib.suppress(FileNotFoundError):  # another one removes it, too
                     if (now - self._fs.modified(path)).total_seconds() > STALE_S:
-                        logger.info("%s has left objects behind, they are removed", path)
+                        logger.info("%s has left objects behind, they are removed", self.veil(path))
                         self._remove_all(path.removesuffix(_OWNER))
         except Exception as error:  # noqa: BLE001 - each store has errors of its own; NotImplementedError: no times
-            logger.warning("What dead workers may have left in %s is not removed: %r", self._base, error)
+            logger.warning(self.veil(f"What dead workers may have left in {self._base} is not removed: {error!r}"))
 
     def _remove_all(self, path: str, **options: Any) -> None:
         # The owner last: what has none would never be found.
@@ -208,7 +210,8 @@ class ObjectFolder:
             self._fs.invalidate_cache()
             self._remove_all(self.path, **self._timeout(CLOSE_S))
         except Exception as error:  # noqa: BLE001 - each store has errors of its own
-            logger.warning("%s is left for another worker, which removes it in an hour or later: %r", self.path, error)
+            story = f"{self.path} is left for another worker, which removes it in an hour or later: {error!r}"
+            logger.warning(self.veil(story))
 
     # Copies
 
@@ -254,7 +257,7 @@ class ObjectFolder:
         """
         body = self._fetch(copy)
         if self._flaw(copy, body) and (flaw := self._flaw(copy, body := self._fetch(copy))):
-            raise CorruptDataError(f"{copy.path}: {flaw}")
+            raise CorruptDataError(self.veil(f"{copy.path}: {flaw}"))
         frames = []
         begin = 0
         for length in copy.lengths:
@@ -274,7 +277,7 @@ class ObjectFolder:
         except SpillError as error:
             if error.errno != errno.ENOENT:
                 raise
-            raise CorruptDataError(error.errno, f"{copy.path}: the object is gone") from error
+            raise CorruptDataError(error.errno, self.veil(f"{copy.path}: the object is gone")) from error
         return body
 
     def _flaw(self, copy: ObjectCopy, body: bytes) -> str | None:
@@ -306,20 +309,23 @@ class ObjectFolder:
         for pause_s in (*PAUSES_S, None):
             try:
                 return operation(**self._timeout(deadline - time.monotonic()))
-            except Exception as error:
-                # Each file system of fsspec has errors of its own, most of which are OSErrors, and some are not.
+            except Exception as error:  # noqa: BLE001 - each file system has its own, and not all are OSErrors
                 no = isinstance(error, FileNotFoundError | PermissionError)
                 if no or pause_s is None or self._closing.is_set() or time.monotonic() + pause_s > deadline:
-                    raise SpillError(_errno(error), f"{story}: {error!r}") from error
+                    raise SpillError(_errno(error), self.veil(f"{story}: {error!r}")) from self._cause(error)
             self._closing.wait(pause_s)
         raise AssertionError  # the last try returns or raises
+
+    def _cause(self, error: Exception) -> Exception | None:
+        # It would show in a traceback, with all that it says.
+        return None if self.veil else error
 
     def _timeout(self, seconds: float) -> dict[str, float]:
         # Those that are asynchronous inside take it with any operation. Others have to see for themselves.
         return {"timeout": max(seconds, 0.001)} if self._fs.async_impl else {}
 
 
-def _errno(error: Exception) -> int:
+def _errno(error: Exception, default: int = errno.EIO) -> int:
     if isinstance(error, FileNotFoundError):
         return errno.ENOENT
-    return getattr(error, "errno", None) or errno.EIO
+    return getattr(error, "errno", None) or default

@@ -9,7 +9,7 @@ import pytest
 import dask_gpurt
 from dask_gpurt import seams
 from dask_gpurt.errors import ConfigError, InstallError
-from dask_gpurt.installer import _Look, _raise_if_unfit, _without_password
+from dask_gpurt.installer import _Look, _raise_if_unfit
 
 GOOD = seams.SUPPORTED[0]
 FIT = _Look(dask_gpurt.__version__, GOOD, GOOD)
@@ -41,14 +41,6 @@ def test_a_url_that_cannot_be_written_is_named_with_the_worker() -> None:
     look = _Look(dask_gpurt.__version__, GOOD, GOOD, object_url=("s3://spill", "Forbidden"))
     with pytest.raises(ConfigError, match=r"gpurt.memory.object-url: 's3://spill'.*w1 can write \(Forbidden\)"):
         _raise_if_unfit({"the scheduler": FIT, "w1": look})
-
-
-@pytest.mark.parametrize(
-    ("url", "shown"),
-    [("ftp://me:secret@host/folder", "ftp://host/folder"), ("s3://bucket/a@b", "s3://bucket/a@b")],
-)
-def test_passwords_are_not_told(url: str, shown: str) -> None:
-    assert _without_password(url) == shown
 
 
 def test_one_worker_without_the_package_is_borne_all_are_not() -> None:

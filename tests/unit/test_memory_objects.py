@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
+import math
 import os
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,7 +130,7 @@ def test_who_is_renewed_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_url_that_cannot_be(tmp_path: Path) -> None:
-    with pytest.raises(SpillError, match="configured URL") as caught:
+    with pytest.raises(SpillError, match="cannot keep spilled data at nosuch://") as caught:
         ObjectFolder("nosuch://user:secret@host/path", BlockPool(0))
     assert "secret" not in str(caught.value)
     folder = ObjectFolder(f"file://{tmp_path}/not/there", BlockPool(0))
@@ -136,6 +139,66 @@ def test_a_url_that_cannot_be(tmp_path: Path) -> None:
     assert caught.value.errno == errno.ENOENT
     assert not isinstance(caught.value, CorruptDataError)
     assert list(tmp_path.iterdir()) == []
+
+
+SECRET_URLS = [
+    "s3://key:hunter2@bucket/folder",
+    "memory://key:hunter2@folder",
+    "file://key:hunter2@/no/such/folder",
+    "http://key:hunter2@127.0.0.1:1/x?token=tok-3n",
+    "ftp://key:hunter2@127.0.0.1:1/x",
+    "nosuch://key:hunter2@x?sig=tok-3n",
+]
+
+
+@pytest.mark.parametrize("url", SECRET_URLS)
+def test_a_password_in_the_url_is_shown_nowhere(
+    url: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "PAUSES_S", ())
+    said: list[str] = []
+
+    def note(error: BaseException) -> None:
+        said.extend([str(error), repr(error), *traceback.format_exception(error)])
+
+    with caplog.at_level(logging.DEBUG, logger="dask_gpurt"):
+        try:
+            folder = ObjectFolder(url, BlockPool(0))
+        except SpillError as error:
+            note(error)
+        else:
+            said.append(repr(folder))
+            try:
+                copy = folder.write([b"x"])
+                said.append(repr(copy))
+                folder._fs.rm_file(copy.path)
+                copy.read()
+            except SpillError as error:
+                note(error)
+            folder._begun = True
+            folder.renew()
+            folder.close()
+            with contextlib.suppress(SpillError):
+                folder.begin()
+    told = "\n".join([*said, caplog.text])
+    assert told
+    assert "hunter2" not in told
+    assert "tok-3n" not in told
+
+
+def test_what_is_no_name_of_ours_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Names that, taken for a pattern or a path, would be those of others.
+    folder = ObjectFolder(f"file://{tmp_path}", BlockPool(0))
+    copy = folder.write([b"x"])
+    for name in ("gpurt-spill-*.owner", "gpurt-spill-.owner", "gpurt-spill-[0-9a-f]*.owner", "gpurt-spill-..owner"):
+        (tmp_path / name).touch()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setattr(objects, "STALE_S", -10.0)
+    monkeypatch.setattr(folder, "_looked_s", -math.inf)
+    folder.renew()
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert bytes(copy.read()[0]) == b"x"
+    folder.close()
 
 
 def test_a_bucket_is_not_made(s3: S3Server) -> None:
