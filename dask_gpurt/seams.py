@@ -14,11 +14,13 @@ import importlib
 import importlib.util
 import inspect
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Hashable, Iterator, MutableMapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from dask_gpurt.errors import SeamError
+from dask_gpurt.handlers import weak
 
 __all__ = ["DEMO", "MEMORY", "PLACEMENT", "SEAMS", "SHUFFLE", "SUPPORTED", "Seam", "broken"]
 
@@ -481,7 +483,7 @@ def worker_hooks(worker: Any) -> WorkerHooks:
 def set_worker_hooks(worker: Any, hooks: WorkerHooks) -> None:
     """Put ``hooks`` into ``worker``, this instance alone."""
     worker.execute = hooks.execute
-    worker.handlers["get_data"] = hooks.get_data
+    worker.handlers["get_data"] = weak(hooks.get_data)
 
 
 def restore_worker_hooks(worker: Any, hooks: WorkerHooks) -> None:
@@ -883,6 +885,24 @@ async def shuffle_run(worker: Any, shuffle_id: str, run_id: int) -> Any:
 def worker_encrypts(worker: Any) -> bool:
     """Whether Dask's comms of ``worker`` are encrypted, or have to be."""
     return bool(worker.security.require_encryption) or not str(worker.address).startswith(("tcp://", "inproc://"))
+
+
+@dataclass(frozen=True)
+class _MetricsOf:
+    """What distributed needs of a shuffle run to give it what is measured."""
+
+    span_id: str | None
+    digest_metric: Callable[[Hashable, float], None]
+
+
+def capture_shuffle_metrics(run: Any, where: str) -> AbstractContextManager[None]:
+    """Give what is metered inside to a shuffle run.
+
+    Stock's own way to do it refers to the run, and a connection that is opened inside keeps that for as long as it is there.
+    """
+    from distributed.shuffle._core import ShuffleRun
+
+    return ShuffleRun._capture_metrics(_MetricsOf(run.span_id, run.digest_metric), where)  # type: ignore[arg-type]
 
 
 def shuffle_executor(plugin: Any) -> Any:

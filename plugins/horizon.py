@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from distributed.diagnostics.plugin import SchedulerPlugin
 
+from dask_gpurt.handlers import weak
 from dask_gpurt.memory.horizon import TELL, WATCH
 from dask_gpurt.plugins.foresight import Foresight
 
@@ -47,6 +48,7 @@ class HorizonScheduler(SchedulerPlugin):
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self.foresight = Foresight()
+        self._handler = weak(self.watch)
         self._due: asyncio.TimerHandle | None = None
         #: Messages, and keys in them.
         self.messages = 0
@@ -54,11 +56,11 @@ class HorizonScheduler(SchedulerPlugin):
 
     def begin(self) -> None:
         """Listen to workers that want to watch."""
-        self.scheduler.handlers[WATCH] = self.watch
+        self.scheduler.handlers[WATCH] = self._handler
 
     def end(self) -> None:
         """Tell nobody anything any more."""
-        if self.scheduler.handlers.get(WATCH) == self.watch:
+        if self.scheduler.handlers.get(WATCH) is self._handler:
             del self.scheduler.handlers[WATCH]
         for state in self.foresight.watchers:
             self._unwatch(state)

@@ -8,12 +8,14 @@ run (:mod:`dask_gpurt.shuffle.scheduler`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from distributed.comm.addressing import get_address_host
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.protocol.pickle import dumps
 
+from dask_gpurt.handlers import weak
 from dask_gpurt.installation import PartStatus
 from dask_gpurt.plugins.parts import Parts
 from dask_gpurt.plugins.worker import GpurtWorkerPlugin
@@ -61,13 +63,14 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
         self.horizon: HorizonScheduler | None = None
         self.shuffle: ShuffleScheduler | None = None
         self._scheduler: Scheduler | None = None
+        self._ready: Callable[..., Any] | None = None
 
     async def start(self, scheduler: Scheduler) -> None:
         """Start what is enabled. The second of two calls does nothing (a preload's plugin is started twice)."""
         if self._scheduler is not None:
             return
         self._scheduler = scheduler
-        scheduler.handlers[_READY] = self.worker_ready
+        scheduler.handlers[_READY] = self._ready = weak(self.worker_ready)
         from dask_gpurt.plugins.horizon import HorizonScheduler
         from dask_gpurt.plugins.placement import Placement
         from dask_gpurt.plugins.probing import Pairs, Prober
@@ -108,7 +111,7 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
         if self.horizon is not None:
             self.horizon.end()
             self.horizon = None
-        if self._scheduler.handlers.get(_READY) == self.worker_ready:
+        if self._scheduler.handlers.get(_READY) is self._ready:
             del self._scheduler.handlers[_READY]
         self._scheduler = None
 

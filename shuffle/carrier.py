@@ -53,6 +53,7 @@ from distributed.protocol.serialize import to_serialize
 
 from dask_gpurt import codecs, seams
 from dask_gpurt.codecs import Compressed, Packed, plain
+from dask_gpurt.handlers import weak
 from dask_gpurt.memory.store import Buffer, DeviceBuffer, Reservation, buffer_nbytes
 from dask_gpurt.seams import P2PConsistencyError, ShuffleClosedError
 from dask_gpurt.secret import Secret
@@ -123,11 +124,12 @@ class Carrier:
         #: Address of a worker to that of its transport; None: it is not to be used.
         self._peers: dict[str, bytes | None] = {}
         self._handlers: dict[str, Callable[..., Any]] = {
-            "gpurt_shuffle_address": self.address,
-            "gpurt_shuffle_credit": self.credit,
-            "gpurt_shuffle_take": self.take,
-            "gpurt_shuffle_abandon": self.abandon,
+            "gpurt_shuffle_address": weak(self.address),
+            "gpurt_shuffle_credit": weak(self.credit),
+            "gpurt_shuffle_take": weak(self.take),
+            "gpurt_shuffle_abandon": weak(self.abandon),
         }
+        self._peer_gone = weak(self.peer_gone, late_is_no_error=True)
         #: (sender, tag) of what is being received, and of what its sender has given up.
         self._receiving: dict[tuple[bytes, int], asyncio.Task[Any]] = {}
         self._abandoned: deque[tuple[bytes, int]] = deque(maxlen=ABANDONED_MAX)
@@ -154,16 +156,16 @@ class Carrier:
     def start(self) -> None:
         """Answer peers."""
         self._worker.handlers.update(self._handlers)
-        self._worker.stream_handlers["gpurt-shuffle-peer-gone"] = self.peer_gone
+        self._worker.stream_handlers["gpurt-shuffle-peer-gone"] = self._peer_gone
 
     async def close(self) -> None:
         """Stop; no run of ours is left."""
         for name, handler in self._handlers.items():
-            if self._worker.handlers.get(name) == handler:
+            if self._worker.handlers.get(name) is handler:
                 del self._worker.handlers[name]
         # The scheduler goes on to speak to a worker that closes.
         if (
-            self._worker.stream_handlers.get("gpurt-shuffle-peer-gone") == self.peer_gone
+            self._worker.stream_handlers.get("gpurt-shuffle-peer-gone") is self._peer_gone
             and self._worker.status is not Status.closing
         ):
             del self._worker.stream_handlers["gpurt-shuffle-peer-gone"]

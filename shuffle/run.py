@@ -230,7 +230,7 @@ class Run(ShuffleRun[Any, Any]):
         if self.transferred:
             raise RuntimeError(f"Cannot add more partitions to {self}")
         self.validate_data(data)
-        with self._noted(self._tasks, "input", partition_id), self._capture_metrics("foreground"):
+        with self._noted(self._tasks, "input", partition_id), seams.capture_shuffle_metrics(self, "foreground"):
             started = time.perf_counter()
             with (
                 context_meter.meter("p2p-shard-partition-noncpu"),
@@ -490,7 +490,7 @@ class Run(ShuffleRun[Any, Any]):
     @contextlib.contextmanager
     def metered(self, where: str = "background-comms") -> Generator[None]:
         """Give what is metered inside to this run, and not to the task that happens to have begun it."""
-        with context_meter.clear_callbacks(), self._capture_metrics(where):
+        with context_meter.clear_callbacks(), seams.capture_shuffle_metrics(self, where):
             yield
 
     def meter(self, activity: str, value: float, unit: str) -> None:
@@ -510,7 +510,7 @@ class Run(ShuffleRun[Any, Any]):
     def get_output_partition(self, partition_id: Any, key: Key, **kwargs: Any) -> Any:  # noqa: ARG002  stock's signature
         """Make an output partition of its shards. Called in a task's thread."""
         self.raise_if_closed()
-        with self._noted(self._tasks, "output", partition_id), self._capture_metrics("foreground"):
+        with self._noted(self._tasks, "output", partition_id), seams.capture_shuffle_metrics(self, "foreground"):
             with context_meter.meter("p2p-shards-read"):
                 buffers = self._call(self._collect, partition_id, key).result()
             with (

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from dask_gpurt import seams
 from dask_gpurt.config import ShuffleSettings
+from dask_gpurt.handlers import weak
 from dask_gpurt.shuffle import dataframe, rechunk
 from dask_gpurt.shuffle.assigner import Assigner
 from dask_gpurt.shuffle.links import LinkBoard
@@ -92,8 +93,8 @@ class ShuffleScheduler:
             self.links.start(),
             seams.hear_ended_runs(plugin, self._ended),
         ]
-        self.scheduler.handlers["gpurt_shuffle_decline"] = self.decline
-        self.scheduler.handlers["gpurt_shuffle_open"] = self.assigner.open
+        self.scheduler.handlers["gpurt_shuffle_decline"] = weak(self.decline)
+        self.scheduler.handlers["gpurt_shuffle_open"] = weak(self.assigner.open)
 
     def stop(self) -> None:
         """Leave new runs to stock."""

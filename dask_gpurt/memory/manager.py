@@ -29,6 +29,7 @@ See also: :mod:`dask_gpurt.seams` for the names of distributed that are used.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import threading
@@ -66,6 +67,9 @@ from dask_gpurt.memory.watch import Watch
 __all__ = ["MemoryManager", "WorkerHorizon", "refusal"]
 
 logger = logging.getLogger(__name__)
+
+#: In a worker's own directory: what holds its spill folder.
+_FOLDER = "gpurt"
 
 #: Part of a device that is used unless something else is configured; the rest is for what is being computed.
 DEVICE_FRACTION = 0.8
@@ -380,7 +384,7 @@ class MemoryManager:
             raise InstallError(reason)
         hooks = seams.worker_hooks(self._worker)
         loop = asyncio.get_running_loop()
-        parent = self._settings.directory or os.path.join(self._worker.local_directory, "gpurt")
+        parent = self._settings.directory or os.path.join(self._worker.local_directory, _FOLDER)
         # What others had no time to remove is there.
         await loop.run_in_executor(None, remove_leftovers, os.path.dirname(self._worker.local_directory))
         if self._settings.object_url is not None:
@@ -604,6 +608,10 @@ class MemoryManager:
         if self._folder is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._folder.close, aside)
             self._folder = None
+            if self._settings.directory is None:
+                # Made for it; another worker's may be there.
+                with contextlib.suppress(OSError):
+                    os.rmdir(os.path.join(self._worker.local_directory, _FOLDER))
         if self._objects is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._objects.close)
             self._objects = None

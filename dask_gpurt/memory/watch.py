@@ -19,6 +19,7 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from dask_gpurt.handlers import weak
 from dask_gpurt.memory.horizon import TELL, WATCH
 
 __all__ = ["Watch"]
@@ -77,7 +78,7 @@ class Watch:
             if not self.on:
                 return
             self._last.clear()
-            self._worker.stream_handlers[TELL] = self._hear
+            self._worker.stream_handlers[TELL] = weak(self._hear, late_is_no_error=True)
             if not await self._ask(True):
                 self.available = False
                 self._deaf()
