@@ -89,6 +89,8 @@ def name_of(value: Any) -> str:
 
 
 async def held(dask_worker: Any) -> dict[str, Any]:
+    while getattr(dask_worker, "state", dask_worker).tasks:  # noqa: ASYNC110  the client's words for it are on their way
+        await asyncio.sleep(0.01)
     for _ in range(3):
         # Tasks that end, and what they refer to.
         await asyncio.sleep(0)
