@@ -59,5 +59,11 @@ gpu-test: $(GPU_STAMP)
 fuzz: setup
 	$(BIN)/python -m pytest -p no:cacheprovider tests/property/test_fuzz.py --fuzz-minutes=$(FUZZ_MINUTES)
 
+# Faults on real processes, all cases: an hour or so.
+chaos: setup
+	$(BIN)/python -m pytest -p no:cacheprovider -m "exhaustive or not exhaustive" tests/cluster/test_chaos.py \
+		tests/cluster/test_shuffle_kill.py tests/cluster/test_shuffle_loss.py tests/cluster/test_memory_faults.py \
+		tests/cluster/test_transport_faults.py tests/cluster/test_hygiene.py
+
 clean:
 	rm -rf $(VENV) $(GPU_VENV) build dist *.egg-info

@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("ucxx", reason="ucxx is not installed", exc_type=ImportError)
 
 from dask_gpurt.secret import Secret
+from dask_gpurt.shuffle.transport import handshake
 from dask_gpurt.shuffle.transport.ucx import TransportError, UCXTransport
 
 #: A delivery: enough of it that a peer dies within.
@@ -244,6 +245,27 @@ def test_a_peer_that_is_stopped_can_be_given_up_and_goes_on_later() -> None:
             await back(own, peer)
             while own.describe()["quarantined_nbytes"]:  # noqa: ASYNC110  a thread's doing, which nobody reports
                 await asyncio.sleep(0.001)
+
+    run(main)
+
+
+@pytest.mark.usefixtures("link")
+@pytest.mark.parametrize("link", ["all", "tcp"], indirect=True)
+def test_a_peer_that_is_stopped_before_it_is_met_is_given_up_and_met_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with peers(1) as (own, (peer,)):
+            peer.process.send_signal(signal.SIGSTOP)
+            with monkeypatch.context() as patch:
+                patch.setattr(handshake, "HANDSHAKE_S", 0.3)
+                with pytest.raises(TransportError, match="not proven within"):
+                    await own.send(peer.address, own.new_tag(), frames())
+            late = asyncio.create_task(own.send(peer.address, tag := own.new_tag(), frames()))
+            peer.process.send_signal(signal.SIGCONT)
+            peer.tell("receive", own.address, tag)
+            await late
+            assert await peer.hear() == {"tag": tag, "good": True}
+            await back(own, peer)
+            await to(own, peer)
 
     run(main)
 

@@ -1,0 +1,191 @@
+"""Faults of the machine and of the cluster in the middle of work: the right answer or a clear error, soon, and the next job is right.
+
+``make chaos`` runs them all, with those of the other modules that take long.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import dask
+import dask.array as da
+import dask.dataframe as dd
+import numpy as np
+import pandas as pd
+import pytest
+from clusters import WITHOUT_MONITOR, local_cluster
+from distributed import Client, LocalCluster, wait
+
+import dask_gpurt
+
+# The servers cannot import this module.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+pytestmark = pytest.mark.timeout(1200)
+
+#: Far less than what is worked with.
+CONFIG = {"memory.host-limit": 3_000_000}
+PARTITIONS, ROWS = 8, 60_000
+#: Nothing may take longer, whatever goes wrong.
+DEADLINE_S = 60
+ROUNDS = [1, pytest.param(10, marks=pytest.mark.exhaustive)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("workers")
+
+
+@pytest.fixture(scope="module")
+def cluster(folder: Path) -> Iterator[LocalCluster]:
+    with (
+        dask.config.set(WITHOUT_MONITOR),
+        local_cluster(2, memory_limit="400 MB", local_directory=str(folder)) as cluster,
+    ):
+        yield cluster
+
+
+@pytest.fixture
+def client(cluster: LocalCluster, folder: Path) -> Iterator[Client]:
+    with Client(cluster) as client:
+        dask_gpurt.install(client, config=CONFIG)
+        yield client
+        dask_gpurt.uninstall(client)
+        assert [name for where, names, _ in os.walk(folder) for name in names if name.startswith("gpurt-spill-")] == []
+
+
+def part(number: int) -> pd.DataFrame:
+    rng = np.random.default_rng(number)
+    return pd.DataFrame(
+        {"id": np.arange(ROWS) + number * ROWS, "key": rng.integers(0, 500, ROWS), "x": rng.random(ROWS)}
+    )
+
+
+def shuffled() -> Any:
+    source = dd.from_map(part, range(PARTITIONS), meta=part(0).iloc[:0])
+    return source.shuffle("key", npartitions=PARTITIONS, shuffle_method="p2p")
+
+
+def check(parts: list[pd.DataFrame]) -> None:
+    keys = pd.concat([frame["key"].drop_duplicates() for frame in parts])
+    assert keys.is_unique, "a key is in one partition"
+    found = pd.concat(parts).sort_values("id", ignore_index=True)
+    pd.testing.assert_frame_equal(found, pd.concat([part(number) for number in range(PARTITIONS)], ignore_index=True))
+
+
+def right_answer(client: Client) -> None:
+    futures = client.compute(shuffled().to_delayed())
+    _, pending = wait(futures, timeout=DEADLINE_S)
+    assert not pending
+    check(client.gather(futures))
+
+
+# Out of file descriptors
+
+
+def limit_files(spare: int | None, dask_worker: Any) -> None:
+    """Let a worker open so many files more; None: as many as before."""
+    if spare is None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, dask_worker.files_before)
+        return
+    dask_worker.files_before = soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # The limit is one of numbers, of which some are free.
+    used = set(map(int, os.listdir("/proc/self/fd")))
+    free = (number for number in itertools.count() if number not in used)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(next(itertools.islice(free, spare, None)), soft), hard))
+
+
+def refused(dask_worker: Any) -> int:
+    figures: dict[str, int] = dask_worker.extensions["gpurt"].memory.metrics()
+    return figures["host_write_failures"]
+
+
+@pytest.mark.parametrize("rounds", ROUNDS)
+@pytest.mark.parametrize("spare", [0, *(pytest.param(spare, marks=pytest.mark.exhaustive) for spare in (3, 30))])
+def test_workers_are_out_of_file_descriptors(client: Client, spare: int, rounds: int) -> None:
+    # The connections that are there stay; what can be had no more are files and connections.
+    right_answer(client)
+    for _ in range(rounds):
+        before = sum(client.run(refused).values())
+        client.run(limit_files, spare)
+        try:
+            began_s = time.monotonic()
+            futures = client.compute(shuffled().to_delayed())
+            done, pending = wait(futures, timeout=DEADLINE_S)
+            assert not pending
+            assert time.monotonic() - began_s < DEADLINE_S
+            failed = [future for future in done if future.status == "error"]
+            if failed:
+                assert "Too many open files" in f"{failed[0].exception()!r}" or isinstance(
+                    failed[0].exception(), RuntimeError | OSError
+                ), repr(failed[0].exception())
+            else:
+                check(client.gather(futures))
+        finally:
+            client.run(limit_files, None)
+        # Nothing could be written, and what was in memory stayed there.
+        assert spare or sum(client.run(refused).values()) > before
+        del futures, done, failed
+        right_answer(client)
+
+
+# Workers that come and go
+
+
+def beside(action: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=action, name="chaos")
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_the_cluster_grows_and_shrinks_within_shuffles(cluster: LocalCluster, client: Client, rounds: int) -> None:
+    stop = threading.Event()
+
+    def scale() -> None:
+        while not stop.is_set():
+            for size in (3, 1, 4, 2):
+                cluster.scale(size)
+                if stop.wait(0.5):
+                    break
+
+    thread = beside(scale)
+    try:
+        for _ in range(rounds):
+            right_answer(client)
+            right_answer(client)
+    finally:
+        stop.set()
+        thread.join()
+    cluster.scale(2)
+    client.wait_for_workers(2, timeout=DEADLINE_S)
+    right_answer(client)
+
+
+def written(dask_worker: Any) -> int:
+    figures: dict[str, int] = dask_worker.extensions["gpurt"].memory.metrics()
+    return figures["host_written_nbytes"]
+
+
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_a_worker_is_restarted_while_it_spills(client: Client, rounds: int) -> None:
+    for number in range(rounds):
+        x = da.random.default_rng(number).random((3000, 2000), chunks=(250, 2000)).persist()
+        while not sum(client.run(written).values()):
+            # It begins with the first chunks: soon.
+            time.sleep(0.01)
+        victim = min(client.scheduler_info(n_workers=-1)["workers"])
+        assert client.restart_workers([victim], timeout=DEADLINE_S) == {victim: "OK"}
+        expected = da.random.default_rng(number).random((3000, 2000), chunks=(250, 2000)).sum(axis=0)
+        np.testing.assert_allclose(x.sum(axis=0).compute(), expected.compute(scheduler="threads"))
+        right_answer(client)
+        del x
