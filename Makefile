@@ -61,7 +61,7 @@ fuzz: setup
 
 # Faults on real processes, all cases: an hour or so.
 chaos: setup
-	$(BIN)/python -m pytest -p no:cacheprovider -m "exhaustive or not exhaustive" tests/cluster/test_chaos.py \
+	$(BIN)/python -m pytest -p no:cacheprovider -m "exhaustive or not exhaustive" tests/cluster/test_machine_faults.py \
 		tests/cluster/test_shuffle_kill.py tests/cluster/test_shuffle_loss.py tests/cluster/test_memory_faults.py \
 		tests/cluster/test_transport_faults.py tests/cluster/test_hygiene.py
 

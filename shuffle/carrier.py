@@ -42,11 +42,9 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 import dask.config
-from distributed.comm.addressing import get_address_host
 from distributed.core import ErrorMessage, OKMessage, Status, error_message
 from distributed.metrics import context_meter
 from distributed.protocol.serialize import to_serialize
@@ -61,7 +59,7 @@ from dask_gpurt.shuffle import paths
 from dask_gpurt.shuffle.device import DeviceBody, allocate, library_named
 from dask_gpurt.shuffle.shelves import TieredReservation
 from dask_gpurt.shuffle.transport.ucx import MIN_FRAME_NBYTES, TransportError, TransportUnavailable, UCXTransport
-from dask_gpurt.shuffle.ways import Way, Ways
+from dask_gpurt.shuffle.ways import Way, Ways, on_loopback
 from dask_gpurt.shuffle.wire import WireError, check_nbytes, check_sizes, pack_list
 from dask_gpurt.topology import Gauge, Place, Topology
 
@@ -194,19 +192,12 @@ class Carrier:
     async def _open(self) -> None:
         loop = asyncio.get_running_loop()
         assert self._secret is not None
-        begin = functools.partial(UCXTransport.open, loop, self._secret, loopback=self._on_loopback())
+        begin = functools.partial(UCXTransport.open, loop, self._secret, loopback=on_loopback(self._worker.address))
         try:
             self._transport = await loop.run_in_executor(None, begin)
         except TransportUnavailable as reason:
             self.without_ucx = str(reason)
             logger.info("The shuffle goes by Dask's own comms: %s", reason)
-
-    def _on_loopback(self) -> bool:
-        try:
-            return ip_address(get_address_host(self._worker.address)).is_loopback
-        except ValueError:
-            # It has a name, or none.
-            return False
 
     async def address(self) -> bytes | None:
         """Answer with the address of this worker's transport. Handler for peers."""

@@ -65,8 +65,7 @@ class Sample:
         WireError
             If it is not that.
         """
-        column, nbytes, rows = (message.get(key) for key in ("column", "nbytes", "rows"))
-        check_nbytes(nbytes)
+        column, nbytes, rows = message.get("column"), check_nbytes(message.get("nbytes")), message.get("rows")
         if (
             not isinstance(column, str)
             or not isinstance(rows, bytes)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from ipaddress import ip_address
 
 from distributed.comm.addressing import get_address_host
 
@@ -21,7 +22,22 @@ from dask_gpurt.memory.store import Buffer
 from dask_gpurt.shuffle.paths import COMM, UCX, PathChooser
 from dask_gpurt.topology import Gauge, Link, Place, Topology
 
-__all__ = ["Way", "Ways"]
+__all__ = ["Way", "Ways", "on_loopback"]
+
+
+def on_loopback(address: str) -> bool:
+    """Whether a worker is reached by the loopback address, and by its own host only.
+
+    Examples
+    --------
+    >>> on_loopback("tcp://127.0.0.1:1234"), on_loopback("tcp://10.0.0.1:1234"), on_loopback("tcp://a-name:1234")
+    (True, False, False)
+    """
+    try:
+        return ip_address(get_address_host(address)).is_loopback
+    except ValueError:
+        # It has a name, or none.
+        return False
 
 
 class Way:

@@ -167,8 +167,8 @@ def decode(buffer: Buffer, body: Buffer | DeviceBuffer) -> Header:
     return Header(Kind(kind), input_id, segments.reshape(rows, columns), body_nbytes, bytes(view[segments_end:]))
 
 
-def check_nbytes(nbytes: object) -> None:
-    """Check what a peer says is the size of a message.
+def check_nbytes(nbytes: object) -> int:
+    """Check what a peer says is the size of a message, and return it.
 
     Raises
     ------
@@ -177,6 +177,7 @@ def check_nbytes(nbytes: object) -> None:
     """
     if type(nbytes) is not int or not 0 <= nbytes <= MESSAGE_NBYTES_MAX:
         raise WireError(f"a message has no {nbytes!r:.40} bytes")
+    return nbytes
 
 
 def check_sizes(sizes: object, libraries: object, buffers: int) -> None:

@@ -59,12 +59,13 @@ LIBRARIES: dict[str, Callable[[], Any]] = {"numba": Numba, "cupy": Cupy}
 
 
 async def open_transport(library: str, wanted: str, dask_worker: Any) -> tuple[bytes, int]:
+    from dask_gpurt.secret import Secret
     from dask_gpurt.shuffle.transport.ucx import UCXTransport
 
     arrays = LIBRARIES[library]()
     # The device's context, here and in the transport's thread.
     arrays.make_current()
-    dask_worker.transport = UCXTransport.open(asyncio.get_running_loop(), arrays.make_current)
+    dask_worker.transport = UCXTransport.open(asyncio.get_running_loop(), Secret(bytes(32)), arrays.make_current)
     assert wanted in dask_worker.transport.describe()["found"], dask_worker.transport.describe()
     return dask_worker.transport.address, dask_worker.transport.new_tag()
 

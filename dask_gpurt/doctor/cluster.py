@@ -23,6 +23,7 @@ from dask_gpurt.doctor import links, peers
 from dask_gpurt.doctor.facts import DeviceFacts, Facts, Measure, Missing
 from dask_gpurt.doctor.gather import gather
 from dask_gpurt.plugins.scheduler import NAME
+from dask_gpurt.secret import Secret
 from dask_gpurt.topology import Place
 
 __all__ = ["OTHER_VERSION", "PAIRS_MAX", "SCHEDULER", "examine", "installed_settings", "measure"]
@@ -157,8 +158,9 @@ async def _between(client: Client, hosts: Mapping[str, str], say: Say) -> list[M
     pairs = peers.ring(hosts, PAIRS_MAX)
     taking_part = sorted({worker for pair in pairs for worker in pair})
     measures: list[Measure] = []
+    secret = Secret.new()
     try:
-        await asyncio.gather(*(_answer(_run(client, worker, peers.open_peer)) for worker in taking_part))
+        await asyncio.gather(*(_answer(_run(client, worker, peers.open_peer, secret)) for worker in taking_part))
         for number, (source, target) in enumerate(pairs):
             say(f"Between workers, {number + 1} of {len(pairs)}")
             found = await _answer(_run(client, source, peers.measure_to, target))

@@ -41,6 +41,7 @@ from dask_gpurt.memory.disk import takes_direct
 from dask_gpurt.memory.rmm import RmmResource
 from dask_gpurt.plugins.parts import Parts
 from dask_gpurt.plugins.scheduler import NAME
+from dask_gpurt.secret import Secret
 
 __all__ = ["gather", "readable_by_others"]
 
@@ -168,7 +169,7 @@ def _ucx() -> Ucx:
         raise ModuleNotFoundError("ucxx is not installed")
     from dask_gpurt.shuffle.transport.engine import Engine
 
-    engine = Engine()
+    engine = Engine(Secret.new())
     try:
         found = engine.describe()
     finally:

@@ -27,7 +27,9 @@ from distributed.protocol.serialize import to_serialize
 from dask_gpurt import seams
 from dask_gpurt.doctor.facts import Measure, Missing
 from dask_gpurt.doctor.links import memory_of
+from dask_gpurt.handlers import weak
 from dask_gpurt.memory.cuda import CudaError, Device
+from dask_gpurt.secret import Secret
 from dask_gpurt.shuffle.transport.ucx import (
     MIN_FRAME_NBYTES,
     TransportError,
@@ -35,6 +37,7 @@ from dask_gpurt.shuffle.transport.ucx import (
     UCXTransport,
     host_buffer,
 )
+from dask_gpurt.shuffle.ways import on_loopback
 from dask_gpurt.topology import LARGE_NBYTES, Link, Place
 
 __all__ = ["Peer", "close_peer", "measure_to", "open_peer", "ring"]
@@ -115,10 +118,13 @@ class Peer:
     ----------
     worker
         The worker.
+    secret
+        What all who take part know.
     """
 
-    def __init__(self, worker: Any) -> None:
+    def __init__(self, worker: Any, secret: Secret) -> None:
         self._worker = worker
+        self._secret = secret
         self._transport: UCXTransport | None = None
         #: Why UCX is not measured; None: it is.
         self.without_ucx: str | None = None
@@ -126,9 +132,9 @@ class Peer:
         self._block: DeviceBlock | None = None
         self._stack = ExitStack()
         self._handlers: dict[str, Callable[..., Any]] = {
-            "gpurt_doctor_take": self.take,
-            "gpurt_doctor_receive": self.receive,
-            "gpurt_doctor_address": self.address,
+            "gpurt_doctor_take": weak(self.take),
+            "gpurt_doctor_receive": weak(self.receive),
+            "gpurt_doctor_address": weak(self.address),
         }
 
     async def open(self) -> None:
@@ -146,14 +152,15 @@ class Peer:
 
     def _open_ucx(self, loop: asyncio.AbstractEventLoop) -> UCXTransport:
         device = Device.find()
+        begin = partial(UCXTransport.open, loop, self._secret, loopback=on_loopback(self._worker.address))
         if device is None:
-            return UCXTransport.open(loop)
+            return begin()
         try:
             self._block = DeviceBlock(self._stack.enter_context(memory_of(device, LARGE)), LARGE)
         except CudaError as error:
             logger.info("The way from device to device is not measured: %s", error)
         device.use()
-        return UCXTransport.open(loop, device.use)
+        return begin(device.use)
 
     async def close(self) -> None:
         """Stop answering."""
@@ -249,10 +256,10 @@ class Peer:
         return Measure(source, target, path, link.rate, moved_nbytes)
 
 
-async def open_peer(dask_worker: Any) -> None:
+async def open_peer(secret: Secret, dask_worker: Any) -> None:
     """Let this worker take part; replaces what an interrupted measurement has left."""
     await close_peer(dask_worker)
-    peer = dask_worker.extensions[_EXTENSION] = Peer(dask_worker)
+    peer = dask_worker.extensions[_EXTENSION] = Peer(dask_worker, secret)
     await peer.open()
 
 

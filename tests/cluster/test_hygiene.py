@@ -147,7 +147,7 @@ def holding(server: Any) -> dict[str, Any]:
             name_of(value)
             for value in (
                 shuffle.partitioning_index,
-                _shuffle.partitioning_index,
+                _shuffle.partitioning_index,  # type: ignore[attr-defined]
                 _shuffle.AssignPartitioningIndex.operation,
                 multi.merge_chunk,
                 type(getattr(server, "data", None)),

@@ -117,9 +117,9 @@ def test_a_password_in_the_url_is_told_by_nobody(caplog: pytest.LogCaptureFixtur
         assert "hunter2" not in told_by(client)
         # Dask logs what it was called with where that fails.
         plugin = next(iter(cluster.workers.values())).plugins["gpurt"]
-        assert plugin.settings.memory.object_url.endswith("hunter2@folder")  # type: ignore[attr-defined]
+        assert plugin.settings.memory.object_url.endswith("hunter2@folder")
         with pytest.raises(ZeroDivisionError):
-            client.run(fail, plugin.settings)  # type: ignore[attr-defined]
+            client.run(fail, plugin.settings)
         del futures
         dask_gpurt.uninstall(client)
     assert "Run Failed" in caplog.text

@@ -204,8 +204,8 @@ def check_stream(stream: bytes) -> None:
 
 # Arrays
 
-WORKERS = dict.fromkeys(itertools.product(range(2), range(2)), "a")
-DTYPES = ["<f8", "|b1", "<M8[ms]", "|S3", "<U2", [("a", "<i4"), ("b", "<f8", (2,))]]
+WORKERS: dict[tuple[int, ...], str] = dict.fromkeys(itertools.product(range(2), range(2)), "a")
+DTYPES: list[Any] = ["<f8", "|b1", "<M8[ms]", "|S3", "<U2", [("a", "<i4"), ("b", "<f8", (2,))]]
 
 
 @functools.cache
