@@ -393,7 +393,6 @@ class Carrier:
             told = pack_list(packed, len(buffers))
             if sizes is None:
                 return await run.attend(self._take_by_comm(run, list(buffers), told, credit))
-            check_sizes(sizes, libraries, len(buffers))
             if told and libraries is not None:
                 raise WireError("a message from the memory of a device has no compressed buffers")
             return await run.attend(self._take_by_ucx(run, list(buffers), told, sizes, libraries, tag, peer))
@@ -430,6 +429,7 @@ class Carrier:
         if self._transport is None:
             raise TransportError("this worker has no UCX any more")
         # Before anything is reserved for it.
+        check_sizes(sizes, libraries, len(buffers))
         self._transport.check(peer, tag)
         large = [number for number, nbytes in enumerate(sizes) if nbytes]
         called_nbytes = nbytes_of(buffers)

@@ -16,7 +16,6 @@ from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.store import DictBufferStore
 from dask_gpurt.shuffle.carrier import Carrier, nbytes_of
 from dask_gpurt.shuffle.paths import COMM, UCX
-from dask_gpurt.shuffle.transport.ucx import TransportError
 from dask_gpurt.shuffle.ways import Ways
 from dask_gpurt.shuffle.wire import WireError
 from dask_gpurt.topology import Place, Topology
@@ -117,5 +116,5 @@ def test_nothing_is_reserved_for_a_size_that_is_none(sizes: list[Any]) -> None:
     receiver._transport = SimpleNamespace()  # type: ignore[assignment]
     buffers = [b""] * len(sizes)
     # The run is not asked for memory.
-    with pytest.raises(TransportError, match="a size that was announced is none"):
+    with pytest.raises(WireError, match="a size that was announced is none"):
         asyncio.run(receiver._take_by_ucx(SimpleNamespace(), buffers, (), sizes, None, 1, b"peer"))  # type: ignore[arg-type]
