@@ -213,6 +213,8 @@ class MemorySettings(_Section):
     directory: str | None = _key(None, _folder, "the path of a folder that can be written, or null")
     #: ``"auto"``: copies on DISK and OBJECT are compressed where that pays; ``"off"``: never.
     compression: str = _key("auto", _compression, '"auto" or "off"')
+    #: Whether copies on DISK and OBJECT are encrypted, with a key of the process.
+    encryption: bool = _key(False, _boolean, _BOOLEAN)
     #: What the OBJECT tier lies below, which takes what DISK does not; None: there is no such tier.
     object_url: str | None = _key(
         None, _url, 'a URL that fsspec opens, such as "s3://bucket/folder", or null', url=True

@@ -25,6 +25,7 @@ from dask_gpurt import seams
 from dask_gpurt.config import MemorySettings, Settings
 from dask_gpurt.errors import ConfigError, InstallError, SpillError
 from dask_gpurt.installation import Installation, PartStatus
+from dask_gpurt.memory import cipher
 from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.objects import ObjectFolder
 from dask_gpurt.urls import shown
@@ -150,6 +151,8 @@ class _Look:
     directory: tuple[str, str] | None = None
     #: The same for the URL of the OBJECT tier.
     object_url: tuple[str, str] | None = None
+    #: Why nothing can be encrypted, where that is wanted.
+    encryption: str | None = None
 
 
 async def _look_at_cluster(client: Client, settings: Settings) -> dict[str, _Look | Exception]:
@@ -163,6 +166,8 @@ async def _look_at_cluster(client: Client, settings: Settings) -> dict[str, _Loo
 
 async def _look_with_places(memory: MemorySettings) -> _Look:
     look = _look(memory.directory if memory.enabled else None)
+    if memory.enabled and memory.encryption:
+        look = replace(look, encryption=cipher.refusal())
     if memory.object_url is None or not memory.enabled:
         return look
     # A store may take its time to say no, which must not hold up the worker's event loop.
@@ -211,6 +216,9 @@ def _raise_if_unfit(looks: Mapping[str, _Look | Exception]) -> None:
         if look.directory is not None:
             folder, reason = look.directory
             raise ConfigError("gpurt.memory.directory", folder, f"a folder that {server} can write ({reason})")
+        if look.encryption is not None:
+            # Not left stock: stock would spill what is to be encrypted as it is.
+            raise ConfigError("gpurt.memory.encryption", True, f"false: on {server}, {look.encryption}")
         if look.object_url is not None:
             url, reason = look.object_url
             raise ConfigError("gpurt.memory.object-url", url, f"a URL that {server} can write ({reason})")

@@ -9,7 +9,8 @@ was not written.
 
 Covers: the protocols :class:`Lower` and :class:`Copy`; :class:`FrameStore`, which makes frames of values, and puts them into
 a folder of files (:mod:`dask_gpurt.memory.disk`) or of objects (:mod:`dask_gpurt.memory.objects`).
-Does not cover: whether they are compressed (:mod:`dask_gpurt.memory.packing`); copies of what lies on a device (:mod:`dask_gpurt.memory.device`).
+Does not cover: whether they are compressed (:mod:`dask_gpurt.memory.packing`), how they are encrypted
+(:mod:`dask_gpurt.memory.cipher`); copies of what lies on a device (:mod:`dask_gpurt.memory.device`).
 
 All methods block, and may be called from several threads.
 """
@@ -23,6 +24,7 @@ from typing import Any, Protocol
 from dask_gpurt.codecs import Packed
 from dask_gpurt.errors import SpillError
 from dask_gpurt.memory import codec
+from dask_gpurt.memory.cipher import Cipher
 from dask_gpurt.memory.ledger import Tier
 from dask_gpurt.memory.packing import Packer, kind_of
 from dask_gpurt.memory.store import Buffer, Meter
@@ -84,13 +86,17 @@ class Folder(Protocol):
 
 
 class _FrameCopy:
-    __slots__ = ("_kept", "_store", "header", "nbytes", "packed", "tier")
+    __slots__ = ("_kept", "_store", "header", "nbytes", "packed", "sealed", "tier")
 
-    def __init__(self, store: FrameStore, header: bytes | None, kept: _Kept, packed: Sequence[Packed]) -> None:
+    def __init__(
+        self, store: FrameStore, header: bytes | None, kept: _Kept, packed: Sequence[Packed], sealed: int
+    ) -> None:
         self.tier = store.tier
         self.nbytes = kept.nbytes
         self.header = header
         self.packed = packed
+        #: By what it is decrypted, if it is encrypted.
+        self.sealed = sealed
         self._store = store
         self._kept = kept
 
@@ -112,7 +118,7 @@ class _FrameCopy:
     def _unpacked(self) -> list[Any]:
         frames = self.read()
         try:
-            return self._store.unpack(frames, self.packed)
+            return self._store.unpack(frames, self.packed, self.sealed)
         except SpillError:
             self._store.distrusted = True
             raise
@@ -130,24 +136,30 @@ class FrameStore:
         Where.
     packer
         Compresses what goes there; None: nothing is compressed.
+    cipher
+        Encrypts what goes there; None: nothing is encrypted. That of a store whose copies are taken over is the same.
     """
 
     tier: Tier
 
-    def __init__(self, folder: Folder, packer: Packer | None = None) -> None:
+    def __init__(self, folder: Folder, packer: Packer | None = None, cipher: Cipher | None = None) -> None:
         self.folder = folder
         self.packer = packer
+        self.cipher = cipher
         #: Whether what is written is read back.
         self.distrusted = False
 
     def store(self, name: Hashable, value: Any) -> Copy:
-        """Serialize, compress if that pays, and write."""
+        """Serialize, compress if that pays, encrypt if that is wanted, and write."""
         raw = isinstance(name, RawName)
         header, frames = (None, value) if raw else codec.encode(value)
         packed: Sequence[Packed] = ()
         if self.packer is not None:
             frames, packed = self.packer.pack(kind_of(name, value, raw=raw), frames)
-        return _FrameCopy(self, header, self._keep(frames), packed)
+        sealed = 0
+        if self.cipher is not None:
+            frames, sealed = self.cipher.seal(frames)
+        return _FrameCopy(self, header, self._keep(frames), packed, sealed)
 
     def take_over(self, copy: Copy) -> Copy:
         """Copy what another tier keeps, as it lies there.
@@ -161,7 +173,7 @@ class FrameStore:
         """
         if not isinstance(copy, _FrameCopy):
             raise TypeError(f"{copy!r} cannot be moved")
-        return _FrameCopy(self, copy.header, self._keep(copy.read()), copy.packed)
+        return _FrameCopy(self, copy.header, self._keep(copy.read()), copy.packed, copy.sealed)
 
     def _keep(self, frames: Sequence[Any]) -> _Kept:
         kept = self.folder.write(frames)
@@ -177,8 +189,10 @@ class FrameStore:
             self.distrusted = False
         return kept
 
-    def unpack(self, frames: Sequence[Buffer], packed: Sequence[Packed]) -> list[Any]:
-        """Return frames as they were before they were compressed; raises CorruptDataError."""
+    def unpack(self, frames: Sequence[Buffer], packed: Sequence[Packed], sealed: int = 0) -> list[Any]:
+        """Return frames as they were before they were compressed and encrypted; raises CorruptDataError."""
+        if self.cipher is not None:
+            frames = self.cipher.open(frames, sealed)
         if not packed:
             return list(frames)
         assert self.packer is not None

@@ -48,6 +48,7 @@ from dask_gpurt.config import MemorySettings
 from dask_gpurt.errors import CorruptDataError, DeviceFullError, InstallError, SpillError
 from dask_gpurt.memory import codec
 from dask_gpurt.memory.blocks import BlockPool
+from dask_gpurt.memory.cipher import Cipher
 from dask_gpurt.memory.cuda import Device, is_out_of_memory
 from dask_gpurt.memory.device import DeviceFrames, device_mover, on_device, pinned_pool
 from dask_gpurt.memory.disk import SpillFolder, remove_leftovers
@@ -393,16 +394,19 @@ class MemoryManager:
         if self._objects is not None:
             # Not waited for: a store may take its time, and what dead workers have left there may be much.
             loop.run_in_executor(None, _begin, self._objects)
+        cipher = Cipher(self.pool.lease) if self._settings.encryption else None
         horizon = self._horizon = WorkerHorizon(self._worker)
         self._watch = Watch(self._worker, self._tell)
         host = self._host = Mover(
             Spiller(
                 self.ledger, horizon, overflow=Tier.OBJECT if self._objects else None, dearness=self._object_dearness
             ),
-            DiskStore(self._folder, self._packer(Tier.DISK, self._folder)),
+            DiskStore(self._folder, self._packer(Tier.DISK, self._folder), cipher),
             loop,
             self._on_lost,
-            overflow=ObjectStore(self._objects, self._packer(Tier.OBJECT, self._objects)) if self._objects else None,
+            overflow=ObjectStore(self._objects, self._packer(Tier.OBJECT, self._objects), cipher)
+            if self._objects
+            else None,
         )
         if self.ledger.limit(Tier.DEVICE) is not None:
             self._device = device_mover(

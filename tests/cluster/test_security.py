@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -13,7 +14,7 @@ import dask
 import numpy as np
 import pytest
 from clusters import WITHOUT_MONITOR, local_cluster
-from distributed import Client
+from distributed import Client, wait
 
 import dask_gpurt
 from dask_gpurt.errors import ConfigError
@@ -75,6 +76,49 @@ def test_keys_have_no_part_in_the_names_of_files(tmp_path: Path) -> None:
             assert (future.result(timeout=60) == number).all()
         for number, future in enumerate(scattered.values()):
             assert (future.result(timeout=60) == number).all()
+
+
+PATTERN = b"what nobody else is to read. "
+
+
+def pattern(number: int) -> np.ndarray:
+    return np.frombuffer(PATTERN * 20_000 + bytes([number]), "u1").copy()
+
+
+def files_with_it(folder: Path) -> tuple[int, int]:
+    """How many spill files there are, and how many of them have the pattern."""
+    contents = []
+    for path in folder.rglob("gpurt-spill-*/*.blk*"):
+        # Workers go on to spill and to read.
+        with contextlib.suppress(FileNotFoundError):
+            contents.append(path.read_bytes())
+    return len(contents), sum(PATTERN in content for content in contents)
+
+
+def test_what_is_spilled_is_encrypted_where_that_is_wanted(tmp_path: Path) -> None:
+    pytest.importorskip("cryptography", reason="does the encryption")
+    with (
+        dask.config.set(WITHOUT_MONITOR),
+        local_cluster(2, memory_limit="400 MB", local_directory=str(tmp_path)) as cluster,
+        Client(cluster) as client,
+    ):
+        for encryption in (False, True):
+            config = {"memory.host-limit": 900_000, "memory.compression": "off", "memory.encryption": encryption}
+            assert dask_gpurt.install(client, config=config).installed("memory")
+            futures = client.map(pattern, range(12), pure=False)
+            wait(futures)
+            # Peers are sent what lies on DISK, and tasks read it.
+            sums = client.gather(
+                client.map(lambda x, y: int(x[-1]) + int(y[-1]), futures, [*futures[6:], *futures[:6]])
+            )
+            assert sums == [number + (number + 6) % 12 for number in range(12)]
+            count, found = files_with_it(tmp_path)
+            assert count
+            assert (found == 0) is encryption
+            for number, value in enumerate(client.gather(futures)):
+                np.testing.assert_array_equal(value, pattern(number))
+            del futures, value
+            dask_gpurt.uninstall(client)
 
 
 def told_by(client: Client) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -40,6 +41,12 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_worker() -> None:
 def test_a_url_that_cannot_be_written_is_named_with_the_worker() -> None:
     look = _Look(dask_gpurt.__version__, GOOD, GOOD, object_url=("s3://spill", "Forbidden"))
     with pytest.raises(ConfigError, match=r"gpurt.memory.object-url: 's3://spill'.*w1 can write \(Forbidden\)"):
+        _raise_if_unfit({"the scheduler": FIT, "w1": look})
+
+
+def test_a_worker_that_cannot_encrypt_is_not_left_to_stock() -> None:
+    look = dataclasses.replace(FIT, encryption="cryptography cannot be imported: why")
+    with pytest.raises(ConfigError, match=r"gpurt.memory.encryption: True .* on w1, cryptography cannot be imported"):
         _raise_if_unfit({"the scheduler": FIT, "w1": look})
 
 
