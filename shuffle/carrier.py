@@ -121,6 +121,8 @@ class Carrier:
         self._opening: asyncio.Task[None] | None = None
         #: Address of a worker to that of its transport; None: it is not to be used.
         self._peers: dict[str, bytes | None] = {}
+        #: Address of a worker to those of its transports, one for each installation, that may send to this one.
+        self._askers: dict[str, set[bytes]] = {}
         self._handlers: dict[str, Callable[..., Any]] = {
             "gpurt_shuffle_address": weak(self.address),
             "gpurt_shuffle_credit": weak(self.credit),
@@ -199,19 +201,32 @@ class Carrier:
             self.without_ucx = str(reason)
             logger.info("The shuffle goes by Dask's own comms: %s", reason)
 
-    async def address(self) -> bytes | None:
-        """Answer with the address of this worker's transport. Handler for peers."""
+    async def address(self, asker: str | None = None, peer: bytes | None = None) -> bytes | None:
+        """Answer with the address of this worker's transport. Handler for peers, who say who and where they are."""
         self.prepare()
         if self._opening is not None:
             await self._opening
-        return None if self._transport is None else self._transport.address
+        if self._transport is None:
+            return None
+        if isinstance(asker, str) and peer is not None:
+            try:
+                self._transport.check(peer)
+            except TransportError as error:
+                # It is of another installation, and would not be met.
+                logger.warning("UCX is not used with %s: %s", asker, error)
+                return None
+            self._askers.setdefault(asker, set()).add(peer)
+        return self._transport.address
 
     def peer_gone(self, address: str) -> None:
         """End what is under way with a worker that has left. Handler for the scheduler."""
-        peer = self._peers.pop(address, None)
+        peers = self._askers.pop(address, set())
+        if (known := self._peers.pop(address, None)) is not None:
+            peers.add(known)
         self.ways.forget(address)
-        if peer is not None and self._transport is not None:
-            self._transport.drop_peer(peer)
+        if self._transport is not None:
+            for peer in peers:
+                self._transport.drop_peer(peer)
 
     def _reaches(self, libraries: Iterable[str]) -> bool:
         """Whether UCX can use the memory of these libraries; from now on it finds their devices."""
@@ -229,7 +244,9 @@ class Carrier:
             return None
         if address not in self._peers:
             # Two that ask at a time get the same answer.
-            found = await self._worker.rpc(address).gpurt_shuffle_address()
+            found = await self._worker.rpc(address).gpurt_shuffle_address(
+                asker=self._worker.address, peer=self._transport.address
+            )
             try:
                 if found is not None:
                     self._transport.check(found)

@@ -407,9 +407,15 @@ class Engine:
                 continue
             try:
                 request.check_error()
-                self._heard(self._handshake.hear(message.tobytes(), time.monotonic()))
+                heard = self._handshake.hear(message.tobytes(), time.monotonic())
             except (TransportError, self._api.UCXError) as error:
                 self._stranger(str(error))
+                continue
+            try:
+                self._heard(heard)
+            except (TransportError, self._api.UCXError) as error:
+                # It has left meanwhile.
+                logger.debug("a greeting is not answered: %s", error)
 
     def _heard(self, heard: Say | Met | None) -> None:
         if heard is None:

@@ -115,13 +115,47 @@ def test_a_peer_whose_address_is_none_is_served_by_dasks_comms(caplog: pytest.Lo
             for carrier, worker in zip(carriers(cluster), cluster.workers.values(), strict=True):
                 assert await carrier.address() is not None
 
-                async def address() -> object:
+                async def address(asker: str, peer: bytes) -> object:
                     return lie
 
                 worker.handlers["gpurt_shuffle_address"] = address
             await shuffle(client)
             assert "UCX is not used to" in caplog.text
             assert all(carrier.ucx_nbytes == 0 for carrier in carriers(cluster))
+
+    run(main())
+
+
+def test_who_asks_with_an_address_that_is_none_is_told_none(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async with workers() as (cluster, _, _):
+            carrier, other = carriers(cluster)
+            own = await other.address()
+            assert own is not None
+            assert await carrier.address("tcp://127.0.0.1:1", own) is not None
+            assert await carrier.address("tcp://127.0.0.1:1", own[:-1] + b"x") is None
+            assert "UCX is not used with tcp://127.0.0.1:1" in caplog.text
+            assert carrier._askers == {"tcp://127.0.0.1:1": {own}}
+
+    run(main())
+
+
+def test_a_worker_that_has_left_is_forgotten_by_those_to_whom_it_has_sent() -> None:
+    async def main() -> None:
+        async with workers() as (cluster, client, _):
+            while not all(carrier.ucx_nbytes for carrier in carriers(cluster)):
+                await shuffle(client)
+            left, stays = carriers(cluster)
+            engine: Any = stays._transport._engine  # type: ignore[union-attr]
+            incarnation = left._transport._engine.address.incarnation  # type: ignore[union-attr]
+            assert engine._handshake.proven(incarnation)
+            # As if it had only received from it.
+            address = left._worker.address
+            assert stays._peers.pop(address) == left._transport.address  # type: ignore[union-attr]
+            await client.retire_workers([address])
+            while engine._handshake.proven(incarnation) or engine._endpoints:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            assert address not in stays._askers
 
     run(main())
 
