@@ -42,6 +42,7 @@ settings.load_profile("dask-gpurt")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seeds", type=int, default=20, help="how many seeds of chaos run in the simulator")
+    parser.addoption("--stock", action="store_true", help="faults of the machine on Dask as it is, to compare")
     parser.addoption("--fuzz-minutes", type=float, default=0, help="how long parsers are fuzzed beyond the usual")
 
 
