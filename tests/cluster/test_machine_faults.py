@@ -33,8 +33,8 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 pytestmark = pytest.mark.timeout(1200)
 
 #: Far less than what is worked with.
-CONFIG = {"memory.host-limit": 3_000_000}
-PARTITIONS, ROWS = 8, 60_000
+CONFIG = {"memory.host-limit": 2_000_000}
+PARTITIONS, ROWS = 6, 40_000
 #: Nothing may take longer, whatever goes wrong.
 DEADLINE_S = 120
 ROUNDS = [1, pytest.param(10, marks=pytest.mark.exhaustive)]
