@@ -1,6 +1,6 @@
 """Handlers that do not keep alive whose method they are.
 
-Covers: :func:`weak`.
+Covers: :func:`weak`, and :func:`strong` for who stands before another one's handler, and has to outlive it.
 
 distributed keeps every function that it has ever called as a handler, in a cache that looks at its signature, and a
 connection that rests keeps the handler of its last message. A method would keep its object, and with it all that an
@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["weak"]
+__all__ = ["strong", "weak"]
 
 
 def weak(method: Callable[..., Any], *, late_is_no_error: bool = False) -> Callable[..., Any]:
@@ -58,4 +58,21 @@ def weak(method: Callable[..., Any], *, late_is_no_error: bool = False) -> Calla
     # It would lead to the method.
     del handler.__wrapped__  # type: ignore[attr-defined]
     handler.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
+    handler.reference = reference  # type: ignore[attr-defined]
     return handler
+
+
+def strong(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the method that a handler made by :func:`weak` calls, or the handler itself.
+
+    Examples
+    --------
+    >>> class Door:
+    ...     def knock(self): ...
+    >>> door = Door()
+    >>> strong(weak(door.knock)) == door.knock, strong(len) is len
+    (True, True)
+    """
+    reference = getattr(handler, "reference", None)
+    found: Callable[..., Any] | None = reference() if isinstance(reference, weakref.WeakMethod) else None
+    return handler if found is None else found

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from distributed.protocol.serialize import to_serialize
 
+from dask_gpurt.handlers import weak
 from dask_gpurt.topology import DASK, Place, Report, Topology
 
 if TYPE_CHECKING:
@@ -161,8 +162,8 @@ class Probe:
 
     def start(self) -> None:
         """Begin to answer."""
-        self._worker.handlers[_PROBE] = self.probe
-        self._worker.handlers[_SINK] = self.sink
+        self._worker.handlers[_PROBE] = weak(self.probe)
+        self._worker.handlers[_SINK] = weak(self.sink)
 
     def stop(self) -> None:
         """Answer no more."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from distributed.core import Status
 
 from dask_gpurt import seams
+from dask_gpurt.handlers import strong, weak
 from dask_gpurt.plugins.turns import AWAY_DELAY_S, LARGE_NBYTES, Turns
 from dask_gpurt.topology import DASK, Place, Topology
 
@@ -48,6 +49,7 @@ class Serving:
     def __init__(self, worker: Worker, topology: Topology) -> None:
         self._worker = worker
         self._topology = topology
+        self._before: Any = None
         self._stock: Any = None
         #: What is set to True for a request that is served next, and to False for one that is sent away.
         self._turns: Turns[asyncio.Future[bool]] = Turns()
@@ -60,12 +62,14 @@ class Serving:
 
     def start(self) -> None:
         """Begin."""
-        self._stock = seams.worker_get_data(self._worker)
-        seams.set_worker_get_data(self._worker, self._get_data)
+        self._before = seams.worker_get_data(self._worker)
+        # Those that wait for their turns when all is taken away are served by it.
+        self._stock = strong(self._before)
+        seams.set_worker_get_data(self._worker, weak(self._get_data))
 
     def stop(self) -> None:
         """End. Those that wait have their turns none the less."""
-        seams.set_worker_get_data(self._worker, self._stock)
+        seams.set_worker_get_data(self._worker, self._before)
 
     async def _get_data(
         self, comm: Any, keys: Collection[Hashable], who: str | None = None, serializers: list[str] | None = None
