@@ -23,7 +23,7 @@ from distributed.worker import get_data_from_worker
 import dask_gpurt
 from dask_gpurt.config import MemorySettings
 from dask_gpurt.errors import CorruptDataError, GpurtError, SpillError
-from dask_gpurt.memory.horizon import DYING, RECENT
+from dask_gpurt.memory.horizon import RECENT, SERVED
 from dask_gpurt.memory.ledger import Tier
 from dask_gpurt.memory.manager import MemoryManager
 from dask_gpurt.memory.mapping import TieredMapping
@@ -282,7 +282,7 @@ async def test_a_peer_that_was_told_to_come_back_later_was_not_served() -> None:
         answer: Any = await get_data_from_worker(worker.rpc, [future.key], worker.address, who=peer)
         assert int(answer["data"][future.key][0]) == 1
         # It sends, and then takes note of it.
-        await async_poll(lambda: uses([future.key]) == [DYING])
+        await async_poll(lambda: uses([future.key]) == [SERVED])
         await manager.stop()
 
 
