@@ -228,8 +228,33 @@ MEMORY: tuple[Seam, ...] = (
     Seam("worker", ".monitor.get_process_memory"),
 )
 
+#: Names that the pages in the dashboard use; and those that metrics for Prometheus do.
+DASHBOARD: tuple[Seam, ...] = (
+    Seam("scheduler", "distributed.dashboard.scheduler:template_variables", ("scheduler",)),
+    Seam(
+        "scheduler",
+        "distributed.dashboard.core:BokehApplication",
+        ("applications", "server", "prefix", "template_variables"),
+    ),
+    Seam("scheduler", "bokeh.server.tornado:BokehTornado._applications"),
+    Seam("scheduler", ".http_application.applications"),
+    Seam("scheduler", "distributed.core:Server._tick_interval_observed"),
+)
+METRICS: tuple[Seam, ...] = (
+    Seam("scheduler", "distributed.http.prometheus:PrometheusCollector.build_name", ("name",)),
+    Seam("scheduler", "distributed.http.scheduler.prometheus.core:PrometheusHandler._collectors"),
+    Seam("worker", "distributed.http.prometheus:PrometheusCollector.build_name", ("name",)),
+    Seam("worker", "distributed.http.worker.prometheus.core:PrometheusHandler._collector"),
+)
+
 #: Part to its seams.
-SEAMS: dict[str, tuple[Seam, ...]] = {"memory": MEMORY, "shuffle": SHUFFLE, "placement": PLACEMENT}
+SEAMS: dict[str, tuple[Seam, ...]] = {
+    "memory": MEMORY,
+    "shuffle": SHUFFLE,
+    "placement": PLACEMENT,
+    "dashboard": DASHBOARD,
+    "metrics": METRICS,
+}
 
 
 def broken(part: str, side: Side, server: object | None = None) -> list[str]:
@@ -935,3 +960,80 @@ def worker_task_shuffles(worker: Any, key: Any) -> set[str]:
     task = worker.state.tasks.get(key)
     found = () if task is None else (id_from_key(dependency.key) for dependency in task.dependencies)
     return {str(shuffle_id) for shuffle_id in found if shuffle_id is not None}
+
+
+# --- DASHBOARD and METRICS: what people see --------------------------------------------------------------------------
+
+
+def has_dashboard(scheduler: Any) -> bool:
+    """Whether ``scheduler`` serves Dask's dashboard."""
+    if not scheduler.http_application.applications:
+        return False  # nobody has loaded Bokeh, which takes its time
+    return _dashboard(scheduler) is not None
+
+
+def _dashboard(scheduler: Any) -> Any:
+    from bokeh.server.tornado import BokehTornado
+
+    served = (app for app in scheduler.http_application.applications if isinstance(app, BokehTornado))
+    return next(served, None)
+
+
+def add_dashboard_pages(scheduler: Any, pages: dict[str, Callable[..., None]], entry: str) -> Callable[[], None]:
+    """Serve ``pages`` (path to what makes the document) in the dashboard, and ``entry`` in its menu; returns how to undo it.
+
+    They are an application beside Dask's own, made as that is. Dask lists the applications of the first one for JupyterLab,
+    so ours are named there, too. The menu is one list, shared by all pages.
+    """
+    from distributed.dashboard.core import BokehApplication
+    from distributed.dashboard.scheduler import template_variables
+    from tornado.ioloop import IOLoop
+
+    stock = _dashboard(scheduler)
+    menu = template_variables(scheduler)
+    plots = [
+        {"url": path.strip("/"), "name": path.strip("/").replace("-", " ").removeprefix("individual ").title()}
+        for path in pages
+        if path.startswith("/individual-")
+    ]
+    ours = BokehApplication(pages, scheduler, prefix=stock.prefix, template_variables=menu)
+    ours.initialize(IOLoop.current())
+    ours.start()
+    scheduler.http_application.add_application(ours)
+    # Another object instead of another content: Bokeh may be walking through it.
+    stock._applications = {**stock._applications, **ours.applications}
+    menu["pages"].insert(len(menu["pages"]) - 1, entry)
+    menu["plots"][:] = sorted([*menu["plots"], *plots], key=lambda plot: str(plot["name"]))
+
+    def remove() -> None:
+        ours.stop()
+        if ours in scheduler.http_application.applications:
+            scheduler.http_application.applications.remove(ours)
+        stock._applications = {
+            path: context for path, context in stock._applications.items() if context is not ours.applications.get(path)
+        }
+        if entry in menu["pages"]:
+            menu["pages"].remove(entry)
+        menu["plots"][:] = [plot for plot in menu["plots"] if plot not in plots]
+
+    return remove
+
+
+def loop_interval_s(server: Any) -> float:
+    """Return the time between two turns of a server's event loop, as it was observed last."""
+    return float(server._tick_interval_observed)
+
+
+def scraped(side: Side) -> Any:
+    """Return the scheduler or worker of this process whose metrics Prometheus is given at the moment, or None.
+
+    There is one registry in a process, and Dask's own collectors are told at each request whose it is.
+    """
+    if side == "scheduler":
+        from distributed.http.scheduler.prometheus.core import PrometheusHandler as SchedulerHandler
+
+        collectors = SchedulerHandler._collectors
+        return collectors[0].server if collectors else None
+    from distributed.http.worker.prometheus.core import PrometheusHandler as WorkerHandler
+
+    return None if WorkerHandler._collector is None else WorkerHandler._collector.server

@@ -17,6 +17,7 @@ from distributed.protocol.pickle import dumps
 
 from dask_gpurt.handlers import weak
 from dask_gpurt.installation import PartStatus
+from dask_gpurt.observe.scheduler import SchedulerObserver
 from dask_gpurt.plugins.parts import Parts
 from dask_gpurt.plugins.worker import GpurtWorkerPlugin
 from dask_gpurt.secret import Secret
@@ -64,6 +65,7 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
         self.shuffle: ShuffleScheduler | None = None
         self._scheduler: Scheduler | None = None
         self._ready: Callable[..., Any] | None = None
+        self._observer: SchedulerObserver | None = None
 
     async def start(self, scheduler: Scheduler) -> None:
         """Start what is enabled. The second of two calls does nothing (a preload's plugin is started twice)."""
@@ -94,11 +96,16 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
                 placement.start()
                 self.placement = placement
                 self.prober = Prober(scheduler, self.topology, Pairs(get_address_host))
+        self._observer = SchedulerObserver(scheduler, self)
+        self._observer.start()
 
     def stop(self) -> None:
         """Put stock Dask back on the scheduler. Calling it again does nothing."""
         if self._scheduler is None:
             return
+        if self._observer is not None:
+            self._observer.stop()
+            self._observer = None
         if self.prober is not None:
             self.prober.stop()
             self.prober = None

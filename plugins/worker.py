@@ -17,6 +17,7 @@ from distributed.diagnostics.plugin import WorkerPlugin
 
 from dask_gpurt.installation import PartStatus
 from dask_gpurt.memory.store import BufferStore, DictBufferStore
+from dask_gpurt.observe.worker import WorkerObserver
 from dask_gpurt.plugins.parts import Parts
 from dask_gpurt.secret import Secret
 from dask_gpurt.topology import Topology
@@ -54,6 +55,7 @@ class WorkerRuntime:
         self.memory: MemoryManager | None = None
         self.shuffle: ShuffleWorker | None = None
         self.parts: dict[str, PartStatus] = {}
+        self._observer: WorkerObserver | None = None
 
     async def start(self, worker: Worker, settings: Settings, secret: Secret | None) -> None:
         """Start what is enabled. Never raises for a part that cannot start; see :attr:`parts`."""
@@ -88,12 +90,17 @@ class WorkerRuntime:
                 serving.start()
                 probe.start()
                 self.serving, self.probe = serving, probe
+        self._observer = WorkerObserver(worker, self)
+        self._observer.start()
 
     async def stop(self, *, closing: bool) -> None:
         """Put stock Dask back; on a worker that is ``closing``, data is let go instead of being moved back.
 
         What stands before others goes before them. The shuffle goes before the tiers: its runs take their shards out of the tiers.
         """
+        if self._observer is not None:
+            self._observer.stop()
+            self._observer = None
         if self.serving is not None and self.probe is not None:
             self.probe.stop()
             self.serving.stop()

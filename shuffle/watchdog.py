@@ -103,6 +103,11 @@ class Watchdog:
         stuck = sum(watched.reported for watched in self._watched.values())
         return f"<Watchdog {len(self._watched)} watched, {stuck} stuck>"
 
+    @property
+    def stuck(self) -> set[str]:
+        """Runs that were reported, and do not go on yet."""
+        return {run for run, watched in self._watched.items() if watched.reported}
+
     def look(self, states: Mapping[str, Mapping[str, Any]], now_s: float) -> Verdict:
         """Compare the states of all active runs with those of the last look."""
         passed_s = 0.0 if self._looked_s is None else min(now_s - self._looked_s, self._longest_s)

@@ -213,6 +213,14 @@ class ShuffleWorker:
         """The active runs of these shuffles."""
         return [run for (shuffle_id, _), run in self._runs.items() if shuffle_id in ids]
 
+    def states(self) -> list[dict[str, Any]]:
+        """Return the states of the active runs, oldest first, with their names and whether they are reported as stuck."""
+        stuck = set() if self._watchdog is None else self._watchdog.stuck
+        return [
+            {"id": shuffle_id, "run_id": run_id, "stuck": str(run) in stuck, **run.state()}
+            for (shuffle_id, run_id), run in self._runs.items()
+        ]
+
     def metrics(self) -> dict[str, float]:
         """Counters since the start, in bytes and seconds."""
         carrier, ways = self.carrier, self.carrier.ways

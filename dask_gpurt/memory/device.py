@@ -43,6 +43,7 @@ from dask_gpurt.memory.horizon import Horizon
 from dask_gpurt.memory.ledger import Tier
 from dask_gpurt.memory.lower import Copy, RawName
 from dask_gpurt.memory.mover import Mover
+from dask_gpurt.memory.shards import DeviceChunkName
 from dask_gpurt.memory.spiller import Spiller
 from dask_gpurt.memory.store import DeviceBuffer
 
@@ -350,7 +351,9 @@ def device_mover(
     """Return the DEVICE mover over ``host``, in whose ledger it counts; see :class:`HostFrames` for ``device`` and ``lease``."""
     below = HostFrames(host, device, lease)
     # The bytes of the copies are counted by the HOST mover, which holds them.
-    spiller = Spiller(host.ledger, horizon, upper=Tier.DEVICE, lower=None)
+    spiller = Spiller(
+        host.ledger, horizon, upper=Tier.DEVICE, lower=None, counted=lambda name: not isinstance(name, DeviceChunkName)
+    )
     # One thread copies while another computes checksums, and one copies up while another copies down.
     mover = Mover(spiller, below, loop, lost, threads=2)
     below.relieve = mover.relieve

@@ -54,7 +54,7 @@ from dask_gpurt.memory.device import DeviceFrames, device_mover, on_device, pinn
 from dask_gpurt.memory.disk import SpillFolder, remove_leftovers
 from dask_gpurt.memory.horizon import DYING, IDLE, RECENT, SERVED, Priority, Snapshot, Use, Word, next_use
 from dask_gpurt.memory.ledger import Ledger, Tier
-from dask_gpurt.memory.lower import DiskStore, ObjectStore
+from dask_gpurt.memory.lower import DiskStore, ObjectStore, RawName
 from dask_gpurt.memory.mapping import Ruined, RuinedForClient, TieredMapping, serving
 from dask_gpurt.memory.mover import Mover
 from dask_gpurt.memory.objects import ObjectFolder
@@ -399,7 +399,12 @@ class MemoryManager:
         self._watch = Watch(self._worker, self._tell)
         host = self._host = Mover(
             Spiller(
-                self.ledger, horizon, overflow=Tier.OBJECT if self._objects else None, dearness=self._object_dearness
+                self.ledger,
+                horizon,
+                overflow=Tier.OBJECT if self._objects else None,
+                dearness=self._object_dearness,
+                # What Dask takes for spilled data is keys: neither shards, nor frames of what it knows to be on a device.
+                counted=lambda name: not isinstance(name, RawName),
             ),
             DiskStore(self._folder, self._packer(Tier.DISK, self._folder), cipher),
             loop,
@@ -920,6 +925,21 @@ class MemoryManager:
         return True
 
     # Figures
+
+    def tiers(self) -> dict[Tier, tuple[int, int, int | None]]:
+        """Return the tiers that the worker has, from the top down: bytes held, bytes reserved, and the limit."""
+        there = {
+            Tier.DEVICE: self._device is not None,
+            Tier.HOST: self._host is not None,
+            Tier.DISK: self._folder is not None,
+            Tier.OBJECT: self._objects is not None,
+        }
+        ledger = self.ledger
+        return {t: (ledger.held(t), ledger.reserved(t), ledger.limit(t)) for t, is_there in there.items() if is_there}
+
+    def moves(self) -> dict[tuple[Tier, Tier], int]:
+        """Return cumulative bytes by the tier that they came from, and the one that they went to."""
+        return {move: nbytes for mover in self._movers() for move, nbytes in mover.moves.items()}
 
     def metrics(self) -> dict[str, int]:
         """Return cumulative counts and bytes, and what lies in each tier now."""

@@ -28,7 +28,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -103,6 +103,8 @@ class Mover:
         #: Ever-increasing totals.
         self.written_nbytes = 0
         self.read_nbytes = 0
+        #: The same bytes by where they came from and where they went.
+        self.moves: Counter[tuple[Tier, Tier]] = Counter()
         self.lost_blocks = 0
         self.write_failures = 0
         self.waits = 0
@@ -255,10 +257,10 @@ class Mover:
             value = _load(name, copy)
         except (SpillError, MemoryError) as error:
             if ours:
-                self._end_read(name, epoch, None, error, 0)
+                self._end_read(name, epoch, None, error, None)
             raise
         if ours:
-            self._end_read(name, epoch, value, None, copy.nbytes if copy else 0)
+            self._end_read(name, epoch, value, None, copy)
         return value
 
     # Waiting
@@ -379,10 +381,10 @@ class Mover:
                         continue  # it has been moved
                     if name in self.absent:
                         self._handle(ev.Wanted(name), garbage, read=False)
-                        self._end_read(name, epoch, None, error, 0)
+                        self._end_read(name, epoch, None, error, None)
                 raise
         if found is not None:
-            self.read_nbytes += copy.nbytes
+            self._count_read(copy)
         return found
 
     # Pressure from outside
@@ -594,7 +596,7 @@ class Mover:
 
     def _end_write(self, name: Hashable, epoch: int, outcome: Copy | Exception, tier: Tier | None) -> None:
         if not isinstance(outcome, Exception):
-            self.written_nbytes += outcome.nbytes
+            self._count_written(self.tier, outcome)
             _count(name, "write", outcome.nbytes)
         with self._acting() as garbage:
             if not self.spiller.current(name, epoch):
@@ -635,14 +637,14 @@ class Mover:
             moved = self.overflow.take_over(copy)
         except (SpillError, TypeError) as error:
             logger.debug("%r stays in %s: %s", name, copy.tier, error)
-            self._call(self._end_move, name, epoch, None, 0)
+            self._call(self._end_move, name, epoch, copy, None)
         else:
-            self._call(self._end_move, name, epoch, moved, copy.nbytes)
+            self._call(self._end_move, name, epoch, copy, moved)
 
-    def _end_move(self, name: Hashable, epoch: int, moved: Copy | None, read_nbytes: int) -> None:
-        self.read_nbytes += read_nbytes
+    def _end_move(self, name: Hashable, epoch: int, copy: Copy, moved: Copy | None) -> None:
         if moved is not None:
-            self.written_nbytes += moved.nbytes
+            self.read_nbytes += copy.nbytes
+            self._count_written(copy.tier, moved)
         with self._acting() as garbage:
             if self.spiller.moving(name, epoch):
                 if moved is None:
@@ -659,15 +661,16 @@ class Mover:
         try:
             value = _load(name, copy)
         except (SpillError, MemoryError) as error:
-            self._call(self._end_read, name, epoch, None, error, 0)
+            self._call(self._end_read, name, epoch, None, error, None)
         else:
-            self._call(self._end_read, name, epoch, value, None, copy.nbytes if copy else 0)
+            self._call(self._end_read, name, epoch, value, None, copy)
 
     def _end_read(
-        self, name: Hashable, epoch: int, value: object, error: SpillError | MemoryError | None, nbytes: int
+        self, name: Hashable, epoch: int, value: object, error: SpillError | MemoryError | None, copy: Copy | None
     ) -> None:
-        self.read_nbytes += nbytes
-        _count(name, "read", nbytes)
+        if copy is not None:
+            self._count_read(copy)
+            _count(name, "read", copy.nbytes)
         # Not under the lock: what somebody's sizeof does is theirs.
         footprint = None if error is not None or isinstance(name, RawName) else codec.footprint(value)
         with self._acting() as garbage:
@@ -688,6 +691,14 @@ class Mover:
             self._arrived(name, error)
         if error is not None and not isinstance(error, MemoryError):
             self._call(self._lost, name, error)
+
+    def _count_read(self, copy: Copy) -> None:
+        self.read_nbytes += copy.nbytes
+        self.moves[copy.tier, self.tier] += copy.nbytes
+
+    def _count_written(self, source: Tier, copy: Copy) -> None:
+        self.written_nbytes += copy.nbytes
+        self.moves[source, copy.tier] += copy.nbytes
 
     def _arrived(self, name: Hashable, error: Exception | None) -> None:
         for future in self._arrivals.pop(name, ()):

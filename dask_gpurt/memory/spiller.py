@@ -127,6 +127,8 @@ class Spiller:
     unwritten_min_nbytes
         What is smaller is not dropped unwritten: nothing is gained by it, and who needs it may change. (The tasks that unpack a
         shuffle first run anywhere, to be sent where they belong; all of them need its barrier, which is a number.)
+    counted
+        Says of a name whether it counts in :attr:`absent_nbytes`.
     writes_max
         Writes under way at a time. Further ones are started as these complete, so that they are chosen late.
     """
@@ -141,6 +143,7 @@ class Spiller:
         overflow: Tier | None = None,
         dearness: Callable[[], float] = lambda: 1.0,
         unwritten_min_nbytes: int = SMALL_NBYTES,
+        counted: Callable[[Hashable], bool] = lambda name: True,  # noqa: ARG005
         writes_max: int = 4,
     ) -> None:
         self.ledger = ledger
@@ -151,12 +154,13 @@ class Spiller:
         self._below: tuple[Tier | None, ...] = (lower,) if overflow is None else (lower, overflow)
         self._dearness = dearness
         self._unwritten_min_nbytes = unwritten_min_nbytes
+        self._counted = counted
         self.writes_max = writes_max
         #: Name -> block.
         self.blocks: dict[Hashable, Block] = {}
         #: Names that are not in memory: SPILLED or READING.
         self.absent: set[Hashable] = set()
-        #: Bytes of the values that are not in memory, and of their copies.
+        #: Bytes of the values that are not in memory, of those that count, and of all their copies.
         self.absent_nbytes = 0
         self.absent_copy_nbytes = 0
         #: Tiers below that nothing is written to for the time being, because they refused a write.
@@ -614,12 +618,12 @@ class Spiller:
 
     def _absent(self, block: Block) -> None:
         self.absent.add(block.name)
-        self.absent_nbytes += block.nbytes
+        self.absent_nbytes += block.nbytes if self._counted(block.name) else 0
         self.absent_copy_nbytes += block.copy_nbytes
 
     def _present(self, block: Block) -> None:
         self.absent.discard(block.name)
-        self.absent_nbytes -= block.nbytes
+        self.absent_nbytes -= block.nbytes if self._counted(block.name) else 0
         self.absent_copy_nbytes -= block.copy_nbytes
 
     def _drop(self, block: Block, instructions: list[ev.Instruction]) -> None:

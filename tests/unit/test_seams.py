@@ -18,7 +18,7 @@ SOURCES = sorted(
     path for folder in (ROOT, ROOT / "plugins", ROOT / "shuffle") for path in folder.glob("*.py")
 ) + sorted(
     path
-    for folder in (ROOT / "memory", ROOT / "demo", ROOT / "doctor", ROOT / "shuffle" / "transport")
+    for folder in (ROOT / "memory", ROOT / "demo", ROOT / "doctor", ROOT / "observe", ROOT / "shuffle" / "transport")
     for path in folder.glob("*.py")
 )
 ALL = [(part, seam) for part, of_part in seams.SEAMS.items() for seam in of_part]

@@ -1,0 +1,125 @@
+"""Brings pages into the dashboard of a running scheduler, and metrics to its endpoint, and takes both away again.
+
+Covers: :class:`SchedulerObserver`; what the scheduler has of its workers, put together for the board.
+Does not cover: documents and panels (:mod:`dask_gpurt.observe.pages`), metrics (:mod:`dask_gpurt.observe.prometheus`).
+See also: :mod:`dask_gpurt.seams`, for how a page comes into Dask's dashboard and its menu.
+
+A scheduler without a dashboard, because Bokeh is not installed or it is switched off, gets none. What keeps a page from
+being there keeps nothing else from working: it is logged.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from distributed.metrics import time
+
+from dask_gpurt import seams
+from dask_gpurt.observe import prometheus
+from dask_gpurt.observe.board import Board, ClusterReport, Placing, WorkerState
+from dask_gpurt.observe.reports import WorkerReport
+from dask_gpurt.observe.worker import METRIC
+
+if TYPE_CHECKING:
+    from distributed import Scheduler
+
+    from dask_gpurt.plugins.placement import Placement
+    from dask_gpurt.plugins.scheduler import GpurtSchedulerPlugin
+
+__all__ = ["SchedulerObserver"]
+
+logger = logging.getLogger(__name__)
+
+#: Decisions that are shown.
+LATEST = 12
+
+
+class SchedulerObserver:
+    """What others can see of a scheduler and its workers, from start to stop.
+
+    Parameters
+    ----------
+    scheduler
+        The scheduler.
+    plugin
+        The parts that run on it.
+    """
+
+    def __init__(self, scheduler: Scheduler, plugin: GpurtSchedulerPlugin) -> None:
+        self._scheduler = scheduler
+        self._plugin = plugin
+        self._remove_pages: Callable[[], None] | None = None
+        #: For pages; see :class:`dask_gpurt.observe.pages.Source`.
+        self.board = Board()
+        self.active = False
+
+    def start(self) -> None:
+        """Begin to show."""
+        self.active = True
+        prometheus.collectors.attach("scheduler", self._scheduler)
+        if not seams.has_dashboard(self._scheduler):
+            return
+        if problems := seams.broken("dashboard", "scheduler", self._scheduler):
+            logger.warning("dask-gpurt: there is no page in the dashboard: Dask has changed: %s", "; ".join(problems))
+            return
+        from dask_gpurt.observe.pages import documents
+
+        try:
+            self._remove_pages = seams.add_dashboard_pages(self._scheduler, documents(self), "gpurt")
+        except Exception:
+            logger.exception("dask-gpurt: there is no page in the dashboard")
+
+    def stop(self) -> None:
+        """Show nothing any more. Calling it again does nothing."""
+        # Pages that are open stand still.
+        self.active = False
+        prometheus.collectors.detach("scheduler", self._scheduler)
+        if self._remove_pages is not None:
+            self._remove_pages()
+            self._remove_pages = None
+
+    def refresh(self) -> None:
+        """Bring the board up to date."""
+        now_s = time()
+        if self.board.due(now_s):
+            self.board.observe(now_s, self._report())
+
+    def _report(self) -> ClusterReport:
+        names = {address: str(ws.name) for address, ws in self._scheduler.workers.items()}
+        workers = [_state(ws) for ws in self._scheduler.workers.values()]
+        loop_s = seams.loop_interval_s(self._scheduler)
+        placement = self._plugin.placement
+        if placement is None:
+            return ClusterReport(workers, loop_s)
+        metrics = placement.metrics()
+        return ClusterReport(
+            workers,
+            loop_s,
+            reasons=metrics["decisions"],
+            errors=metrics["errors"],
+            planned=metrics["planned"],
+            waiting=metrics["waiting"],
+            latest=_latest(placement, names),
+        )
+
+
+def _state(ws: Any) -> WorkerState:
+    message = ws.metrics.get(METRIC)
+    return WorkerState(
+        address=ws.address,
+        name=str(ws.name),
+        seen_s=ws.last_seen,
+        loop_s=ws.metrics.get("event_loop_interval", 0.0),
+        report=None if message is None else WorkerReport.from_message(message),
+    )
+
+
+def _latest(placement: Placement, names: dict[str, str]) -> list[Placing]:
+    if not hasattr(placement, "decisions"):
+        return []
+    return [
+        Placing(str(key), decision.reason, names.get(decision.worker, decision.worker))
+        for key, decision in placement.decisions.latest(LATEST)
+    ]

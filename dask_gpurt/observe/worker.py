@@ -1,0 +1,94 @@
+"""Puts the figures of a worker into Dask's heartbeats, and takes them out again.
+
+Covers: :class:`WorkerObserver`. A heartbeat carries one report (see :mod:`dask_gpurt.observe.reports`), and for each tier what
+Dask's own table of workers shows: its page takes any text among a worker's metrics for one more column.
+Does not cover: what Prometheus is told; see :mod:`dask_gpurt.observe.prometheus`.
+
+What it costs: some 20 µs for each heartbeat, whoever looks or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from dask_gpurt.observe import prometheus
+from dask_gpurt.observe.reports import RunReport, TierReport, WorkerReport, columns
+
+if TYPE_CHECKING:
+    from distributed import Worker
+
+    from dask_gpurt.plugins.worker import WorkerRuntime
+
+__all__ = ["METRIC", "WorkerObserver", "report"]
+
+#: Name of the report among a worker's metrics.
+METRIC = "gpurt"
+
+
+def report(worker: Worker, runtime: WorkerRuntime) -> WorkerReport:
+    """Look at what a worker has and did."""
+    memory, shuffle = runtime.memory, runtime.shuffle
+    sent = {"inputs": worker.transfer_outgoing_bytes_total}
+    received, waited_s, shuffles, runs = 0, 0.0, 0, ()
+    if shuffle is not None:
+        figures = shuffle.metrics()
+        sent |= {path: int(figures[f"bytes_{name}"]) for path, name in _SENT.items()}
+        received, waited_s, shuffles = int(figures["bytes_received"]), figures["credit_wait_s"], int(figures["runs"])
+        runs = tuple(RunReport.of(state) for state in shuffle.states())
+    return WorkerReport(
+        tiers={} if memory is None else {str(tier): TierReport(*figures) for tier, figures in memory.tiers().items()},
+        moves={} if memory is None else {(str(a), str(b)): nbytes for (a, b), nbytes in memory.moves().items()},
+        sent=sent,
+        received_nbytes=received,
+        credit_wait_s=waited_s,
+        shuffles=shuffles,
+        runs=runs,
+    )
+
+
+#: Path of a report to the name of its bytes among the shuffle's metrics.
+_SENT = {"ucx": "sent_ucx", "comm": "sent_comm", "local": "local"}
+
+
+class WorkerObserver:
+    """What others can see of a worker, from start to stop.
+
+    Parameters
+    ----------
+    worker
+        The worker.
+    runtime
+        The parts that run on it.
+    """
+
+    def __init__(self, worker: Worker, runtime: WorkerRuntime) -> None:
+        self._worker = worker
+        self._runtime = runtime
+        self._metrics: dict[str, Callable[[Worker], Any]] = {}
+
+    def start(self) -> None:
+        """Begin to tell."""
+        tiers = () if self._runtime.memory is None else self._runtime.memory.tiers()
+        self._metrics = {METRIC: self._report}
+        for tier, column in columns(map(str, tiers)).items():
+            self._metrics[column] = partial(self._tier, tier)
+        self._worker.metrics.update(self._metrics)
+        prometheus.collectors.attach("worker", self._worker)
+
+    def stop(self) -> None:
+        """Tell nothing any more. Calling it again does nothing."""
+        for name, function in self._metrics.items():
+            if self._worker.metrics.get(name) is function:
+                del self._worker.metrics[name]
+        self._metrics = {}
+        prometheus.collectors.detach("worker", self._worker)
+
+    def _report(self, worker: Worker) -> dict[str, Any]:
+        return report(worker, self._runtime).to_message()
+
+    def _tier(self, tier: str, worker: Worker) -> str:  # noqa: ARG002
+        memory = self._runtime.memory
+        figures = {} if memory is None else {str(tier): found for tier, found in memory.tiers().items()}
+        return str(TierReport(*figures[tier])) if tier in figures else ""
