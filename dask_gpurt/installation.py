@@ -1,18 +1,24 @@
 """What is installed where: plain data that travels from the servers to the client, and how it is shown.
 
-Covers: :class:`PartStatus`, :class:`ServerStatus` (one scheduler or worker), :class:`Installation` (a cluster).
+Covers: :class:`PartStatus`, :class:`ServerStatus` (one scheduler or worker), :class:`Installation` (a cluster), in text and in
+the HTML of notebooks, which has no colours of its own but those of bars, so that it is read in light and in dark ones.
 Does not cover: finding it out; see :mod:`dask_gpurt.installer`.
 """
 
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dask_gpurt.config import PARTS
+from dask_gpurt.observe.reports import TierReport, total
 
 __all__ = ["Installation", "PartStatus", "ServerStatus"]
+
+
+#: Workers whose tiers are listed in a notebook.
+LISTED_MAX = 50
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,8 @@ class Installation:
     scheduler: ServerStatus = field(default_factory=dict)
     #: Address of a worker to its parts.
     workers: Mapping[str, ServerStatus] = field(default_factory=dict)
+    #: Address of a worker to what lies in its tiers, as it said last; workers that have not said yet are left out.
+    tiers: Mapping[str, Mapping[str, TierReport]] = field(default_factory=dict)
 
     def installed(self, part: str) -> bool:
         """Whether ``part`` does its work on the whole cluster."""
@@ -117,4 +125,38 @@ class Installation:
             f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
             for part, text in self.rows()
         )
-        return f"<div><strong>{html.escape(self._title())}</strong><table><tbody>{rows}</tbody></table></div>"
+        title = html.escape(self._title())
+        return f"<div><strong>{title}</strong><table><tbody>{rows}</tbody></table>{self._tiers_html()}</div>"
+
+    def _tiers_html(self) -> str:
+        if not self.tiers:
+            return ""
+        names = list(dict.fromkeys(tier for tiers in self.tiers.values() for tier in tiers))
+        heads = "".join(f"<th style='text-align:left'>{html.escape(name.upper())}</th>" for name in names)
+        together = {name: total([tiers[name] for tiers in self.tiers.values() if name in tiers]) for name in names}
+        shown = sorted(self.tiers.items())[:LISTED_MAX]
+        more = len(self.tiers) - len(shown)
+        rows = "".join(_tiers_row(address, names, tiers) for address, tiers in shown)
+        return (
+            f"<table><thead><tr><th></th>{heads}</tr></thead><tbody>{_tiers_row('all workers', names, together)}</tbody></table>"
+            f"<details><summary>Tiers of each worker</summary><table><tbody>{rows}</tbody></table>"
+            f"{f'<p>and {more} more</p>' if more else ''}</details>"
+        )
+
+
+def _tiers_row(title: str, names: Sequence[str], tiers: Mapping[str, TierReport]) -> str:
+    cells = "".join(f"<td style='text-align:left'>{_tier_html(tiers.get(name))}</td>" for name in names)
+    return f"<tr><th style='text-align:left'>{html.escape(title)}</th>{cells}</tr>"
+
+
+def _tier_html(tier: TierReport | None) -> str:
+    if tier is None:
+        return "&#8211;"
+    bar = ""
+    if tier.limit_nbytes:
+        percent = min(100, round(100 * tier.used_nbytes / tier.limit_nbytes))
+        bar = (
+            "<div style='width:120px;height:6px;border:1px solid rgba(128,128,128,.6)'>"
+            f"<div style='width:{percent}%;height:6px;background:#2b8cbe'></div></div>"
+        )
+    return f"{html.escape(str(tier))}{bar}"

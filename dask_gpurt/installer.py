@@ -137,7 +137,9 @@ def _describe(dask_scheduler: Any) -> Installation:
         or {"memory": missing, "shuffle": missing}
         for address in dask_scheduler.workers
     }
-    return Installation(dask_gpurt.__version__, plugin.parts if plugin is not None else {}, workers)
+    if plugin is None:
+        return Installation(dask_gpurt.__version__, {}, workers)
+    return Installation(dask_gpurt.__version__, plugin.parts, workers, plugin.tiers())
 
 
 @dataclass(frozen=True)

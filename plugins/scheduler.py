@@ -24,9 +24,12 @@ from dask_gpurt.secret import Secret
 from dask_gpurt.topology import Topology
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from distributed.scheduler import Scheduler
 
     from dask_gpurt.config import Settings
+    from dask_gpurt.observe.reports import TierReport
     from dask_gpurt.plugins.horizon import HorizonScheduler
     from dask_gpurt.plugins.placement import Placement
     from dask_gpurt.plugins.probing import Prober
@@ -136,6 +139,10 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
         if self.prober is not None and placement is not None and placement.installed:
             self.prober.worker_ready(worker)
         return {"memory": self.horizon is not None}
+
+    def tiers(self) -> dict[str, Mapping[str, TierReport]]:
+        """Return what lies in the tiers of each worker, as its last heartbeat said."""
+        return {} if self._observer is None else self._observer.tiers()
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:  # noqa: ARG002
         """Forget a worker that left; a worker that returns on the same address reports anew."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import dask
 import pytest
+from browser import chromium
 from clusters import local_cluster
 from cuda_emulation import build
 from distributed import Client, LocalCluster
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 #: Imported by tests, under its own name; to look for examples in it, pytest would import it once more under another.
 collect_ignore = [
+    "browser.py",
     "clusters.py",
     "cuda_emulation.py",
     "device_exchange.py",
@@ -59,6 +61,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if wanting and not _gpus():
         for item in wanting:
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine (nvidia-smi lists none)"))
+    if chromium() is None:
+        for item in items:
+            if item.get_closest_marker("browser"):
+                item.add_marker(pytest.mark.skip(reason="no Chromium on this machine"))
 
 
 @pytest.fixture

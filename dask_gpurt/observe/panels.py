@@ -19,19 +19,17 @@ import numpy as np
 from bokeh.layouts import row
 from bokeh.models import (
     BasicTicker,
-    ColorBar,
     ColumnDataSource,
     CustomJSHover,
     CustomJSTickFormatter,
-    Div,
     FactorRange,
     HoverTool,
-    Legend,
-    LegendItem,
     LinearColorMapper,
     NumeralTickFormatter,
     Range1d,
 )
+from bokeh.models.annotations import ColorBar, Legend, LegendItem
+from bokeh.models.widgets import Div
 from bokeh.palettes import Cividis256
 from bokeh.plotting import figure
 from dask.utils import format_bytes, format_time
@@ -50,7 +48,7 @@ NAMED_MAX = 24
 #: Workers and reasons that are shown.
 BUSIEST, REASONS = 12, 12
 #: Binary steps, for axes of bytes.
-_BYTES = {"base": 1024, "mantissas": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]}
+_BYTES: Mapping[str, Any] = {"base": 1024, "mantissas": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]}
 _SPAN_S = (LENGTH - 1) * INTERVAL_S
 
 
@@ -71,7 +69,7 @@ def _figure(title: str, **options: Any) -> Any:
 
 
 def _over_time(title: str, every_s: int = 60) -> Any:
-    plot = _figure(title, x_range=Range1d(-_SPAN_S, 0))
+    plot = _figure(title, x_range=Range1d(start=-_SPAN_S, end=0))
     plot.xaxis.ticker = list(range(0, -int(_SPAN_S), -every_s))
     plot.xaxis.formatter = CustomJSTickFormatter(code="return tick ? `${tick / 60} min` : 'now'")
     plot.xgrid.visible = False
@@ -130,7 +128,7 @@ class WorkersPanel:
         self._plots: dict[str, tuple[Any, ColumnDataSource, LinearColorMapper, ColumnDataSource]] = {}
         for tier in TIERS:
             plot = _over_time(tier.upper(), every_s=120)
-            plot.y_range = Range1d(1, 0)
+            plot.y_range = Range1d(start=1, end=0)
             plot.min_width = 200
             plot.ygrid.visible = False
             source = ColumnDataSource({"image": [], "rows": []})
@@ -215,7 +213,7 @@ class FlowPanel:
         columns = ("x0", "y0", "x1", "y1", "width", "colour", "angle", "what", "rate", "count")
         self.arrows = ColumnDataSource({name: [] for name in columns})
         self.labels = ColumnDataSource({"x": [], "y": [], "text": [], "align": [], "colour": []})
-        plot = self.root = _figure(self.title, x_range=Range1d(-1.3, 3.0), y_range=Range1d(0, 1))
+        plot = self.root = _figure(self.title, x_range=Range1d(start=-1.3, end=3.0), y_range=Range1d(start=0, end=1))
         plot.axis.visible = False
         plot.grid.visible = False
         lines = plot.segment("x0", "y0", "x1", "y1", source=self.arrows, line_width="width", color="colour", alpha=0.8)

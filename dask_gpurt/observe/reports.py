@@ -19,7 +19,7 @@ from typing import Any
 
 from dask.utils import format_bytes
 
-__all__ = ["PATHS", "RUNS_MAX", "RunReport", "TierReport", "WorkerReport", "columns"]
+__all__ = ["PATHS", "RUNS_MAX", "RunReport", "TierReport", "WorkerReport", "columns", "total"]
 
 #: Runs that one report tells of.
 RUNS_MAX = 8
@@ -140,6 +140,23 @@ class WorkerReport:
             shuffles=message["shuffles"],
             runs=tuple(RunReport(*figures) for figures in message["runs"]),
         )
+
+
+def total(tiers: Sequence[TierReport]) -> TierReport:
+    """Add up the same tier of several workers; without a limit if one of them has none.
+
+    Examples
+    --------
+    >>> total([TierReport(1, 2, 10), TierReport(3, 0, 10)])
+    TierReport(held_nbytes=4, reserved_nbytes=2, limit_nbytes=20)
+    >>> total([TierReport(1, 2, 10), TierReport(3, 0, None)]).limit_nbytes
+    """
+    limits = [tier.limit_nbytes for tier in tiers if tier.limit_nbytes is not None]
+    return TierReport(
+        sum(tier.held_nbytes for tier in tiers),
+        sum(tier.reserved_nbytes for tier in tiers),
+        sum(limits) if len(limits) == len(tiers) else None,
+    )
 
 
 def columns(tiers: Iterable[str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ being there keeps nothing else from working: it is logged.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from distributed.metrics import time
@@ -19,7 +19,7 @@ from distributed.metrics import time
 from dask_gpurt import seams
 from dask_gpurt.observe import prometheus
 from dask_gpurt.observe.board import Board, ClusterReport, Placing, WorkerState
-from dask_gpurt.observe.reports import WorkerReport
+from dask_gpurt.observe.reports import TierReport, WorkerReport
 from dask_gpurt.observe.worker import METRIC
 
 if TYPE_CHECKING:
@@ -79,6 +79,11 @@ class SchedulerObserver:
         if self._remove_pages is not None:
             self._remove_pages()
             self._remove_pages = None
+
+    def tiers(self) -> dict[str, Mapping[str, TierReport]]:
+        """Return what lies in the tiers of each worker that has said so."""
+        states = map(_state, self._scheduler.workers.values())
+        return {state.address: state.report.tiers for state in states if state.report is not None}
 
     def refresh(self) -> None:
         """Bring the board up to date."""

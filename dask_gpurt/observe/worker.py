@@ -31,7 +31,8 @@ def report(worker: Worker, runtime: WorkerRuntime) -> WorkerReport:
     """Look at what a worker has and did."""
     memory, shuffle = runtime.memory, runtime.shuffle
     sent = {"inputs": worker.transfer_outgoing_bytes_total}
-    received, waited_s, shuffles, runs = 0, 0.0, 0, ()
+    received, waited_s, shuffles = 0, 0.0, 0
+    runs: tuple[RunReport, ...] = ()
     if shuffle is not None:
         figures = shuffle.metrics()
         sent |= {path: int(figures[f"bytes_{name}"]) for path, name in _SENT.items()}
@@ -74,14 +75,14 @@ class WorkerObserver:
         self._metrics = {METRIC: self._report}
         for tier, column in columns(map(str, tiers)).items():
             self._metrics[column] = partial(self._tier, tier)
-        self._worker.metrics.update(self._metrics)
+        # Another object instead of another content: a heartbeat may be walking through it, and Dask closes a worker for that.
+        self._worker.metrics = {**self._worker.metrics, **self._metrics}
         prometheus.collectors.attach("worker", self._worker)
 
     def stop(self) -> None:
         """Tell nothing any more. Calling it again does nothing."""
-        for name, function in self._metrics.items():
-            if self._worker.metrics.get(name) is function:
-                del self._worker.metrics[name]
+        metrics = self._worker.metrics.items()
+        self._worker.metrics = {name: metric for name, metric in metrics if self._metrics.get(name) is not metric}
         self._metrics = {}
         prometheus.collectors.detach("worker", self._worker)
 

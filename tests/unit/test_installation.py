@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from xml.etree import ElementTree as ET
+
 from dask_gpurt.installation import Installation, PartStatus
+from dask_gpurt.observe.reports import TierReport
 
 READY = PartStatus(True)
 STOCK = PartStatus(False, "OSError: no <room>")
@@ -45,3 +49,30 @@ def test_what_the_scheduler_left_stock_is_said() -> None:
     answer = Installation("1.0", {"shuffle": PartStatus(False, "left out")}, {"a": {"shuffle": READY}})
     assert not answer.installed("shuffle")
     assert "stock on the scheduler (left out)" in str(answer)
+
+
+def test_a_notebook_shows_the_tiers_in_total_and_by_worker() -> None:
+    tiers = {f"tcp://<{i}>": {"host": TierReport(2**30, 0, 2**31), "disk": TierReport(0, 0, None)} for i in range(60)}
+    text = Installation("1.0", {}, {}, tiers)._repr_html_()
+    assert "60.00 GiB of 120.00 GiB" in text
+    assert text.count("1.00 GiB of 2.00 GiB") == 50
+    assert "and 10 more" in text
+    assert "width:50%" in text
+    assert "tcp://&lt;0&gt;" in text
+    assert "<0>" not in text
+    assert "Tiers" not in Installation("1.0", {}, {})._repr_html_()
+
+
+def test_a_tier_that_a_worker_does_not_have_is_left_empty() -> None:
+    tiers = {"a": {"device": TierReport(1, 0, 2), "host": TierReport(1, 0, 2)}, "b": {"host": TierReport(5, 0, 2)}}
+    text = Installation("1.0", {}, {}, tiers)._repr_html_()
+    # What is over its limit fills the bar, and no more.
+    assert "width:100%" in text
+    assert "&#8211;</td>" in text
+
+
+def test_the_html_is_well_formed_and_sets_no_colour_of_text_or_page() -> None:
+    tiers = {"a": {"host": TierReport(1, 0, 2)}}
+    text = Installation("1.0", {"shuffle": READY}, {"a": {"memory": STOCK}}, tiers)._repr_html_()
+    ET.fromstring(text)
+    assert re.findall(r"(?<![-\w])color:", text) == []

@@ -1,0 +1,183 @@
+"""The pages on a real cluster, in a real browser: they come, show what happens, and go without a trace."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+from urllib.error import HTTPError
+
+import cloudpickle
+import dask
+import dask.array as da
+import dask.dataframe as dd
+import numpy as np
+import pandas as pd
+import pytest
+from browser import Browser
+from clusters import local_cluster
+from distributed import Client, LocalCluster, wait
+
+import dask_gpurt
+
+# The servers cannot import this module.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+PANELS = ("tiers", "flow", "workers", "moves", "event_loop", "shuffles", "placement", "decisions")
+#: The text of a panel that is made of text: of the element that Bokeh made for it, behind which is one more document.
+TEXT = """[...document.querySelectorAll('[data-root-id]')].map(root => root.firstElementChild)
+    .find(view => view.shadowRoot.textContent.includes('{title}')).shadowRoot.querySelector('.bk-clearfix').textContent"""
+ROOT = "Bokeh.documents[0].get_model_by_name('{name}')"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with local_cluster(2, memory_limit="1 GiB") as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def client(cluster: LocalCluster) -> Iterator[Client]:
+    with Client(cluster) as client:
+        yield client
+        dask_gpurt.uninstall(client)
+
+
+def fetch(client: Client, path: str) -> str:
+    base = client.dashboard_link.removesuffix("/status")
+    with urllib.request.urlopen(base + path, timeout=30) as answer:
+        return str(answer.read().decode())
+
+
+def pages(client: Client) -> tuple[str, list[str], Any]:
+    """What the dashboard offers: the menu, the panels for JupyterLab, and what is served."""
+    menu = [line.strip() for line in fetch(client, "/system").splitlines() if "<a href=" in line]
+    return fetch(client, "/individual-plots.json"), menu, client.run_on_scheduler(served)
+
+
+def served(dask_scheduler: Any) -> Any:
+    applications = dask_scheduler.http_application.applications
+    metrics = sorted(dask_scheduler.periodic_callbacks)
+    return len(applications), [sorted(a.app_paths) for a in applications if hasattr(a, "app_paths")], metrics
+
+
+#: So little that some of the work is spilled, as it is.
+LITTLE = {"memory.host-limit": "100 MiB", "memory.compression": "off"}
+
+
+def some_work() -> list[Any]:
+    """Spill, shuffle, and place; it lasts as long as what is returned."""
+    frame = pd.DataFrame({"key": np.arange(200_000) % 1000, "value": np.ones(200_000)})
+    with dask.config.set({"dataframe.shuffle.method": "p2p"}):
+        shuffled = dd.from_pandas(frame, npartitions=8).shuffle("key").persist()
+    array = da.arange(48_000_000, chunks=4_000_000, dtype="f8").persist()
+    wait([shuffled, array])
+    assert float(array.sum().compute()) == 48e6 * (48e6 - 1) / 2
+    assert int(shuffled.value.sum().compute()) == 200_000
+    return [shuffled, array]
+
+
+def test_the_page_comes_and_goes_without_a_trace(client: Client) -> None:
+    before = pages(client)
+    dask_gpurt.install(client)
+    plots, menu, _ = pages(client)
+    assert "/individual-gpurt-tiers" in json.loads(plots).values()
+    assert '<a href="gpurt">Gpurt</a>' in menu
+    assert any("individual-gpurt-flow" in line for line in menu)
+    assert "Bokeh" in fetch(client, "/gpurt")
+    dask_gpurt.install(client)
+    assert sorted(pages(client)[0]) == sorted(plots)
+    dask_gpurt.uninstall(client)
+    assert pages(client) == before
+    with pytest.raises(HTTPError, match="404"):
+        fetch(client, "/gpurt")
+
+
+def test_without_a_dashboard_everything_else_is_installed() -> None:
+    options: dict[str, Any] = {"dashboard_address": None, "scheduler_kwargs": {"dashboard": False}}
+    with local_cluster(1, processes=False, **options) as cluster, Client(cluster) as client:
+        assert dask_gpurt.install(client).installed("placement")
+
+
+def test_below_a_prefix() -> None:
+    with (
+        dask.config.set({"distributed.dashboard.link": "{scheme}://{host}:{port}/status"}),
+        local_cluster(1, processes=False, scheduler_kwargs={"http_prefix": "/below"}) as cluster,
+        Client(cluster) as client,
+    ):
+        dask_gpurt.install(client)
+        assert "Bokeh" in fetch(client, "/below/gpurt")
+        assert "Bokeh" in fetch(client, "/below/individual-gpurt-tiers")
+
+
+def test_heartbeats_tell_of_the_tiers_and_the_table_of_workers_shows_them(client: Client) -> None:
+    dask_gpurt.install(client, config=LITTLE)
+    held = some_work()
+    client.run(beat)
+
+    def table(dask_scheduler: Any) -> Any:
+        from distributed.dashboard.components.scheduler import WorkerTable
+
+        shown: Any = WorkerTable(dask_scheduler)
+        shown.update()
+        return {name: list(column) for name, column in shown.source.data.items()}
+
+    shown = client.run_on_scheduler(table)
+    # The first row is for all workers together.
+    assert all(text.endswith("of 100.00 MiB") for text in shown["gpurt host"][1:])
+    assert any(nbytes > 0 for nbytes in shown["memory_spilled"])
+    del held
+    dask_gpurt.uninstall(client)
+    client.run(beat)
+    assert not any(name.startswith("gpurt") for name in client.run_on_scheduler(table))
+    assert not any(client.run(lambda dask_worker: [n for n in dask_worker.metrics if "gpurt" in n]).values())
+
+
+async def beat(dask_worker: Any) -> None:
+    await dask_worker.heartbeat()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_shows_what_happens(client: Client, scheme: str) -> None:
+    dask_gpurt.install(client, config=LITTLE)
+
+    async def look() -> None:
+        async with Browser(scheme) as browser:
+            await browser.open(client.dashboard_link.replace("/status", "/gpurt"))
+            for name in PANELS:
+                assert await browser.wait_for(f"!!{ROOT.format(name=name)}")
+            held = await asyncio.to_thread(some_work)
+            assert "HOST" in await browser.wait_for(
+                f"{ROOT.format(name='tiers')}.title.text.includes('DISK') && {ROOT.format(name='tiers')}.title.text"
+            )
+            counts = f"{ROOT.format(name='flow')}.renderers[0].data_source.data"
+            await browser.wait_for(f"{counts}.count[{counts}.what.indexOf('host to disk')] > 100e6")
+            assert await browser.wait_for(f"{ROOT.format(name='placement')}.renderers[0].data_source.data.count[0] > 0")
+            assert "planned" in await browser.wait_for(TEXT.format(title="Latest decisions"))
+            assert "1 so far" in await browser.wait_for(TEXT.format(title="Shuffles"))
+            assert await browser.wait_for(f"{ROOT.format(name='event_loop')}.inner_width > 100")
+            light = await browser.wait_for("getComputedStyle(document.body).backgroundColor")
+            assert light == ("rgb(250, 250, 250)" if scheme == "light" else "rgb(27, 27, 27)")
+            assert not browser.errors
+            del held
+
+    asyncio.run(look())
+
+
+@pytest.mark.browser
+def test_an_open_page_stands_still_after_an_uninstall(client: Client) -> None:
+    dask_gpurt.install(client)
+
+    async def look() -> None:
+        async with Browser() as browser:
+            await browser.open(client.dashboard_link.replace("/status", "/individual-gpurt-tiers"))
+            await browser.wait_for(f"{ROOT.format(name='tiers')}.inner_height > 100")
+            await asyncio.to_thread(dask_gpurt.uninstall, client)
+            assert not browser.errors
+
+    asyncio.run(look())
+    assert client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.status.name) == "running"
