@@ -119,9 +119,11 @@ def _page(
     title: str,
 ) -> None:
     panels = [kind() for kind in kinds]
-    for panel in panels:
-        panel.root.name = panel.name.replace("-", "_")
-        doc.add_root(panel.root)
+    # All models are looked through once, and not for each root.
+    with doc.models.freeze():
+        for panel in panels:
+            panel.root.name = panel.name.replace("-", "_")
+            doc.add_root(panel.root)
     arguments = doc.session_context.request.arguments
     asked = arguments.get("theme", [b""])[0].decode()
     theme = asked if asked in _THEMES else "light"

@@ -136,6 +136,25 @@ def test_heartbeats_tell_of_the_tiers_and_the_table_of_workers_shows_them(client
     assert not any(client.run(lambda dask_worker: [n for n in dask_worker.metrics if "gpurt" in n]).values())
 
 
+async def spill_shards(dask_worker: Any) -> tuple[float, float]:
+    memory = dask_worker.extensions["gpurt"].memory
+    names = [f"shards-{number}" for number in range(40)]
+    for rank, name in enumerate(names):
+        memory.store.put(name, [bytearray(2**22)], await memory.store.reserve(2**22), rank=rank)
+    (await memory.store.reserve(2**26)).release()
+    spilled = tuple(dask_worker.data.spilled_total)
+    for name in names:
+        memory.store.discard(name)
+    return spilled
+
+
+def test_dasks_bars_do_not_take_shards_for_spilled_keys(client: Client) -> None:
+    dask_gpurt.install(client, config=LITTLE)
+    for keys_nbytes, disk_nbytes in client.run(spill_shards).values():
+        assert keys_nbytes == 0
+        assert disk_nbytes > 2**26
+
+
 async def beat(dask_worker: Any) -> None:
     await dask_worker.heartbeat()
 
