@@ -91,6 +91,8 @@ class Browser:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._socket.close()
+        while await self._socket.read_message() is not None:
+            pass
         self._process.terminate()
         self._process.wait(20)
         assert self._process.stderr is not None

@@ -92,8 +92,9 @@ def test_the_page_comes_and_goes_without_a_trace(client: Client) -> None:
     assert sorted(pages(client)[0]) == sorted(plots)
     dask_gpurt.uninstall(client)
     assert pages(client) == before
-    with pytest.raises(HTTPError, match="404"):
+    with pytest.raises(HTTPError, match="404") as refused:
         fetch(client, "/gpurt")
+    refused.value.close()
 
 
 def test_without_a_dashboard_everything_else_is_installed() -> None:
@@ -176,7 +177,7 @@ def test_the_page_shows_what_happens(client: Client, scheme: str) -> None:
             counts = f"{ROOT.format(name='flow')}.renderers[0].data_source.data"
             await browser.wait_for(f"{counts}.count[{counts}.what.indexOf('host to disk')] > 100e6")
             assert await browser.wait_for(f"{ROOT.format(name='placement')}.renderers[0].data_source.data.count[0] > 0")
-            assert "planned" in await browser.wait_for(TEXT.format(title="Latest decisions"))
+            assert "only-holder" in await browser.wait_for(TEXT.format(title="Latest decisions"))
             assert "1 so far" in await browser.wait_for(TEXT.format(title="Shuffles"))
             assert await browser.wait_for(f"{ROOT.format(name='event_loop')}.inner_width > 100")
             light = await browser.wait_for("getComputedStyle(document.body).backgroundColor")

@@ -460,12 +460,17 @@ def test_what_the_disk_may_not_hold_overflows(tmp_path: Path, url: str) -> None:
             assert (len(r.files()), len(objects_of(r))) == (2, 5)
             assert r.mover.ledger.held(Tier.DISK) == 2 * CHUNK
             assert r.mover.ledger.held(Tier.OBJECT) == 5 * CHUNK
+            host, disk, below = Tier.HOST, Tier.DISK, Tier.OBJECT
+            assert r.mover.moves == {(host, disk): 2 * CHUNK, (host, below): 5 * CHUNK}
             for number in range(10):
                 pinned = await r.mover.ensure([number])
                 value: Any = r.mover.get(number)
                 r.mover.unpin(pinned)
                 assert (value == number).all()
                 assert value.flags.writeable
+            assert r.mover.moves[disk, host] + r.mover.moves[below, host] == r.mover.read_nbytes >= 7 * CHUNK
+            assert r.mover.moves[disk, host] >= 2 * CHUNK
+            assert r.mover.moves[below, host] > 0
             name = next(n for n in sorted(r.mover.absent, key=str) if r.mover.spiller.blocks[n].tier is Tier.OBJECT)
             found = await r.mover.frames(name)
             assert found is not None
@@ -1004,6 +1009,7 @@ def test_what_nobody_needs_goes_from_disk_to_the_overflow(tmp_path: Path, url: s
             await crowded(r)
             await needed(r)
             assert r.mover.spiller.moved_nbytes > 0
+            assert r.mover.moves[Tier.DISK, Tier.OBJECT] == r.mover.spiller.moved_nbytes
             ledger = r.mover.ledger
             assert ledger.held(Tier.OBJECT) == sum(c.nbytes for c in r.mover._copies.values() if c.tier is Tier.OBJECT)
             assert ledger.held(Tier.DISK) == sum(c.nbytes for c in r.mover._copies.values() if c.tier is Tier.DISK)
