@@ -967,7 +967,7 @@ def worker_task_shuffles(worker: Any, key: Any) -> set[str]:
 
 def has_dashboard(scheduler: Any) -> bool:
     """Whether ``scheduler`` serves Dask's dashboard."""
-    if not scheduler.http_application.applications:
+    if not scheduler.http_application.applications or importlib.util.find_spec("bokeh") is None:
         return False  # nobody has loaded Bokeh, which takes its time
     return _dashboard(scheduler) is not None
 

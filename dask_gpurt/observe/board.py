@@ -301,4 +301,4 @@ def _counts(report: WorkerReport) -> dict[str, int]:
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
     """Sort ``w10`` after ``w9``."""
-    return [(0, int(piece), "") if piece.isdigit() else (1, 0, piece) for piece in re.split(r"(\d+)", name) if piece]
+    return [(0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in re.split(r"(\d+)", name) if piece]

@@ -125,7 +125,7 @@ def _page(
             panel.root.name = panel.name.replace("-", "_")
             doc.add_root(panel.root)
     arguments = doc.session_context.request.arguments
-    asked = arguments.get("theme", [b""])[0].decode()
+    asked = arguments.get("theme", [b""])[0].decode(errors="replace")
     theme = asked if asked in _THEMES else "light"
     doc.theme = _THEMES[theme]
     doc.title = title

@@ -37,6 +37,11 @@ class Collectors:
         self._owners: dict[seams.Side, set[int]] = {"scheduler": set(), "worker": set()}
         self._registered: dict[seams.Side, Any] = {}
 
+    @property
+    def idle(self) -> bool:
+        """Whether there are none."""
+        return not self._registered
+
     def attach(self, side: seams.Side, server: object) -> None:
         """Have the metrics of ``server`` collected, where Prometheus can be served."""
         if importlib.util.find_spec("prometheus_client") is None:

@@ -64,9 +64,9 @@ class SchedulerObserver:
         if problems := seams.broken("dashboard", "scheduler", self._scheduler):
             logger.warning("dask-gpurt: there is no page in the dashboard: Dask has changed: %s", "; ".join(problems))
             return
-        from dask_gpurt.observe.pages import documents
-
         try:
+            from dask_gpurt.observe.pages import documents
+
             self._remove_pages = seams.add_dashboard_pages(self._scheduler, documents(self), "gpurt")
         except Exception:
             logger.exception("dask-gpurt: there is no page in the dashboard")
