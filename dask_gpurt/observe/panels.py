@@ -88,7 +88,8 @@ class TiersPanel:
     title: ClassVar[str] = "Bytes by tier"
 
     def __init__(self) -> None:
-        self.source = ColumnDataSource({name: [] for name in ("age", *TIERS, *(f"{tier}_limit" for tier in TIERS))})
+        columns = [f"{tier}{what}" for tier in TIERS for what in ("", "_area", "_limit")]
+        self.source = ColumnDataSource({name: [] for name in ("age", *columns)})
         plot = self.root = _over_time(self.title)
         _bytes_axis(plot.yaxis[0])
         plot.y_range.start = 0
@@ -97,7 +98,7 @@ class TiersPanel:
         for tier in TIERS:
             colour = COLOURS[tier]
             line = plot.line("age", tier, source=self.source, color=colour, line_width=2)
-            area = plot.varea("age", 0, tier, source=self.source, color=colour, alpha=0.15)
+            area = plot.varea("age", 0, f"{tier}_area", source=self.source, color=colour, alpha=0.15)
             limit = plot.line("age", f"{tier}_limit", source=self.source, color=colour, line_dash="dashed")
             item = LegendItem(label=tier.upper(), renderers=[line])
             plot.add_tools(HoverTool(renderers=[line], mode="vline", tooltips=[(tier.upper(), f"@{tier}{{0.00 b}}")]))
@@ -111,6 +112,8 @@ class TiersPanel:
         data: dict[str, Any] = {"age": board.ages_s}
         for tier in TIERS:
             data[tier], data[f"{tier}_limit"] = board.total(tier), board.limit(tier)
+            # An area takes what is unknown for a straight way there.
+            data[f"{tier}_area"] = np.nan_to_num(data[tier])
             for glyph in self._glyphs[tier]:
                 glyph.visible = tier in tiers
         self.source.data = data
@@ -130,6 +133,8 @@ class WorkersPanel:
             plot = _over_time(tier.upper(), every_s=120)
             plot.y_range = Range1d(start=1, end=0)
             plot.min_width = 200
+            # Room for the numbers of the bar, which get longer.
+            plot.min_border_right = 78
             plot.ygrid.visible = False
             source = ColumnDataSource({"image": [], "rows": []})
             names = ColumnDataSource({"name": []})
