@@ -407,7 +407,7 @@ def _run_cells(run: Run) -> list[str]:
     stuck = f"<b class='bad'>stuck: {html.escape(', '.join(map(_short, run.stuck[:3])))}</b>, " if run.stuck else ""
     waits = []
     if run.unanswered:
-        waits.append(f"{run.unanswered} messages, {format_time(run.unanswered_s)}")
+        waits.append(f"{run.unanswered} unanswered, {format_time(run.unanswered_s)}")
     if run.credits_wanted:
         waits.append(f"{run.credits_wanted} for room")
     return [
