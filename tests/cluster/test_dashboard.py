@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import sys
 import urllib.request
@@ -22,6 +23,7 @@ from clusters import local_cluster
 from distributed import Client, LocalCluster, wait
 
 import dask_gpurt
+from dask_gpurt.observe.board import Board
 
 # The servers cannot import this module.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -200,4 +202,10 @@ def test_an_open_page_stands_still_after_an_uninstall(client: Client) -> None:
             assert not browser.errors
 
     asyncio.run(look())
-    assert client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.status.name) == "running"
+    # Once the scheduler has heard that the browser is gone, nothing is left of the page.
+    assert any(not client.run_on_scheduler(boards) for _ in range(50))
+
+
+def boards(dask_scheduler: Any) -> int:
+    gc.collect()
+    return sum(isinstance(thing, Board) for thing in gc.get_objects())
