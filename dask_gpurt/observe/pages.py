@@ -86,10 +86,7 @@ def _theme(text: str, grid: str) -> Theme:
 _THEMES = {"light": _theme("#333333", "#dddddd"), "dark": _theme("#dddddd", "#444444")}
 _TEMPLATES = Environment(
     loader=FileSystemLoader(
-        [
-            os.path.join(os.path.dirname(__file__), "templates"),
-            os.path.join(os.path.dirname(distributed.http.__file__), "templates"),
-        ]
+        [os.path.dirname(__file__), os.path.join(os.path.dirname(distributed.http.__file__), "templates")]
     ),
     # Bokeh gives ready pieces of HTML, and nothing else than those and our own constants is written into the templates.
     autoescape=False,  # noqa: S701
