@@ -10,7 +10,7 @@ Counts become rates over the time between two heartbeats of the same worker, whi
 and some seconds in large ones. A count that goes down (a worker that was restarted) is a rate of zero.
 
 Covers: :class:`Board` and the figures that are taken from it. Does not cover: how they are drawn, see
-:mod:`dask_gpurt.observe.panels`; where they come from, see :mod:`dask_gpurt.observe.scheduler`.
+:mod:`dask_gpurt.observe.drawing`; where they come from, see :mod:`dask_gpurt.observe.scheduler`.
 
 Pure: no I/O, no clock, no Dask, no Bokeh.
 """

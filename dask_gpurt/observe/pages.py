@@ -1,7 +1,7 @@
 """Documents of the dashboard: the page ``/gpurt``, and one for each panel, light or dark.
 
 Covers: what Bokeh calls for each browser that opens a page; themes.
-Does not cover: the panels (:mod:`dask_gpurt.observe.panels`); how pages come into Dask's dashboard
+Does not cover: the panels (:mod:`dask_gpurt.observe.drawing`); how pages come into Dask's dashboard
 (:mod:`dask_gpurt.observe.scheduler`).
 
 Dask's own pages are light. Ours follow the browser: a line of script in the templates asks it for the preferred scheme, and opens
@@ -21,9 +21,24 @@ from bokeh.themes import Theme
 from jinja2 import Environment, FileSystemLoader
 
 from dask_gpurt.observe.board import INTERVAL_S, Board
-from dask_gpurt.observe.panels import PANELS, Panel
+from dask_gpurt.observe.drawing import Panel
+from dask_gpurt.observe.flow import FlowPanel, MovesPanel
+from dask_gpurt.observe.history import HealthPanel, TiersPanel, WorkersPanel
+from dask_gpurt.observe.tables import DecisionsPanel, PlacementPanel, ShufflesPanel
 
-__all__ = ["PAGE", "Source", "documents"]
+__all__ = ["PAGE", "PANELS", "Source", "documents"]
+
+#: In the order of the page.
+PANELS: tuple[type[Panel], ...] = (
+    TiersPanel,
+    FlowPanel,
+    WorkersPanel,
+    MovesPanel,
+    HealthPanel,
+    ShufflesPanel,
+    PlacementPanel,
+    DecisionsPanel,
+)
 
 #: Path of the page, and what the paths of single panels begin with: JupyterLab's extension looks for ``individual-``.
 PAGE = "/gpurt"

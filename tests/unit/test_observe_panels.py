@@ -10,8 +10,12 @@ from bokeh.document import Document
 from bokeh.models.widgets import Div
 
 from dask_gpurt.observe.board import TIERS, Board, ClusterReport, Placing, WorkerState
-from dask_gpurt.observe.panels import PANELS, FlowPanel, Panel, PlacementPanel, ShufflesPanel, TiersPanel, WorkersPanel
+from dask_gpurt.observe.drawing import Panel
+from dask_gpurt.observe.flow import FlowPanel
+from dask_gpurt.observe.history import TiersPanel, WorkersPanel
+from dask_gpurt.observe.pages import PANELS
 from dask_gpurt.observe.reports import RunReport, TierReport, WorkerReport
+from dask_gpurt.observe.tables import PlacementPanel, ShufflesPanel
 
 EVIL = "<img src=x onerror=alert(1)>"
 

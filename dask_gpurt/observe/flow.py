@@ -1,0 +1,214 @@
+"""Panels of what moves now: between tiers and to other workers, and which workers move most.
+
+See also: :mod:`dask_gpurt.observe.board`, which makes rates of counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+from bokeh.models import ColumnDataSource, FactorRange, HoverTool, Range1d
+from dask.utils import format_bytes
+
+from dask_gpurt.observe.board import Board
+from dask_gpurt.observe.drawing import COLOURS, FLOWING, STILL, bytes_axis, plain_figure, size
+from dask_gpurt.observe.reports import PATHS
+
+__all__ = ["BUSIEST", "FlowPanel", "MovesPanel"]
+
+#: Workers that are shown.
+BUSIEST = 12
+
+#: Middle of the box of a tier, and of all other workers, in the picture of what flows, and half of its width and height.
+_PLACES = {
+    "device": (0.0, 4.27, 0.42, 0.3),
+    "host": (0.0, 2.6, 0.42, 0.72),
+    "disk": (0.0, 0.93, 0.28, 0.3),
+    "object": (0.0, -0.27, 0.42, 0.3),
+    "peers": (2.5, 2.6, 0.42, 0.72),
+}
+#: What may flow: its name on the board, from, to, and how far beside the line between the middles.
+_FLOWS: tuple[tuple[str, str, str, float], ...] = (
+    ("device>host", "device", "host", -0.18),
+    ("host>device", "host", "device", 0.18),
+    ("host>disk", "host", "disk", -0.14),
+    ("disk>host", "disk", "host", 0.14),
+    ("disk>object", "disk", "object", -0.14),
+    ("object>host", "object", "host", 0.36),
+    ("host>object", "host", "object", -0.36),
+    ("ucx", "host", "peers", 0.32),
+    ("comm", "host", "peers", -0.12),
+    ("inputs", "host", "peers", -0.56),
+)
+
+
+class FlowPanel:
+    """What moves between tiers and workers at the moment."""
+
+    name: ClassVar[str] = "flow"
+    title: ClassVar[str] = "Moves now"
+
+    def __init__(self) -> None:
+        self.boxes = ColumnDataSource({name: [] for name in ("x", "y", "width", "height", "label", "detail", "colour")})
+        columns = ("x0", "y0", "x1", "y1", "width", "colour", "angle", "what", "rate", "count")
+        self.arrows = ColumnDataSource({name: [] for name in columns})
+        self.labels = ColumnDataSource({"x": [], "y": [], "text": [], "align": [], "colour": []})
+        plot = self.root = plain_figure(
+            self.title, x_range=Range1d(start=-1.3, end=3.0), y_range=Range1d(start=0, end=1)
+        )
+        plot.axis.visible = False
+        plot.grid.visible = False
+        lines = plot.segment("x0", "y0", "x1", "y1", source=self.arrows, line_width="width", color="colour", alpha=0.8)
+        said = [("", "@what"), ("now", "@rate{0.00 b}/s"), ("so far", "@count{0.00 b}")]
+        plot.add_tools(HoverTool(renderers=[lines], tooltips=said, line_policy="interp"))
+        plot.scatter("x1", "y1", marker="triangle", size=11, angle="angle", source=self.arrows, color="colour")
+        plot.rect(
+            "x",
+            "y",
+            width="width",
+            height="height",
+            source=self.boxes,
+            fill_color="colour",
+            line_color=None,
+            border_radius=6,
+        )
+        text = {"text_align": "center", "text_color": "white"}
+        plot.text(
+            "x",
+            "y",
+            "label",
+            source=self.boxes,
+            text_baseline="bottom",
+            text_font_style="bold",
+            text_font_size="12px",
+            **text,
+        )
+        plot.text("x", "y", "detail", source=self.boxes, text_baseline="top", text_font_size="10px", **text)
+        plot.text(
+            "x",
+            "y",
+            "text",
+            source=self.labels,
+            text_align="align",
+            text_baseline="middle",
+            text_font_size="11px",
+            text_color="colour",
+        )
+
+    def update(self, board: Board) -> None:
+        """Show the rates, and where nothing moves what has moved."""
+        rates, counts = board.rates(), board.counts()
+        there = {*board.tiers, "peers"}
+        shown = [flow for flow in _FLOWS if {flow[1], flow[2]} <= there]
+        boxes = [(place, *at) for place, at in _PLACES.items() if place in there]
+        self.root.y_range.start = min(y - half for _, _, y, _, half in boxes) - 0.1
+        self.root.y_range.end = max(y + half for _, _, y, _, half in boxes) + 0.1
+        self.boxes.data = {
+            "x": [x for _, x, *_ in boxes],
+            "y": [y for _, _, y, *_ in boxes],
+            "width": [2 * half for *_, half, _ in boxes],
+            "height": [2 * half for *_, half in boxes],
+            "label": [place.upper() for place, *_ in boxes],
+            "detail": [
+                f"{len(board.reports)} workers" if p == "peers" else size(board.total(p)[-1]) for p, *_ in boxes
+            ],
+            "colour": [COLOURS.get(place, "#4d4d4d") for place, *_ in boxes],
+        }
+        arrows = [_arrow(*flow[1:]) for flow in shown]
+        self.arrows.data = {
+            **{name: [a[i] for a in arrows] for i, name in enumerate(("x0", "y0", "x1", "y1"))},
+            "angle": [math.atan2(y1 - y0, x1 - x0) - math.pi / 2 for x0, y0, x1, y1 in arrows],
+            "width": [_width(rates[flow[0]]) for flow in shown],
+            "colour": [FLOWING if rates[flow[0]] else STILL for flow in shown],
+            "what": [PATHS.get(flow[0], f"{flow[1]} to {flow[2]}") for flow in shown],
+            "rate": [rates[flow[0]] for flow in shown],
+            "count": [counts[flow[0]] for flow in shown],
+        }
+        # Beyond all arrows.
+        beside = 0.5 if "object" in there else 0.3
+        labels = [
+            _label(arrow, flow, rates[flow[0]], counts[flow[0]], beside)
+            for arrow, flow in zip(arrows, shown, strict=True)
+        ]
+        self.labels.data = {
+            name: [label[i] for label in labels] for i, name in enumerate(("x", "y", "text", "align", "colour"))
+        }
+        moving = sum(rates[flow[0]] for flow in shown)
+        self.root.title.text = f"{self.title}: {format_bytes(int(moving))}/s" if moving else f"{self.title}: nothing"
+
+
+def _arrow(source: str, target: str, beside: float) -> tuple[float, float, float, float]:
+    (x0, y0, width0, height0), (x1, y1, width1, height1) = _PLACES[source], _PLACES[target]
+    # The head is drawn around the end.
+    if x0 != x1:
+        return x0 + width0, y0 + beside, x1 - width1 - 0.03, y1 + beside
+    down = -1 if y1 < y0 else 1
+    return x0 + beside, y0 + down * height0, x1 + beside, y1 - down * (height1 + 0.08)
+
+
+def _label(
+    arrow: tuple[float, float, float, float],
+    flow: tuple[str, str, str, float],
+    rate: float,
+    count: int,
+    shift: float,
+) -> tuple[float, float, str, str, str]:
+    x0, y0, x1, y1 = arrow
+    name, _, target, beside = flow
+    # Where nothing moves, what has moved.
+    said = f"{format_bytes(int(rate))}/s" if rate else format_bytes(count)
+    colour = FLOWING if rate else STILL
+    if target == "peers":
+        return (x0 + x1) / 2, y0 + 0.22, f"{PATHS[name]}: {said}", "center", colour
+    return shift if beside > 0 else -shift, (y0 + y1) / 2, said, "left" if beside > 0 else "right", colour
+
+
+def _width(rate: float) -> float:
+    """From 1 pixel for nothing to 9 for tens of GB/s: a pixel for each factor of 8 above 10 kB/s."""
+    return 1.0 if rate <= 0 else float(min(9.0, 1.5 + max(0.0, math.log(rate / 1e4, 8))))
+
+
+class MovesPanel:
+    """The workers that move most."""
+
+    name: ClassVar[str] = "moves"
+    title: ClassVar[str] = "Busiest workers"
+    _KINDS: ClassVar[Mapping[str, str]] = {
+        "down": COLOURS["disk"],
+        "up": COLOURS["host"],
+        "sent": COLOURS["device"],
+        "received": FLOWING,
+    }
+
+    def __init__(self) -> None:
+        self.source = ColumnDataSource({"worker": [], **{kind: [] for kind in self._KINDS}})
+        plot = self.root = plain_figure(self.title, y_range=FactorRange())
+        plot.hbar_stack(
+            list(self._KINDS),
+            y="worker",
+            height=0.8,
+            source=self.source,
+            color=list(self._KINDS.values()),
+            legend_label=["moved down", "moved up", "sent", "shards received"],
+        )
+        bytes_axis(plot.xaxis[0])
+        plot.x_range.start = 0
+        plot.ygrid.visible = False
+        plot.add_layout(plot.legend[0], "above")
+        plot.legend.orientation = "horizontal"
+        plot.add_tools(
+            HoverTool(tooltips=[("worker", "@worker"), *((kind, f"@{kind}{{0.00 b}}/s") for kind in self._KINDS)])
+        )
+
+    def update(self, board: Board) -> None:
+        """Show the busiest workers, the busiest one on top."""
+        busiest = board.busiest(BUSIEST)[::-1]
+        names = [name for name, _ in busiest]
+        self.root.y_range.factors = names
+        self.source.data = {"worker": names, **{kind: [rates[kind] for _, rates in busiest] for kind in self._KINDS}}
+        moving = len(board.busiest(len(board.reports)))
+        rest = f", the {len(names)} busiest" if moving > len(names) else ""
+        of = f"{moving} of {len(board.reports)} move data{rest}; bytes/s"
+        self.root.title.text = f"{self.title}: {of}" if moving else f"{self.title}: none moves data"
