@@ -122,8 +122,6 @@ def _state(ws: Any) -> WorkerState:
 
 
 def _latest(placement: Placement, names: dict[str, str]) -> list[Placing]:
-    if not hasattr(placement, "decisions"):
-        return []
     return [
         Placing(str(key), decision.reason, names.get(decision.worker, decision.worker))
         for key, decision in placement.decisions.latest(LATEST)
