@@ -84,7 +84,8 @@ def test_a_worker_dies_in_a_shuffle(client: Client, tmp_path: pathlib.Path, phas
     found = client.compute(shuffled["value"]).result(60)
     assert (tmp_path / "done").exists()
     pd.testing.assert_series_equal(found.sort_index(), data["value"])
-    assert metrics(client, "bytes_sent") > 0
+    # The shuffle that restarts may begin before the lost worker is replaced: then nothing has to be sent.
+    assert metrics(client, "bytes_sent") + metrics(client, "bytes_local") > 0
 
 
 @pytest.mark.parametrize("phase", ["transfer", "unpack"])
