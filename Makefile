@@ -36,6 +36,25 @@ format: setup
 bench: setup
 	$(BIN)/python -m benchmarks overhead --json benchmarks/results/overhead.json
 
+.PHONY: docs docs-links
+
+# Any warning is an error, a reference to what does not exist is one.
+SPHINX := $(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky
+DOCS_STAMP := $(VENV)/.docs-installed
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+docs: $(DOCS_STAMP)
+	$(BIN)/python -m docs
+	$(SPHINX) --builder html docs build/docs
+	@echo 'build/docs/index.html'
+
+# Asks every server that is linked to.
+docs-links: $(DOCS_STAMP)
+	$(SPHINX) --builder linkcheck docs build/docs-links
+
 # Where there is a GPU. cuDF wants other versions than the pinned ones, so that this is an environment of its own.
 GPU_VENV := .venv-gpu
 GPU_EXTRAS ?= cudf

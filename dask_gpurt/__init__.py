@@ -59,6 +59,10 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 async def dask_setup(server: Any) -> None:
     """Install on a scheduler or worker that was started with ``--preload dask_gpurt``."""
     from dask_gpurt.preload import set_up_server

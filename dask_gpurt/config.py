@@ -279,7 +279,7 @@ class Settings:
         )
 
     def enabled(self, part: str) -> bool:
-        """Whether ``part`` (one of :data:`PARTS`) is to be installed."""
+        """Whether ``part`` (one of :data:`~dask_gpurt.config.PARTS`) is to be installed."""
         section = getattr(self, part)
         return bool(section.enabled)
 

@@ -32,7 +32,7 @@ a write of the first tier and a write of the overflow now, which pays from :data
 SPILLED; when it is wanted meanwhile, the copy of the copy is thrown away. Nothing is moved up: it is read once either way.
 
 When nothing more can be moved, and nothing is on its way, the oldest waiting request is forced through. When a write
-fails for the sake of a tier below, nothing is written there (it is ``blocked``) until the shell says :class:`Retried`.
+fails for the sake of a tier below, nothing is written there (it is ``blocked``) until the shell says :class:`~dask_gpurt.memory.events.Retried`.
 
 Pure: no I/O, no clock, no dask, no threads. The caller serializes the calls.
 """

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import pathlib
+import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -16,7 +19,7 @@ import dask.array as da
 import numpy as np
 import pytest
 from clusters import local_cluster
-from distributed import Client, LocalCluster, Worker, wait
+from distributed import Client, Event, LocalCluster, Worker, wait
 
 import dask_gpurt
 from dask_gpurt import seams
@@ -60,21 +63,28 @@ def fingerprints(client: Client) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def workers_getting_ready(client: Client, count: int) -> Iterator[None]:
-    """Return from the block only once ``count`` workers have reported, counted from its beginning."""
-    ready = threading.Semaphore(0)
+def hearing(client: Client, topic: str, action: str, count: int) -> Iterator[list[dict[str, Any]]]:
+    """Return from the block only once the scheduler has logged ``count`` such events, counted from its beginning."""
+    counted = threading.Semaphore(0)
+    events: list[dict[str, Any]] = []
 
     def heard(event: tuple[float, dict[str, Any]]) -> None:
-        if event[1]["action"] == "worker-ready":
-            ready.release()
+        if event[1]["action"] == action:
+            events.append(event[1])
+            counted.release()
 
-    client.subscribe_topic("gpurt", heard)
+    client.subscribe_topic(topic, heard)
     try:
-        yield
+        yield events
         for _ in range(count):
-            assert ready.acquire(timeout=60), "a worker did not report"
+            assert counted.acquire(timeout=60), f"{count} times {action} was expected"
     finally:
-        client.unsubscribe_topic("gpurt")
+        client.unsubscribe_topic(topic)
+
+
+def workers_getting_ready(client: Client, count: int) -> contextlib.AbstractContextManager[list[dict[str, Any]]]:
+    """Return from the block only once ``count`` workers have reported, counted from its beginning."""
+    return hearing(client, "gpurt", "worker-ready", count)
 
 
 def test_all_parts_are_installed_and_taken_away_without_a_trace(client: Client) -> None:
@@ -162,6 +172,28 @@ def test_workers_that_join_later_get_it(cluster: LocalCluster, client: Client) -
     answer = dask_gpurt.status(client)
     assert len(answer.workers) == 3
     assert all(answer.installed(part) for part in PARTS), str(answer)
+
+
+def test_adaptive_scaling_brings_it_to_new_workers_and_keeps_the_data_of_those_that_go(
+    cluster: LocalCluster, client: Client
+) -> None:
+    dask_gpurt.install(client)
+    go = Event(client=client)
+    held = client.map(_answer_when, range(24), go=go)
+    with workers_getting_ready(client, 1):
+        cluster.adapt(minimum=1, maximum=3, interval="200ms", target_duration="1s", wait_count=2)
+    answer = dask_gpurt.status(client)
+    assert all(answer.installed(part) for part in PARTS), str(answer)
+    with hearing(client, "all", "remove-worker", 2) as gone:
+        go.set()
+        wait(held, timeout=60)
+    assert not any(event["lost-computed-tasks"] for event in gone)
+    assert client.gather(held) == [[number] * 1000 for number in range(24)]
+
+
+def _answer_when(number: int, go: Event) -> list[int]:
+    go.wait()
+    return [number] * 1000
 
 
 def test_restart_keeps_it(client: Client) -> None:
@@ -296,13 +328,27 @@ def command_line_cluster(
         yield client
 
 
-@pytest.mark.parametrize("way", ["command line", "environment", "scheduler alone"])
+def as_documented() -> tuple[list[str], list[str]]:
+    """The arguments of ``dask scheduler`` and ``dask worker`` as they stand on the page on deployments."""
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "deployment.md").read_text()
+    [scheduler], [worker] = (
+        re.findall(rf"^    dask {role} (.+)$", page, re.MULTILINE) for role in ("scheduler", "worker")
+    )
+    return shlex.split(scheduler), shlex.split(worker)
+
+
+@pytest.mark.parametrize("way", ["command line", "environment", "as documented: the scheduler alone"])
 def test_preload(way: str, tmp_path: Any) -> None:
     option = ["--preload", "dask_gpurt"]
     env = {}
+    scheduler, worker = option, option
     if way == "environment":
         env = {"DASK_DISTRIBUTED__SCHEDULER__PRELOAD": "dask_gpurt", "DASK_DISTRIBUTED__WORKER__PRELOAD": "dask_gpurt"}
-    scheduler, worker = ([], []) if env else (option, option if way == "command line" else [])
+        scheduler, worker = [], []
+    elif way.startswith("as documented"):
+        scheduler, worker = as_documented()
+        assert "dask_gpurt" in scheduler
+        assert "dask_gpurt" not in worker
     with command_line_cluster(scheduler, worker, env, tmp_path) as client:
         assert client.submit(sum, [1, 2]).result(timeout=60) == 3
         answer = dask_gpurt.status(client)

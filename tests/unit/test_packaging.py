@@ -38,6 +38,7 @@ def test_importing_does_not_import_distributed() -> None:
 @pytest.mark.parametrize("name", dask_gpurt.__all__)
 def test_every_public_name_is_there(name: str) -> None:
     assert getattr(dask_gpurt, name) is not None
+    assert name in dir(dask_gpurt)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

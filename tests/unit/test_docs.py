@@ -1,0 +1,146 @@
+"""The documentation: links lead somewhere, generated pages are up to date, quoted messages exist, files for deployments are sound."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import pathlib
+import re
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import dask.config
+import pytest
+import yaml
+
+from docs import configuration, plots, states
+from docs.generated import pages
+
+ROOT = pathlib.Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
+
+
+def _text(page: pathlib.Path) -> str:
+    """Return the page without its blocks of code."""
+    return re.sub(r"(?ms)^```.*?^```$", "", page.read_text())
+
+
+def _anchors(page: pathlib.Path) -> set[str]:
+    """Return what code hosts, and MyST after them, make of headings."""
+    headings = re.findall(r"(?m)^#+ (.+)$", _text(page))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def _broken_links(page: pathlib.Path) -> Iterator[str]:
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "code", _text(page))):
+        if link.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in _anchors(target)):
+            yield link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_within_the_repository_leads_somewhere(page: pathlib.Path) -> None:
+    assert not list(_broken_links(page))
+
+
+def test_a_broken_link_is_found(tmp_path: pathlib.Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# One thing\n[a](#one-thing) [b](#other) [c](none.md) [d](page.md#one-thing) `[e](code.md)`\n")
+    assert list(_broken_links(page)) == ["#other", "none.md"]
+
+
+@pytest.mark.parametrize("path", pages(), ids=lambda path: path.name)
+def test_what_is_generated_is_up_to_date(path: pathlib.Path) -> None:
+    assert path.read_text(encoding="utf-8") == pages()[path], "run: python -m docs"
+
+
+@pytest.mark.parametrize("module", [configuration, plots, states], ids=lambda module: module.__name__)
+def test_the_examples_in_the_generator(module: types.ModuleType) -> None:
+    outcome = doctest.testmod(module)
+    assert outcome.attempted
+    assert not outcome.failed
+
+
+def _constants() -> Iterator[str]:
+    """All texts in the package, with those that stand side by side put together as Python does."""
+    for folder in ("dask_gpurt", "plugins", "shuffle"):
+        for source in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(source.read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield node.value
+
+
+def test_every_message_that_is_quoted_exists() -> None:
+    page = (DOCS / "troubleshooting.md").read_text()
+    quoted = "".join(re.findall(r"(?ms)^```text\n(.*?)^```", page)).splitlines()
+    quoted += re.findall(r"(?m)^\| `(.+?)` \|", page)
+    assert len(quoted) > 20
+    said = "\0".join(_constants())
+    parts = [part for message in quoted for part in message.split("…") if len(part) > 3]
+    assert not [part for part in parts if part not in said and part.strip(" .:;,") not in said]
+
+
+def _manifests() -> dict[str, dict[str, Any]]:
+    loaded = yaml.safe_load_all((DOCS / "deployment" / "kubernetes.yaml").read_text())
+    return {manifest["kind"]: manifest for manifest in loaded}
+
+
+def test_the_kubernetes_manifest_has_what_the_operator_wants() -> None:
+    """The fields are those of the resources of dask-kubernetes 2026.3, which takes no others at these levels."""
+    manifests = _manifests()
+    assert {manifest["apiVersion"] for manifest in manifests.values()} == {"kubernetes.dask.org/v1"}
+    cluster, scaler = manifests["DaskCluster"], manifests["DaskAutoscaler"]
+    name, spec = cluster["metadata"]["name"], cluster["spec"]
+    assert {"scheduler", "worker"} <= set(spec) <= {"scheduler", "worker", "idleTimeout"}
+    assert {"spec", "service"} <= set(spec["scheduler"]) <= {"spec", "service", "metadata"}
+    assert {"spec"} <= set(spec["worker"]) <= {"spec", "replicas", "metadata"}
+    assert set(scaler["spec"]) == {"cluster", "minimum", "maximum"}
+    assert scaler["spec"]["cluster"] == name
+    service = spec["scheduler"]["service"]
+    assert service["selector"] == {"dask.org/cluster-name": name, "dask.org/component": "scheduler"}
+    [scheduler] = spec["scheduler"]["spec"]["containers"]
+    ports = {port["name"]: port["containerPort"] for port in scheduler["ports"]}
+    assert (
+        {port["targetPort"]: port["port"] for port in service["ports"]}
+        == ports
+        == {"tcp-comm": 8786, "http-dashboard": 8787}
+    )
+    assert scheduler["args"] == ["dask", "scheduler", "--preload", "dask_gpurt"]
+
+
+def test_the_kubernetes_worker_finds_its_volumes_and_its_settings() -> None:
+    spec = _manifests()["DaskCluster"]["spec"]
+    [worker], [scheduler] = (spec[role]["spec"]["containers"] for role in ("worker", "scheduler"))
+    assert worker["args"][:4] == ["dask", "worker", "--name", "$(DASK_WORKER_NAME)"]
+    assert worker["image"] == scheduler["image"]
+    volumes = {volume["name"] for volume in spec["worker"]["spec"]["volumes"]}
+    mounts = {mount["mountPath"]: mount["name"] for mount in worker["volumeMounts"]}
+    assert set(mounts.values()) == volumes
+    [variable] = scheduler["env"]
+    assert dask.config.collect_env({variable["name"]: variable["value"]}) == {
+        "gpurt": {"memory": {"directory": "/spill"}}
+    }
+    assert variable["value"] in mounts
+
+
+def test_the_slurm_file_says_what_a_job_is() -> None:
+    jobqueue = pytest.importorskip("dask_jobqueue.slurm", reason="dask-jobqueue makes the job")
+    file = yaml.safe_load((DOCS / "deployment" / "slurm.yaml").read_text())
+    known = dask.config.get("jobqueue.slurm")
+    assert set(file["jobqueue"]["slurm"]) <= set(known)
+    with dask.config.set({"jobqueue.slurm": dask.config.merge(known, file["jobqueue"]["slurm"])}):
+        script = jobqueue.SLURMJob(scheduler="tcp://10.0.0.1:8786", name="worker").job_script().splitlines()
+    assert {"#SBATCH --cpus-per-task=16", "#SBATCH --mem=128G", "ulimit -l unlimited"} <= set(script)
+    assert "--nthreads 4 --memory-limit 32.00GiB --nworkers 4" in script[-1]
+    assert "--local-directory /tmp --lifetime 110m" in script[-1]
+
+
+def test_the_slurm_file_loads_dask_gpurt_with_the_scheduler() -> None:
+    file = yaml.safe_load((DOCS / "deployment" / "slurm.yaml").read_text())
+    assert file["distributed"] == {"scheduler": {"preload": ["dask_gpurt"]}}
+    assert dask.config.get("distributed.scheduler.preload") == []  # that is where Dask looks
