@@ -119,6 +119,15 @@ def _duration(value: object) -> float | None:
     return seconds
 
 
+def _racks(value: object) -> tuple[tuple[str, str], ...]:
+    """Parse patterns of hosts, each with the label of its rack; the first that fits counts."""
+    if not isinstance(value, Mapping):
+        raise _RefusedError
+    if not all(isinstance(text, str) and text for pair in value.items() for text in pair):
+        raise _RefusedError
+    return tuple(value.items())
+
+
 def _transport(value: object) -> str:
     if value not in ("auto", "dask"):
         raise _RefusedError
@@ -175,6 +184,8 @@ class PlacementSettings(_Section):
     section = "placement"
     #: Whether the part is installed.
     enabled: bool = _key(True, _boolean, _BOOLEAN)
+    #: Patterns of hosts, and for each the label of its rack: workers with one label are near to each other.
+    racks: tuple[tuple[str, str], ...] = _key((), _racks, 'a mapping of hosts, such as "10.0.1.*", to labels')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

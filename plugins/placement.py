@@ -57,7 +57,7 @@ from dask_gpurt.explanation import TaskExplanation
 from dask_gpurt.plugins import copies, crossings, families, policy, stealing
 from dask_gpurt.plugins.decisions import Decisions, explain_family
 from dask_gpurt.plugins.families import Family
-from dask_gpurt.plugins.prices import Prices
+from dask_gpurt.plugins.prices import Prices, neighbourhoods
 from dask_gpurt.plugins.queues import Queues
 from dask_gpurt.plugins.view import Backlog, Candidate, Share, Tail
 from dask_gpurt.topology import Topology
@@ -144,7 +144,9 @@ class Placement:
         self._tasks: dict[Any, TaskState] = scheduler.tasks
         #: Key of a planned task to its family, until its result is in memory or it is gone.
         self._plan: dict[Any, Family] = {}
-        self.prices = Prices(Topology() if topology is None else topology, get_address_host)
+        self.prices = Prices(
+            Topology() if topology is None else topology, neighbourhoods(get_address_host, settings.racks)
+        )
         self._queues = Queues()
         #: Key of a planned task in the state "queued" to its family; the queues' own dict, read on every event.
         self._waiting = self._queues.waiting

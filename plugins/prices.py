@@ -1,13 +1,13 @@
 """What it costs to bring bytes to a worker: by what was measured within a host and between hosts.
 
-Covers: :class:`Prices`. Pure: no I/O, no clock, no Dask.
+Covers: :class:`Prices`; :func:`neighbourhoods`. Pure: no I/O, no clock, no Dask.
 Does not cover: measuring (:mod:`dask_gpurt.plugins.probing`, :mod:`dask_gpurt.plugins.serving`), and what is known of each
 link (:mod:`dask_gpurt.topology`).
 
 Theory of operation
 -------------------
 A decision must not look through thousands of links. So they are summed up in two classes, *near* and *far*: between workers of one
-host, and of two. The price of a class is that of its median link, of those that Dask's own transfers have measured; until there is
+host, and of two; or of one rack, and of two, where racks are configured (:func:`neighbourhoods`). The price of a class is that of its median link, of those that Dask's own transfers have measured; until there is
 one, it is what the scheduler assumes. Sums are made anew when reports have come, and no more often than they are asked for.
 
 Of the bytes that a worker misses, those that another worker of its host holds come from there; the others from far.
@@ -16,12 +16,40 @@ Of the bytes that a worker misses, those that another worker of its host holds c
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
 from statistics import median
 
 from dask_gpurt.topology import DASK, Topology
 
-__all__ = ["Prices"]
+__all__ = ["Prices", "neighbourhoods"]
+
+
+def neighbourhoods(host_of: Callable[[str], str], racks: Iterable[tuple[str, str]]) -> Callable[[str], str]:
+    """Return what takes the place of ``host_of``: the label of the rack, of hosts that have one.
+
+    Parameters
+    ----------
+    host_of
+        Address of a worker to its host.
+    racks
+        Patterns of hosts, as of file names, and labels. The first pattern that fits counts.
+
+    Examples
+    --------
+    >>> where = neighbourhoods(lambda address: address.partition(":")[0], [("10.0.1.*", "rack-1"), ("10.*", "others")])
+    >>> [where(address) for address in ("10.0.1.7:4000", "10.0.2.7:4000", "192.168.0.1:4000")]
+    ['rack-1', 'others', '192.168.0.1']
+    """
+    racks = tuple(racks)
+    if not racks:
+        return host_of
+
+    def neighbourhood(address: str) -> str:
+        host = host_of(address)
+        return next((label for pattern, label in racks if fnmatchcase(host, pattern)), host)
+
+    return neighbourhood
 
 
 class Prices:
@@ -32,12 +60,12 @@ class Prices:
     topology
         What is known of the links.
     host_of
-        Address of a worker to its host.
+        Address of a worker to its host, or to whatever makes workers near to each other.
 
     Attributes
     ----------
     near_s, far_s
-        Seconds for a byte between workers of one host, and of two.
+        Seconds for a byte between workers that are near to each other, and that are not.
     typical_s
         The same between any two workers.
     two

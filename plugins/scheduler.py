@@ -78,6 +78,7 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
         scheduler.handlers[_READY] = self._ready = weak(self.worker_ready)
         from dask_gpurt.plugins.horizon import HorizonScheduler
         from dask_gpurt.plugins.placement import Placement
+        from dask_gpurt.plugins.prices import neighbourhoods
         from dask_gpurt.plugins.probing import Pairs, Prober
         from dask_gpurt.shuffle.scheduler import ShuffleScheduler
 
@@ -98,7 +99,8 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
                 placement = Placement(scheduler, self.settings.placement, self.topology)
                 placement.start()
                 self.placement = placement
-                self.prober = Prober(scheduler, self.topology, Pairs(get_address_host))
+                near = neighbourhoods(get_address_host, self.settings.placement.racks)
+                self.prober = Prober(scheduler, self.topology, Pairs(near))
         self._observer = SchedulerObserver(scheduler, self)
         self._observer.start()
 

@@ -64,6 +64,9 @@ def test_every_key_of_the_schema_is_described() -> None:
         ("shuffle.watchdog", "-1s"),
         ("shuffle.watchdog", "three hours"),
         ("shuffle.watchdog", True),
+        ("placement.racks", ["10.0.1.*"]),
+        ("placement.racks", {"10.0.1.*": 1}),
+        ("placement.racks", {"": "rack-1"}),
         ("placemnt.enabled", True),
         ("nonsense", 1),
     ],
@@ -77,6 +80,12 @@ def test_a_bad_setting_is_refused_with_key_value_and_what_is_allowed(key: str, v
     assert "expected" in message
     # It crosses processes.
     assert str(pickle.loads(pickle.dumps(caught.value))) == message
+
+
+def test_racks_keep_their_order() -> None:
+    racks = {"10.0.1.*": "rack-1", "10.*": "others"}
+    with dask.config.set({"gpurt.placement.racks": racks}):
+        assert Settings.load().placement.racks == (("10.0.1.*", "rack-1"), ("10.*", "others"))
 
 
 def test_a_bad_setting_in_dask_s_configuration_is_refused_too() -> None:

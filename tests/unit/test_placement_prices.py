@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dask_gpurt.plugins.prices import Prices
+from dask_gpurt.plugins.prices import Prices, neighbourhoods
 from dask_gpurt.plugins.probing import PAIRS_MAX, Pairs
 from dask_gpurt.topology import DASK, Report, Topology
 
@@ -62,6 +62,21 @@ def test_other_paths_and_workers_that_are_gone_do_not_count() -> None:
     prices.remove_worker("a2")
     prices.refresh(bandwidth=1e8)
     assert prices.bandwidth == pytest.approx(1e8)
+
+
+def test_hosts_of_one_rack_are_near_to_each_other() -> None:
+    where = neighbourhoods(lambda address: address[0], [("[ab]", "rack-1"), ("[cd]", "rack-2")])
+    topology = Topology()
+    prices = Prices(topology, where)
+    for address in ("a1", "b1", "c1", "d1"):
+        prices.add_worker(address)
+    topology.learn([report("a1", "b1", 4e9), report("c1", "d1", 4e9), report("a1", "c1", 1e9)])
+    prices.refresh(bandwidth=1e8)
+    assert prices.two
+    assert prices.move_s("b1", 10**9, {"a1": 10**9, "c1": 0}) == pytest.approx(0.25)
+    assert prices.move_s("b1", 10**9, {"a1": 0, "c1": 10**9}) == pytest.approx(1.0)
+    pairs = Pairs(where)
+    assert [pairs.joined(address) for address in ("a1", "b1", "c1")] == [[], [("b1", "a1")], [("c1", "a1")]]
 
 
 def test_a_few_pairs_are_measured_of_either_kind() -> None:
