@@ -71,7 +71,7 @@ class Arena:
 
     def _open(self) -> Client:
         if self._client is None:
-            self._client = self._stack.enter_context(open_client(self.spec))
+            self._client = self._stack.enter_context(open_client(self.spec, as_default=False))
             self.side.install(self._client)
             with self._client.as_current():
                 warm_up(self._client)

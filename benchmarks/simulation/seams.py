@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from distributed import Scheduler
+from distributed.http.routing import RoutingApplication
 from distributed.worker_state_machine import TaskState
 
 from benchmarks.simulation.workload import Phase
@@ -31,8 +32,9 @@ _TIMED = (
 class OfflineScheduler(Scheduler):
     """The scheduler without a web server. It is never started, so that it listens nowhere."""
 
-    def start_http_server(self, *args: Any, **kwargs: Any) -> None:
-        """Start nothing."""
+    def start_http_server(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Start nothing; there is an application with no pages."""
+        self.http_application = RoutingApplication([])
 
 
 @contextlib.contextmanager

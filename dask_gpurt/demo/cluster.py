@@ -86,8 +86,16 @@ def count_gpus() -> int:
 
 
 @contextlib.contextmanager
-def open_client(spec: ClusterSpec) -> Iterator[Client]:
-    """Start a cluster, and connect to it."""
+def open_client(spec: ClusterSpec, *, as_default: bool = True) -> Iterator[Client]:
+    """Start a cluster, and connect to it.
+
+    Parameters
+    ----------
+    spec
+        What the cluster is made of.
+    as_default
+        Whether Dask computes there, until the end. Of several clusters that don't end in turn, none may be the default.
+    """
     import dask
 
     common: dict[str, Any] = {
@@ -108,7 +116,7 @@ def open_client(spec: ClusterSpec) -> Iterator[Client]:
             backends["dataframe.backend"] = "cudf"
     else:
         cluster = LocalCluster(processes=True, memory_limit=spec.memory_limit_nbytes, **common)
-    with dask.config.set(backends), cluster, Client(cluster, set_as_default=True) as client:
+    with dask.config.set(backends), cluster, Client(cluster, set_as_default=as_default) as client:
         client.wait_for_workers(spec.workers)
         client.run(_be_quiet)
         yield client

@@ -9,6 +9,7 @@ import pytest
 from benchmarks.simulation.cluster import STOCK, Cluster, Spec, gpurt, run
 from benchmarks.simulation.graphs import workload
 from benchmarks.simulation.network import FABRICS
+from dask_gpurt.plugins import copies
 
 
 @pytest.mark.parametrize(
@@ -42,13 +43,16 @@ def test_makespan(name: str, fabric: str, makespan_part: float) -> None:
     assert ours.makespan_s <= makespan_part * stock.makespan_s
 
 
-def test_short_memory_is_not_filled_with_what_was_fetched() -> None:
+def test_short_memory_is_not_filled_with_what_was_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     # All inputs and results of the product are 40 GB, which is what the workers have together; and copies come on top.
     spec = Spec(fabric=FABRICS["tcp"], memory_nbytes=6e9)
     ours, stock = run(spec, workload("matmul"), gpurt), run(spec, workload("matmul"), STOCK)
     assert ours.metrics["decisions"]["copy-dropped"] > 0
-    assert ours.spilled_nbytes <= 1.5 * stock.spilled_nbytes
     assert ours.makespan_s <= 1.25 * stock.makespan_s
+    # Against stock, what is spilled varies by a third with the order of tasks that Dask's names give.
+    monkeypatch.setattr(copies, "droppable", lambda *_: [])
+    kept = run(spec, workload("matmul"), gpurt)
+    assert ours.spilled_nbytes <= 0.6 * kept.spilled_nbytes
 
 
 def test_moves_have_the_price_of_links_before_anything_is_moved() -> None:
