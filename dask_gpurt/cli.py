@@ -161,6 +161,16 @@ def _address(context: click.Context, parameter: click.Parameter, value: str | No
     return value
 
 
+_timeout = click.option(
+    "--timeout",
+    type=click.FloatRange(min=0.1),
+    default=10.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Give up connecting to the scheduler after this time.",
+)
+
+
 @gpurt.command()
 @click.option(
     "--scheduler",
@@ -170,14 +180,7 @@ def _address(context: click.Context, parameter: click.Parameter, value: str | No
 )
 @click.option("--measure/--no-measure", default=True, help="Measure what memory, disks, devices and networks carry.")
 @click.option("--json", "as_json", is_flag=True, help="Print facts, findings and figures as JSON.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=0.1),
-    default=10.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Give up connecting to the scheduler after this time.",
-)
+@_timeout
 def doctor(scheduler: str | None, measure: bool, as_json: bool, timeout: float) -> None:
     """Say what is found here, what is missing, and what mends it.
 
@@ -195,14 +198,7 @@ def doctor(scheduler: str | None, measure: bool, as_json: bool, timeout: float) 
 @gpurt.command()
 @click.argument("keys", nargs=-1, required=True, metavar="KEY...")
 @click.option("--scheduler", required=True, callback=_address, metavar="ADDRESS", help="Address of the scheduler.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=0.1),
-    default=10.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Give up connecting to the scheduler after this time.",
-)
+@_timeout
 def explain(keys: tuple[str, ...], scheduler: str, timeout: float) -> None:
     """Say why tasks went to their workers.
 

@@ -83,6 +83,12 @@ def client(cluster: LocalCluster) -> Iterator[Client]:
         yield client
 
 
+@pytest.fixture(scope="session")
+def gpus() -> int:
+    """The number of CUDA devices of this machine. Asked of the system, not of what is tested."""
+    return _gpus()
+
+
 @pytest.fixture
 def direct(tmp_path: Path) -> int:
     """The flag of files that are read and written past the page cache. Asked of the system, not of what is tested."""

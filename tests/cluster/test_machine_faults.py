@@ -23,7 +23,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from clusters import WITHOUT_MONITOR, local_cluster
-from distributed import Client, LocalCluster, wait
+from distributed import Client, LocalCluster, as_completed, wait
+from distributed.client import futures_of
 
 import dask_gpurt
 
@@ -194,12 +195,13 @@ def written(dask_worker: Any) -> int:
 def test_a_worker_is_restarted_while_it_spills(client: Client, rounds: int) -> None:
     for number in range(rounds):
         x = da.random.default_rng(number).random((3000, 2000), chunks=(250, 2000)).persist()
-        while not sum(client.run(written).values()):
-            # It begins with the first chunks: soon.
-            time.sleep(0.01)
+        # Half of the chunks, of 4 MB, are many times what the workers may hold.
+        list(itertools.islice(as_completed(futures_of(x), timeout=DEADLINE_S), 6))
         victim = min(client.scheduler_info(n_workers=-1)["workers"])
         assert client.restart_workers([victim], timeout=DEADLINE_S) == {victim: "OK"}
         expected = da.random.default_rng(number).random((3000, 2000), chunks=(250, 2000)).sum(axis=0)
         np.testing.assert_allclose(x.sum(axis=0).compute(), expected.compute(scheduler="threads"))
+        # The worker that was not restarted has spilled.
+        assert sum(client.run(written).values()) > 0
         right_answer(client)
         del x

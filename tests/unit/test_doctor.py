@@ -19,7 +19,6 @@ from dask_gpurt import cli
 from dask_gpurt.config import Settings
 from dask_gpurt.doctor import app, gather, links
 from dask_gpurt.doctor.facts import Cuda, Facts, Folder, Measure, Memory, Missing, Ucx, attempt
-from dask_gpurt.memory.cuda import Device
 
 MIB = 2**20
 
@@ -53,9 +52,11 @@ def test_what_it_says_of_this_machine_is_so(facts: Facts) -> None:
     assert facts.object_store is None
 
 
-def test_without_a_gpu_it_says_so_and_why(facts: Facts) -> None:
-    if Device.find() is not None:
-        pytest.skip("this machine has one")
+def test_it_finds_as_many_gpus_as_there_are_and_without_one_says_why(facts: Facts, gpus: int) -> None:
+    if gpus:
+        assert isinstance(facts.cuda, Cuda)
+        assert len(facts.cuda.devices) == gpus
+        return
     assert isinstance(facts.cuda, Missing)
     assert facts.cuda.reason
     assert isinstance(facts.storage, Missing)
