@@ -183,6 +183,8 @@ SHUFFLE: tuple[Seam, ...] = (
     Seam("worker", ".monitor.get_process_memory"),
     Seam("worker", ".memory_manager.memory_limit"),
     Seam("worker", ".state.tasks"),
+    Seam("worker", "distributed.worker:Worker._handle_remove_worker", ("worker", "stimulus_id")),
+    Seam("worker", ".stream_handlers"),
 )
 
 #: Names the tiered store uses.
@@ -881,6 +883,37 @@ def hear_ended_runs(plugin: Any, hear: Callable[[str], None]) -> Callable[[], No
             hear(str(shuffle_id))
 
     return _override(plugin, "transition", transition)
+
+
+def hear_removed_workers(worker: Any, hear: Callable[[str], None]) -> Callable[[], None]:
+    """Tell ``hear`` of each worker that the scheduler says has left. Returns how to undo it.
+
+    Dask tells all workers anyway. A message of our own could come late, when nobody knows it any more, and a worker that
+    is told by its scheduler what it does not know closes.
+    """
+    handlers = worker.stream_handlers
+    found = handlers["remove-worker"]
+    hearers: list[Callable[[str], None]] | None = getattr(found, "hearers", None)
+    if hearers is None:
+        hearers, stock = [], found
+
+        def removed(worker: str, stimulus_id: str) -> None:
+            stock(worker=worker, stimulus_id=stimulus_id)
+            for each in hearers:
+                each(worker)
+
+        removed.hearers = hearers  # type: ignore[attr-defined]
+        removed.stock = stock  # type: ignore[attr-defined]
+        found = handlers["remove-worker"] = removed
+    hearers.append(hear)
+
+    def restore() -> None:
+        if hear in hearers:
+            hearers.remove(hear)
+        if not hearers and handlers.get("remove-worker") is found:
+            handlers["remove-worker"] = found.stock
+
+    return restore
 
 
 def restart_without_run(scheduler: Any, shuffle_id: str) -> bool:

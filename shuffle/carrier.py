@@ -45,7 +45,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import dask.config
-from distributed.core import ErrorMessage, OKMessage, Status, error_message
+from distributed.core import ErrorMessage, OKMessage, error_message
 from distributed.metrics import context_meter
 from distributed.protocol.serialize import to_serialize
 
@@ -129,7 +129,7 @@ class Carrier:
             "gpurt_shuffle_take": weak(self.take),
             "gpurt_shuffle_abandon": weak(self.abandon),
         }
-        self._peer_gone = weak(self.peer_gone, late_is_no_error=True)
+        self._deafen: Callable[[], None] | None = None
         #: (sender, tag) of what is being received, and of what its sender has given up.
         self._receiving: dict[tuple[bytes, int], asyncio.Task[Any]] = {}
         self._abandoned: deque[tuple[bytes, int]] = deque(maxlen=ABANDONED_MAX)
@@ -156,19 +156,16 @@ class Carrier:
     def start(self) -> None:
         """Answer peers."""
         self._worker.handlers.update(self._handlers)
-        self._worker.stream_handlers["gpurt-shuffle-peer-gone"] = self._peer_gone
+        self._deafen = seams.hear_removed_workers(self._worker, self.peer_gone)
 
     async def close(self) -> None:
         """Stop; no run of ours is left."""
         for name, handler in self._handlers.items():
             if self._worker.handlers.get(name) is handler:
                 del self._worker.handlers[name]
-        # The scheduler goes on to speak to a worker that closes.
-        if (
-            self._worker.stream_handlers.get("gpurt-shuffle-peer-gone") is self._peer_gone
-            and self._worker.status is not Status.closing
-        ):
-            del self._worker.stream_handlers["gpurt-shuffle-peer-gone"]
+        if self._deafen is not None:
+            self._deafen()
+            self._deafen = None
         if self._opening is not None:
             await self._opening
         if self._transport is not None:
@@ -219,7 +216,7 @@ class Carrier:
         return self._transport.address
 
     def peer_gone(self, address: str) -> None:
-        """End what is under way with a worker that has left. Handler for the scheduler."""
+        """End what is under way with a worker that has left."""
         peers = self._askers.pop(address, set())
         if (known := self._peers.pop(address, None)) is not None:
             peers.add(known)

@@ -121,12 +121,9 @@ class ShuffleScheduler:
             self._capable.discard(address)
 
     def remove_worker(self, address: str) -> None:
-        """Forget a worker that has left, and tell the others, whose transport may not notice."""
+        """Forget a worker that has left."""
         self._capable.discard(address)
         self.links.remove_worker(address)
-        message = {"op": "gpurt-shuffle-peer-gone", "address": address}
-        # Those that have no part of ours do not know this message.
-        self.scheduler.send_all({}, {other: [message] for other in self._capable & self.scheduler.workers.keys()})
 
     def choose(self, spec: Any) -> Any:
         """Answer stock's spec for a new run with ours, where we can."""

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
 from typing import Any
 
+import cloudpickle
 from distributed import LocalCluster
 
-__all__ = ["WITHOUT_MONITOR", "local_cluster"]
+__all__ = ["WITHOUT_MONITOR", "beat", "local_cluster"]
+
+# Worker processes cannot import this module.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 #: Stock's memory monitor is kept out, so that only managed memory decides.
 WITHOUT_MONITOR = {
@@ -20,3 +26,24 @@ def local_cluster(n_workers: int, threads_per_worker: int = 1, **options: Any) -
     """Return a cluster of processes, or, with ``processes=False``, of workers in this process that talk over TCP all the same."""
     options = {"protocol": "tcp", "host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", **options}
     return LocalCluster(n_workers=n_workers, threads_per_worker=threads_per_worker, **options)
+
+
+async def beat(dask_worker: Any) -> None:
+    """Wait for a heartbeat of the worker's own that begins after this; to be run on a worker.
+
+    One more, beside the regular ones, would close the worker if it met one: Dask's spans take the metrics of one at a time.
+    """
+    regular = dask_worker.periodic_callbacks["heartbeat"]
+    heartbeat = regular.callback
+    answered = asyncio.get_running_loop().create_future()
+
+    async def noted() -> None:
+        await heartbeat()
+        if not answered.done():
+            answered.set_result(None)
+
+    regular.callback = noted
+    try:
+        await asyncio.wait_for(answered, 30)
+    finally:
+        regular.callback = heartbeat

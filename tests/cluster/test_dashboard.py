@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from browser import Browser
-from clusters import local_cluster
+from clusters import beat, local_cluster
 from distributed import Client, LocalCluster, wait
 
 import dask_gpurt
@@ -156,10 +156,6 @@ def test_dasks_bars_do_not_take_shards_for_spilled_keys(client: Client) -> None:
     for keys_nbytes, disk_nbytes in client.run(spill_shards).values():
         assert keys_nbytes == 0
         assert disk_nbytes > 2**26
-
-
-async def beat(dask_worker: Any) -> None:
-    await dask_worker.heartbeat()
 
 
 @pytest.mark.browser

@@ -225,6 +225,28 @@ def test_without_ucx(monkeypatch: pytest.MonkeyPatch) -> None:
     run(main())
 
 
+def test_workers_outlive_what_their_scheduler_says_after_an_uninstall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a worker does not know closes it, and what was sent before an uninstall may come after it."""
+
+    async def main() -> None:
+        async with workers() as (cluster, client, _):
+            await shuffle(client)
+            scheduler: Any = cluster.scheduler
+            leaving, staying = scheduler.workers
+            late: list[dict[str, Any]] = []
+            stream = scheduler.stream_comms[staying]
+            monkeypatch.setattr(stream, "send", lambda *messages: late.extend(messages))
+            await scheduler.remove_worker(leaving, stimulus_id="test")
+            monkeypatch.undo()
+            assert "remove-worker" in [message["op"] for message in late]
+            await dask_gpurt.uninstall(client)  # type: ignore[misc]
+            stream.send(*late)
+            # It comes after them.
+            assert await client.submit(lambda: "here", workers=[staying], pure=False) == "here"
+
+    run(main())
+
+
 def test_nothing_is_left_behind() -> None:
     async def main() -> None:
         async with workers() as (cluster, client, _):

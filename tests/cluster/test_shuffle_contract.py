@@ -14,7 +14,7 @@ import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pytest
-from clusters import local_cluster
+from clusters import beat, local_cluster
 from distributed import Client, Event, LocalCluster, Worker
 
 from dask_gpurt.config import ShuffleSettings
@@ -402,7 +402,7 @@ def test_what_is_sent_aside_is_counted_for_the_shuffle_and_not_for_a_task() -> N
             await cluster.client.compute(shuffled(frame()))
             await cluster.at_rest()
             for worker in cluster.workers:
-                await worker.heartbeat()
+                await beat(worker)
             found = dict(cluster.scheduler.cumulative_worker_metrics)
             carriers = [cluster.part(worker).carrier for worker in cluster.workers]
             for path, nbytes in (

@@ -20,6 +20,7 @@ import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pytest
+from clusters import beat
 from distributed import Client, Nanny, Scheduler, SpecCluster, wait
 
 import dask_gpurt
@@ -259,10 +260,6 @@ def test_ucx_is_left_where_dasks_comms_are_quicker(client: Client) -> None:
         check(result, incompressible)
 
 
-async def beat(dask_worker: Any) -> None:
-    await dask_worker.heartbeat()
-
-
 def prices_of(dask_worker: Any) -> dict[tuple[str, str], float]:
     found: dict[tuple[str, str], float] = dask_worker.extensions["gpurt"].shuffle.carrier.topology.prices()
     return found
@@ -309,8 +306,9 @@ def test_what_is_damaged_on_its_way_is_an_error(client: Client) -> None:
             source.shuffle("key", npartitions=7, shuffle_method="p2p").compute()
         assert "damaged on its way" in str(caught.value.__cause__)
         # What else was on its way ends with the run.
+        patience_until = time.monotonic() + 30
         while any(client.run(reserved).values()):
-            pass
+            assert time.monotonic() < patience_until
     with installed(client, BOTH_SLOW):
         check(shuffle(source, 8)[0], compressible)
 

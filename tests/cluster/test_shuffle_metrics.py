@@ -13,7 +13,7 @@ import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pytest
-from clusters import local_cluster
+from clusters import beat, local_cluster
 from distributed import Client, wait
 
 import dask_gpurt
@@ -41,10 +41,6 @@ def client() -> Iterator[Client]:
         Client(cluster) as client,
     ):
         yield client
-
-
-async def beat(dask_worker: Any) -> None:
-    await dask_worker.heartbeat()
 
 
 def metrics_of(dask_worker: Any) -> Any:

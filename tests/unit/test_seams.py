@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import pathlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from distributed import Scheduler, Worker
@@ -105,3 +106,20 @@ def test_the_check_finds_a_private_use(tmp_path: pathlib.Path) -> None:
 def test_scheduler_and_worker_are_what_the_seams_think() -> None:
     assert Scheduler.__module__ == "distributed.scheduler"
     assert Worker.__module__ == "distributed.worker"
+
+
+def test_removed_workers_are_heard_of_by_all_and_the_last_to_go_puts_stock_back() -> None:
+    heard: list[str] = []
+    stock = lambda worker, stimulus_id: heard.append(f"stock {worker}")  # noqa: E731
+    server = SimpleNamespace(stream_handlers={"remove-worker": stock})
+    first = seams.hear_removed_workers(server, lambda worker: heard.append(f"first {worker}"))
+    second = seams.hear_removed_workers(server, lambda worker: heard.append(f"second {worker}"))
+    server.stream_handlers["remove-worker"](worker="a", stimulus_id="")
+    assert heard == ["stock a", "first a", "second a"]
+    # An installation may end after the next one has begun.
+    first()
+    server.stream_handlers["remove-worker"](worker="b", stimulus_id="")
+    assert heard[3:] == ["stock b", "second b"]
+    second()
+    second()
+    assert server.stream_handlers["remove-worker"] is stock
