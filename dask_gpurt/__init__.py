@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from dask_gpurt.explanation import Explanation
     from dask_gpurt.installation import Installation
     from dask_gpurt.installer import install, status, uninstall
+    from dask_gpurt.observe.journal import ShuffleRun
+    from dask_gpurt.observe.shuffles import Shuffles
+    from dask_gpurt.reporter import Report, report, shuffles
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,11 +31,16 @@ __all__ = [
     "GpurtError",
     "InstallError",
     "Installation",
+    "Report",
     "Settings",
+    "ShuffleRun",
+    "Shuffles",
     "__version__",
     "dask_setup",
     "explain",
     "install",
+    "report",
+    "shuffles",
     "status",
     "uninstall",
 ]
@@ -44,9 +52,14 @@ _HOMES = {
     "GpurtError": "errors",
     "InstallError": "errors",
     "Installation": "installation",
+    "Report": "reporter",
     "Settings": "config",
+    "ShuffleRun": "observe.journal",
+    "Shuffles": "observe.shuffles",
     "explain": "explainer",
     "install": "installer",
+    "report": "reporter",
+    "shuffles": "reporter",
     "status": "installer",
     "uninstall": "installer",
 }

@@ -1,7 +1,8 @@
 """``dask gpurt``: the subcommands of Dask's own command line.
 
 Covers: options, messages and exit statuses.
-Does not cover: what the subcommands do; see :mod:`dask_gpurt.demo`, :mod:`dask_gpurt.explainer`. Heavy libraries are imported when a subcommand
+Does not cover: what the subcommands do; see :mod:`dask_gpurt.demo`, :mod:`dask_gpurt.doctor`, :mod:`dask_gpurt.explainer`,
+:mod:`dask_gpurt.reporter`. Heavy libraries are imported when a subcommand
 runs: ``dask --help`` imports this module.
 """
 
@@ -195,9 +196,52 @@ def doctor(scheduler: str | None, measure: bool, as_json: bool, timeout: float) 
         raise SystemExit(1)
 
 
+_scheduler = click.option(
+    "--scheduler", required=True, callback=_address, metavar="ADDRESS", help="Address of the scheduler."
+)
+
+
+@gpurt.command()
+@click.argument("path", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.html")
+@_scheduler
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="How long to record; an interrupt (Ctrl-C) ends it earlier.",
+)
+@_timeout
+def report(path: Path, scheduler: str, seconds: float, timeout: float) -> None:
+    """Write an HTML file of what happens on a cluster.
+
+    What is moved by which path, who sends to whom, bytes by tier, runs of shuffles, reasons of the placement, stalls, event loops. The
+    file opens without a network. dask-gpurt has to be installed on the cluster. Encryption is as Dask's configuration says.
+
+    In code: with dask_gpurt.report("run.html"): ...
+
+    The exit status is 1 if there is no report.
+    """
+    from distributed import Client
+
+    from dask_gpurt.errors import GpurtError
+    from dask_gpurt.reporter import record
+
+    try:
+        with Client(scheduler, timeout=timeout, set_as_default=False) as client:
+            record(client, path, seconds)
+    except FileNotFoundError as error:
+        raise click.ClickException(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(f"there is no scheduler at {scheduler}: {error}") from error
+    except GpurtError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"Report: {path}")
+
+
 @gpurt.command()
 @click.argument("keys", nargs=-1, required=True, metavar="KEY...")
-@click.option("--scheduler", required=True, callback=_address, metavar="ADDRESS", help="Address of the scheduler.")
+@_scheduler
 @_timeout
 def explain(keys: tuple[str, ...], scheduler: str, timeout: float) -> None:
     """Say why tasks went to their workers.

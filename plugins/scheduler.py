@@ -68,7 +68,7 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
         self.shuffle: ShuffleScheduler | None = None
         self._scheduler: Scheduler | None = None
         self._ready: Callable[..., Any] | None = None
-        self._observer: SchedulerObserver | None = None
+        self.observer: SchedulerObserver | None = None
 
     async def start(self, scheduler: Scheduler) -> None:
         """Start what is enabled. The second of two calls does nothing (a preload's plugin is started twice)."""
@@ -101,16 +101,16 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
                 self.placement = placement
                 near = neighbourhoods(get_address_host, self.settings.placement.racks)
                 self.prober = Prober(scheduler, self.topology, Pairs(near))
-        self._observer = SchedulerObserver(scheduler, self)
-        self._observer.start()
+        self.observer = SchedulerObserver(scheduler, self)
+        self.observer.start()
 
     def stop(self) -> None:
         """Put stock Dask back on the scheduler. Calling it again does nothing."""
         if self._scheduler is None:
             return
-        if self._observer is not None:
-            self._observer.stop()
-            self._observer = None
+        if self.observer is not None:
+            self.observer.stop()
+            self.observer = None
         if self.prober is not None:
             self.prober.stop()
             self.prober = None
@@ -127,10 +127,15 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
             del self._scheduler.handlers[_READY]
         self._scheduler = None
 
+    def remove_client(self, scheduler: Scheduler, client: str) -> None:  # noqa: ARG002
+        """End what a client that has left had begun to record."""
+        if self.observer is not None:
+            self.observer.recorders.drop(client)
+
     async def close(self) -> None:
         """Let go of what belongs to the process, when the scheduler closes with dask-gpurt installed."""
-        if self._observer is not None:
-            self._observer.stop()
+        if self.observer is not None:
+            self.observer.stop()
 
     async def worker_ready(self, worker: str, parts: dict[str, dict[str, Any]]) -> dict[str, bool]:
         """Take the report of a worker whose parts have started; say which parts of it the scheduler serves."""
@@ -149,7 +154,7 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
 
     def tiers(self) -> dict[str, Mapping[str, TierReport]]:
         """Return what lies in the tiers of each worker, as its last heartbeat said."""
-        return {} if self._observer is None else self._observer.tiers()
+        return {} if self.observer is None else self.observer.tiers()
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:  # noqa: ARG002
         """Forget a worker that left; a worker that returns on the same address reports anew."""

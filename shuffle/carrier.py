@@ -40,7 +40,7 @@ import functools
 import importlib.util
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +141,8 @@ class Carrier:
         self.device_nbytes = 0
         self.comm_nbytes = 0
         self.credit_wait_s = 0.0
+        #: (address of a peer, path) to the bytes sent, for peers that are there.
+        self.sent: Counter[tuple[str, str]] = Counter()
         #: What moving bytes from this worker to its peers costs.
         self.topology = Topology()
         # Where Dask's comms compress, ours would be for nothing.
@@ -221,6 +223,8 @@ class Carrier:
         if (known := self._peers.pop(address, None)) is not None:
             peers.add(known)
         self.ways.forget(address)
+        for path in (paths.UCX, paths.COMM):
+            self.sent.pop((address, path), None)
         if self._transport is not None:
             for peer in peers:
                 self._transport.drop_peer(peer)
@@ -330,10 +334,10 @@ class Carrier:
             if reply["status"] == "OK":
                 await sending
                 nbytes, called_nbytes = nbytes_of(large), nbytes_of(views) - nbytes_of(large)
-                self.ucx_nbytes += nbytes
-                self.comm_nbytes += called_nbytes
+                self._note(run, address, paths.UCX, nbytes)
+                self._note(run, address, paths.COMM, called_nbytes)
                 self.device_nbytes += sum(view.nbytes for view in large if isinstance(view, DeviceBody))
-                self.credit_wait_s += reply["waited_s"]
+                self._note_wait(run, reply["waited_s"])
                 context_meter.digest_metric("credit-wait", reply["waited_s"], "seconds")
                 context_meter.digest_metric("send-ucx", nbytes, "bytes")
                 context_meter.digest_metric("send-comm", called_nbytes, "bytes")
@@ -357,7 +361,7 @@ class Carrier:
                 reply: Reply = await rpc.gpurt_shuffle_credit(
                     shuffle_id=run.id, run_id=run.run_id, credit=credit, nbytes=nbytes + message.raw_nbytes
                 )
-            self.credit_wait_s += asyncio.get_running_loop().time() - started
+            self._note_wait(run, asyncio.get_running_loop().time() - started)
             if reply["status"] != "OK":
                 return reply
         begun = way.gauge.begin(time.perf_counter())
@@ -370,10 +374,22 @@ class Carrier:
         )
         if answer["status"] == "OK":
             carried_nbytes, elapsed_s = way.gauge.end(begun, nbytes, time.perf_counter())
-            self.comm_nbytes += nbytes
+            self._note(run, address, paths.COMM, nbytes)
             context_meter.digest_metric("send-comm", nbytes, "bytes")
             way.carried(nbytes, (carried_nbytes, elapsed_s - answer["handled_s"]))
         return answer  # type: ignore[no-any-return]
+
+    def _note(self, run: Run, address: str, path: str, nbytes: int) -> None:
+        if path == paths.UCX:
+            self.ucx_nbytes += nbytes
+        else:
+            self.comm_nbytes += nbytes
+        self.sent[address, path] += nbytes
+        run.account.sent[path] += nbytes
+
+    def _note_wait(self, run: Run, elapsed_s: float) -> None:
+        self.credit_wait_s += elapsed_s
+        run.account.credit_wait_s += elapsed_s
 
     # Receiving
 

@@ -49,6 +49,7 @@ from dask_gpurt import seams
 from dask_gpurt.errors import SpillError
 from dask_gpurt.memory.store import Reservation
 from dask_gpurt.seams import P2PConsistencyError, P2POutOfDiskError, ShuffleClosedError, ShuffleRun
+from dask_gpurt.shuffle.account import Account
 from dask_gpurt.shuffle.carrier import nbytes_of
 from dask_gpurt.shuffle.outbox import Outbox
 from dask_gpurt.shuffle.shelf import Parcel
@@ -168,12 +169,14 @@ class Run(ShuffleRun[Any, Any]):
         self._inputs = 0
         #: By thread: what it has handed to the event loop last without waiting.
         self._ahead: dict[int, Future[None]] = {}
-        self._outputs = 0
+        #: Output partitions that were made; several tasks may read the same one.
+        self._outputs: set[Any] = set()
         self._granted = 0
         # For the dashboard: bytes to and from DISK, files written, and the seconds of all deliveries.
         self._disk_nbytes = {"write": 0, "read": 0}
         self._files = 0
         self._sending_s = 0.0
+        self.account = Account(self.start_time)
         self._tasks: dict[int, tuple[str, Any, float]] = {}
         self._unanswered: dict[int, tuple[str, Any, float]] = {}
         part.opened(self)
@@ -288,6 +291,7 @@ class Run(ShuffleRun[Any, Any]):
             nbytes = sum(parcel.nbytes for parcel in own)
             await self._take_in(own)
             self.part.local_nbytes += nbytes
+            self.account.sent["local"] += nbytes
 
     async def _post(self, address: str, buffers: list[Any], nbytes: int) -> None:
         try:
@@ -340,6 +344,7 @@ class Run(ShuffleRun[Any, Any]):
             self.raise_if_closed()
             self._exception = error
             raise
+        self.account.transferred_s = time.time()
 
     async def barrier(self, run_ids: Sequence[int]) -> int:
         """Wait for all workers to have what was sent to them, or for the end of this run.
@@ -500,7 +505,9 @@ class Run(ShuffleRun[Any, Any]):
 
     def _moved(self, action: str, nbytes: int) -> None:
         self._disk_nbytes[action] += nbytes
-        self._files += action == "write"
+        if action == "write":
+            self._files += 1
+            self.account.written_nbytes += nbytes
         with self.metered("background-disk"):
             context_meter.digest_metric(f"disk-{action}", nbytes, "bytes")
             context_meter.digest_metric(f"disk-{action}", 1, "count")
@@ -520,7 +527,7 @@ class Run(ShuffleRun[Any, Any]):
                 started = time.perf_counter()
                 output = self._join(partition_id, buffers)
                 self.part.unpack_s += time.perf_counter() - started
-        self._outputs += 1
+        self._outputs.add(partition_id)
         return output
 
     async def _collect(self, partition_id: Any, key: Key) -> list[Any]:
@@ -602,6 +609,7 @@ class Run(ShuffleRun[Any, Any]):
                     granted.result().release()
             self._credits.clear()
             self._handed.clear()
+            self.account.ended_s = time.time()
             await self.part.ended(self)
             self._closed_event.set()
 
@@ -649,7 +657,7 @@ class Run(ShuffleRun[Any, Any]):
             "closed": self.closed,
             "transferred": self.transferred,
             "inputs": self._inputs,
-            "outputs": self._outputs,
+            "outputs": len(self._outputs),
             "own_outputs": len(self._own),
             "posted_nbytes": outbox.pending_nbytes + outbox.sent_nbytes,
             "sent_nbytes": outbox.sent_nbytes,

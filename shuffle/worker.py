@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.store import BufferStore, DictBufferStore
 from dask_gpurt.secret import Secret
 from dask_gpurt.shuffle import hashing
+from dask_gpurt.shuffle.account import Account
 from dask_gpurt.shuffle.carrier import Carrier
 from dask_gpurt.shuffle.credits import ByteWindow
 from dask_gpurt.shuffle.links import LinkReporter
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
     from dask_gpurt.shuffle.run import Run
 
-__all__ = ["TRIM_FRACTION", "TRIM_INTERVAL_S", "ShuffleWorker", "part_of"]
+__all__ = ["ENDED_MAX", "TRIM_FRACTION", "TRIM_INTERVAL_S", "ShuffleWorker", "part_of"]
 
 #: From this part of a worker's memory limit on, Arrow's allocator has to give back what it only keeps for later. Dask
 #: pauses a worker at 0.8 of its limit, and nothing that a paused worker does would make Arrow give anything back.
@@ -45,6 +47,9 @@ TRIM_INTERVAL_S = 0.2
 COMPILER_MEMORY_LIMIT = 2 * 2**30
 #: Slabs that may wait for their next use, in a pool that only shuffles use.
 IDLE_NBYTES = 64 * 2**20
+
+#: Runs that are remembered after their end.
+ENDED_MAX = 32
 
 _TRIM = "gpurt-shuffle-trim"
 _WATCH = "gpurt-shuffle-watchdog"
@@ -102,6 +107,8 @@ class ShuffleWorker:
         self._started = False
         self._stopped = False
         self._runs: dict[tuple[str, int], Run] = {}
+        #: Of runs that ended lately, oldest first: their last states, and what they did.
+        self.ended_runs: deque[tuple[dict[str, Any], Account]] = deque(maxlen=ENDED_MAX)
         self._watchdog = None if settings.watchdog is None else Watchdog(settings.watchdog)
         #: Runs ever begun here.
         self.runs = 0
@@ -204,8 +211,9 @@ class ShuffleWorker:
         self.carrier.prepare()
 
     async def ended(self, run: Run) -> None:
-        """Forget a run."""
+        """Forget a run, but for what it did."""
         self._runs.pop((str(run.id), run.run_id), None)
+        self.ended_runs.append((self._state(run), run.account))
         if self._stopped and not self._runs:
             await self.carrier.close()
 
@@ -215,11 +223,15 @@ class ShuffleWorker:
 
     def states(self) -> list[dict[str, Any]]:
         """Return the states of the active runs, oldest first, with their names and whether they are reported as stuck."""
-        stuck = set() if self._watchdog is None else self._watchdog.stuck
-        return [
-            {"id": shuffle_id, "run_id": run_id, "stuck": str(run) in stuck, **run.state()}
-            for (shuffle_id, run_id), run in self._runs.items()
-        ]
+        return [self._state(run) for run in self._runs.values()]
+
+    def accounts(self) -> list[tuple[dict[str, Any], Account]]:
+        """Return the states of the runs that ended lately and of the active ones, oldest first, and what each did."""
+        return [*self.ended_runs, *((self._state(run), run.account) for run in self._runs.values())]
+
+    def _state(self, run: Run) -> dict[str, Any]:
+        stuck = self._watchdog is not None and str(run) in self._watchdog.stuck
+        return {"id": str(run.id), "run_id": run.run_id, "stuck": stuck, **run.state()}
 
     def metrics(self) -> dict[str, float]:
         """Counters since the start, in bytes and seconds."""

@@ -16,6 +16,7 @@ from typing import Any
 from dask.utils import format_bytes, format_time
 from rich.console import Console
 
+from dask_gpurt import webpage
 from dask_gpurt.demo import machine, report
 from dask_gpurt.demo.arrays import SIDE, Shape
 from dask_gpurt.demo.cluster import GPURT, STOCK, ClusterSpec, Side, count_gpus
@@ -103,7 +104,7 @@ def run(options: Options, console: Console | None = None) -> bool:
         options.json.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
         console.print(f"Figures: {options.json}", highlight=False)
     if options.report is not None:
-        report.write(options.report, report.render(comparisons, about, settings))
+        webpage.write(options.report, report.render(comparisons, about, settings))
         console.print(f"Report:  {options.report}", highlight=False)
     console.print(f"It took {format_time(time.perf_counter() - started)}.", highlight=False)
     return not problems

@@ -1,30 +1,27 @@
 """The HTML report: one file that opens without a network.
 
 Covers: the page, its plots (Bokeh, scripts inlined) and its table.
-Does not cover: where the figures come from; see :mod:`dask_gpurt.demo.runner`.
+Does not cover: where the figures come from; see :mod:`dask_gpurt.demo.runner`; the file; see :mod:`dask_gpurt.webpage`.
 """
 
 from __future__ import annotations
 
 import html
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from bokeh.embed import components
 from bokeh.models import ColumnDataSource, FactorRange, Range1d, VSpan
 from bokeh.plotting import figure
-from bokeh.resources import INLINE
 from bokeh.transform import dodge
 from dask.utils import format_bytes
 
+from dask_gpurt import webpage
 from dask_gpurt.demo.runner import METRICS, Comparison, Metric
 from dask_gpurt.demo.show import EVEN, format_ratio, format_value
 
-__all__ = ["render", "write"]
+__all__ = ["render"]
 
 #: First side, second side: told apart without colour vision, and in print.
 COLOURS = ("#9aa5b1", "#d9730d")
@@ -70,17 +67,7 @@ def render(comparisons: Sequence[Comparison], about: Mapping[str, Any], settings
         verdict = '<div class="good"><b>All answers agreed</b> with those of DuckDB and NumPy, on both sides.</div>'
     facts = {**settings, **_facts(about)}
     listed = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>" for name, value in facts.items())
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>dask-gpurt beside stock Dask</title>
-<style>{_STYLE}</style>
-{INLINE.render()}
-{script}
-</head>
-<body>
-<h1>dask-gpurt beside stock Dask</h1>
+    body = f"""<h1>dask-gpurt beside stock Dask</h1>
 <p class="sub">{html.escape(str(about["time"]))}, by <code>{html.escape(str(about["command"]))}</code></p>
 {verdict}
 <h2>Ratios</h2>
@@ -95,23 +82,8 @@ def render(comparisons: Sequence[Comparison], about: Mapping[str, Any], settings
 <p>Each run has a fresh cluster, warmed up alike. Bytes between workers are counted where they are sent, by one
 instrument on both sides; traffic with the scheduler and the client is left out. Spilled is what the workers wrote to
 files, also for a shuffle. Peak memory is the sum of the workers' highest resident sets.</p>
-<dl>{listed}</dl>
-</body>
-</html>
-"""
-
-
-def write(path: Path, page: str) -> None:
-    """Write the page; a page that is there stays whole until the new one is."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(page)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+<dl>{listed}</dl>"""
+    return webpage.page("dask-gpurt beside stock Dask", _STYLE, script, body)
 
 
 def _facts(about: Mapping[str, Any]) -> dict[str, str]:

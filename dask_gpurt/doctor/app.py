@@ -6,12 +6,10 @@ Does not cover: the options (:mod:`dask_gpurt.cli`).
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
 import json
 import os
-import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +24,7 @@ from dask_gpurt.doctor.checks import LEVELS, Finding, Level
 from dask_gpurt.doctor.facts import Facts, Measure, Missing, plain
 from dask_gpurt.doctor.gather import gather
 from dask_gpurt.errors import ConfigError
+from dask_gpurt.terminal import Say, progress
 
 __all__ = ["HERE", "Report", "consult", "judge", "run", "show"]
 
@@ -33,8 +32,6 @@ __all__ = ["HERE", "Report", "consult", "judge", "run", "show"]
 HERE = "this machine"
 
 COLOURS: Mapping[Level, str] = {"ok": "green", "note": "cyan", "warning": "yellow", "broken": "red"}
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ def run(scheduler: str | None, *, measure: bool, as_json: bool, connect_s: float
     click.ClickException
         If the scheduler cannot be reached.
     """
-    with _progress() as say:
+    with progress() as say:
         if scheduler is None:
             report = consult(None, measure=measure, say=say)
         else:
@@ -185,16 +182,3 @@ def _verdict(counts: Mapping[Level, int]) -> str:
     return click.style(
         f"{text}." if counts["broken"] else f"Nothing is broken: {text}." if said else f"{text}.", fg=COLOURS[worst]
     )
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Say]:
-    """Yield what says what is being done, on a terminal; the line is gone at the end."""
-    if not sys.stderr.isatty():
-        yield lambda text: None  # noqa: ARG005
-        return
-    clear = "\r\x1b[K"
-    try:
-        yield lambda text: click.echo(f"{clear}{text} …", err=True, nl=False)
-    finally:
-        click.echo(clear, err=True, nl=False)

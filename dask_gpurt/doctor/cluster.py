@@ -24,6 +24,7 @@ from dask_gpurt.doctor.facts import DeviceFacts, Facts, Measure, Missing
 from dask_gpurt.doctor.gather import gather
 from dask_gpurt.plugins.scheduler import NAME
 from dask_gpurt.secret import Secret
+from dask_gpurt.terminal import Say
 from dask_gpurt.topology import Place
 
 __all__ = ["OTHER_VERSION", "PAIRS_MAX", "SCHEDULER", "examine", "installed_settings", "measure"]
@@ -41,7 +42,6 @@ ANSWER_LIMIT_S = 60.0
 #: Cause of a fact that is missing because the server has another version of dask-gpurt.
 OTHER_VERSION = "OtherVersion"
 
-Say = Callable[[str], None]
 #: Runs a function on one server.
 Run = Callable[..., Awaitable[Any]]
 

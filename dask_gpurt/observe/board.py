@@ -21,13 +21,30 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dask_gpurt.observe.reports import RunReport, WorkerReport
 
-__all__ = ["INTERVAL_S", "LENGTH", "TIERS", "Board", "ClusterReport", "Placing", "Run", "WorkerState"]
+if TYPE_CHECKING:
+    from dask_gpurt.observe.matrix import Matrix
+
+__all__ = [
+    "INTERVAL_S",
+    "LENGTH",
+    "TIERS",
+    "Board",
+    "ClusterReport",
+    "Placing",
+    "Run",
+    "WorkerState",
+    "counts",
+    "natural",
+    "push",
+    "thinned",
+]
 
 #: From the top down.
 TIERS = ("device", "host", "disk", "object")
@@ -143,21 +160,33 @@ class _Rates:
 
 
 class Board:
-    """The figures of a cluster over the last minutes."""
+    """The figures of a cluster over the last minutes.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    length
+        Samples that are kept.
+    gap_s
+        A time without samples that is longer begins a new history.
+    """
+
+    def __init__(self, length: int = LENGTH, gap_s: float = GAP_S) -> None:
         self.cluster = ClusterReport()
+        #: Who sent how much to whom, if somebody has asked the workers.
+        self.matrix: Matrix | None = None
         #: Seconds of the samples before the latest one: negative, oldest first.
-        self.ages_s: Floats = INTERVAL_S * np.arange(1 - LENGTH, 1, dtype=float)
+        self.ages_s: Floats = INTERVAL_S * np.arange(1 - length, 1, dtype=float)
+        self._length = length
+        self._gap_s = gap_s
         self._looked_s = -np.inf
         self._forget()
 
     def _forget(self) -> None:
         self._used: dict[str, dict[str, Floats]] = {tier: {} for tier in TIERS}
-        self._limits: dict[str, Floats] = {tier: _nothing() for tier in TIERS}
+        self._limits: dict[str, Floats] = {tier: self._nothing() for tier in TIERS}
         self._rates: dict[str, _Rates] = {}
         #: Time between two turns of event loops: of the scheduler, of the median worker and of the worst one.
-        self.loops_s: dict[str, Floats] = {name: _nothing() for name in ("scheduler", "median", "worst")}
+        self.loops_s: dict[str, Floats] = {name: self._nothing() for name in ("scheduler", "median", "worst")}
 
     # Looking
 
@@ -168,10 +197,10 @@ class Board:
 
     def observe(self, now_s: float, cluster: ClusterReport) -> None:
         """Take a sample."""
-        if now_s - self._looked_s > GAP_S:
+        if now_s - self._looked_s > self._gap_s:
             self._forget()
         self._looked_s = now_s
-        workers = sorted(cluster.workers, key=lambda worker: _natural(worker.name))
+        workers = sorted(cluster.workers, key=lambda worker: natural(worker.name))
         self.cluster = ClusterReport(**{**vars(cluster), "workers": workers})
         there = {worker.address for worker in workers}
         for tier in TIERS:
@@ -184,19 +213,43 @@ class Board:
                 if found is None:
                     rows.pop(worker.address, None)
                     continue
-                _push(rows.setdefault(worker.address, _nothing()), found.used_nbytes)
+                push(rows.setdefault(worker.address, self._nothing()), found.used_nbytes)
                 if found.limit_nbytes is not None:
                     limits.append(found.limit_nbytes)
-            _push(self._limits[tier], sum(limits) if rows and len(limits) == len(rows) else np.nan)
+            push(self._limits[tier], sum(limits) if rows and len(limits) == len(rows) else np.nan)
         for address in self._rates.keys() - there:
             del self._rates[address]
         for worker in workers:
             if worker.report is not None:
-                self._rates.setdefault(worker.address, _Rates()).update(worker.seen_s, _counts(worker.report))
+                self._rates.setdefault(worker.address, _Rates()).update(worker.seen_s, counts(worker.report))
         loops = [worker.loop_s for worker in workers]
-        _push(self.loops_s["scheduler"], cluster.loop_s)
-        _push(self.loops_s["median"], float(np.median(loops)) if loops else np.nan)
-        _push(self.loops_s["worst"], max(loops, default=np.nan))
+        push(self.loops_s["scheduler"], cluster.loop_s)
+        push(self.loops_s["median"], float(np.median(loops)) if loops else np.nan)
+        push(self.loops_s["worst"], max(loops, default=np.nan))
+
+    def _nothing(self) -> Floats:
+        return np.full(self._length, np.nan)
+
+    def thin(self) -> None:
+        """Keep every second sample: there is as much room again, for samples that are twice as far apart."""
+        self._used = {
+            tier: {address: thinned(row) for address, row in rows.items()} for tier, rows in self._used.items()
+        }
+        self._limits = {tier: thinned(row) for tier, row in self._limits.items()}
+        for row in self.loops_s.values():
+            # A turn that took long is what one looks for.
+            row[:-1:2] = row[1::2] = np.fmax(row[:-1:2], row[1::2])
+        self.loops_s = {name: thinned(row) for name, row in self.loops_s.items()}
+
+    def cut(self, ages_s: Floats) -> None:
+        """Keep the latest samples, as many as ``ages_s``, which are theirs."""
+        count = self._length = len(ages_s)
+        self.ages_s = ages_s
+        self._used = {
+            tier: {address: row[-count:] for address, row in rows.items()} for tier, rows in self._used.items()
+        }
+        self._limits = {tier: row[-count:] for tier, row in self._limits.items()}
+        self.loops_s = {name: row[-count:] for name, row in self.loops_s.items()}
 
     # Tiers
 
@@ -218,7 +271,7 @@ class Board:
         """Bytes that count in ``tier``: a row for each of :meth:`names`, a column for each of :attr:`ages_s`."""
         rows = self._used[tier]
         found = [rows[worker.address] for worker in self.cluster.workers if worker.address in rows]
-        return np.stack(found) if found else np.empty((0, LENGTH))
+        return np.stack(found) if found else np.empty((0, self._length))
 
     def total(self, tier: str) -> Floats:
         """Bytes of ``tier`` on all workers, over time."""
@@ -248,7 +301,7 @@ class Board:
         """Bytes that have moved, on the workers that are there, by the same names."""
         total: Counter[str] = Counter()
         for _, report in self.reports:
-            total.update(_counts(report))
+            total.update(counts(report))
         return total
 
     def busiest(self, limit: int) -> list[tuple[str, dict[str, float]]]:
@@ -285,20 +338,29 @@ class Board:
         return max(self.cluster.workers, key=lambda worker: worker.loop_s, default=None)
 
 
-def _nothing() -> Floats:
-    return np.full(LENGTH, np.nan)
-
-
-def _push(row: Floats, value: float) -> None:
+def push(row: Floats, value: float) -> None:
+    """Add the latest value to a row; the oldest one is forgotten."""
     row[:-1] = row[1:]
     row[-1] = value
 
 
-def _counts(report: WorkerReport) -> dict[str, int]:
+def thinned(row: Floats) -> Floats:
+    """Keep every second value of a row of even length, the latest one too.
+
+    Examples
+    --------
+    >>> thinned(np.arange(6.0))
+    array([nan, nan, nan,  1.,  3.,  5.])
+    """
+    return np.concatenate([np.full(len(row) // 2, np.nan), row[1::2]])
+
+
+def counts(report: WorkerReport) -> dict[str, int]:
+    """Bytes that have moved on a worker: ``host>disk`` and so on between tiers, a path between workers, ``received`` shards."""
     moves = {f"{source}>{target}": nbytes for (source, target), nbytes in report.moves.items()}
     return {**moves, **report.sent, "received": report.received_nbytes}
 
 
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Sort ``w10`` after ``w9``."""
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Give what sorts ``w10`` after ``w9``."""
     return [(0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in re.split(r"(\d+)", name) if piece]

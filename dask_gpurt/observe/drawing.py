@@ -13,6 +13,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from bokeh.models import BasicTicker, CustomJSTickFormatter, NumeralTickFormatter, Range1d
@@ -25,14 +26,17 @@ from dask_gpurt.observe.board import INTERVAL_S, LENGTH, Board
 __all__ = [
     "BYTES_STEPS",
     "COLOURS",
+    "FEW",
     "FLOWING",
+    "LIVE",
     "NOTHING",
-    "SPAN_S",
     "STILL",
     "Panel",
+    "Span",
     "bytes_axis",
     "heading",
     "middle",
+    "name_axis",
     "over_time",
     "plain_figure",
     "short",
@@ -47,7 +51,36 @@ FLOWING, STILL = "#2ca25f", "#9e9e9e"
 NOTHING = "\N{EN DASH}"
 #: Binary steps, for axes of bytes.
 BYTES_STEPS: Mapping[str, Any] = {"base": 1024, "mantissas": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]}
-SPAN_S = (LENGTH - 1) * INTERVAL_S
+#: Names that have room beside an axis.
+FEW = 24
+
+
+@dataclass(frozen=True)
+class Span:
+    """The time that an axis shows."""
+
+    start_s: float
+    end_s: float
+    #: Between two samples.
+    step_s: float
+    #: Where its marks are wanted, in seconds; empty: wherever it suits.
+    marks: Sequence[float]
+    #: JavaScript that says what stands at a ``tick``.
+    label: str
+
+    @classmethod
+    def recorded(cls, elapsed_s: float, samples: int) -> Span:
+        """Show all of a recording, from its beginning."""
+        return cls(0, elapsed_s, elapsed_s / max(1, samples - 1), (), _SINCE)
+
+
+#: Minutes and seconds, or seconds alone.
+_SINCE = (
+    "return tick < 60 ? `${tick} s` : `${Math.floor(tick / 60)}:${String(Math.round(tick % 60)).padStart(2, '0')} min`"
+)
+_SPAN_S = (LENGTH - 1) * INTERVAL_S
+#: The last minutes.
+LIVE = Span(-_SPAN_S, 0, INTERVAL_S, range(0, -int(_SPAN_S), -60), "return tick ? `${tick / 60} min` : 'now'")
 
 
 class Panel(Protocol):
@@ -67,13 +100,23 @@ def plain_figure(title: str, **options: Any) -> Any:
     return figure(title=title, tools="", toolbar_location=None, sizing_mode="stretch_both", min_height=120, **options)
 
 
-def over_time(title: str, every_s: int = 60) -> Any:
-    """Make a plot of the last minutes, with a mark every so many seconds."""
-    plot = plain_figure(title, x_range=Range1d(start=-SPAN_S, end=0))
-    plot.xaxis.ticker = list(range(0, -int(SPAN_S), -every_s))
-    plot.xaxis.formatter = CustomJSTickFormatter(code="return tick ? `${tick / 60} min` : 'now'")
+def over_time(title: str, span: Span, *, narrow: bool = False, **options: Any) -> Any:
+    """Make a plot over time; a narrow one has half as many marks."""
+    plot = plain_figure(title, x_range=Range1d(start=span.start_s, end=span.end_s), **options)
+    if span.marks:
+        plot.xaxis.ticker = list(span.marks[:: 2 if narrow else 1])
+    else:
+        plot.xaxis.ticker = BasicTicker(base=60, mantissas=[1, 2, 5, 10, 20, 30], desired_num_ticks=3 if narrow else 7)
+    plot.xaxis.formatter = CustomJSTickFormatter(code=span.label)
     plot.xgrid.visible = False
     return plot
+
+
+def name_axis(axis: Any, names: Sequence[str], few: int = FEW) -> None:
+    """Have an axis show names, one to each whole number; where they are many, numbers."""
+    named = len(names) <= few
+    axis.ticker = [place + 0.5 for place in range(len(names))] if named else BasicTicker()
+    axis.major_label_overrides = {place + 0.5: short(name) for place, name in enumerate(names)} if named else {}
 
 
 def bytes_axis(axis: Any) -> None:

@@ -1,4 +1,4 @@
-"""Panels of what moves now: between tiers and to other workers, and which workers move most.
+"""Panels of what moves: between tiers and to other workers, which workers move most, and who sends to whom.
 
 See also: :mod:`dask_gpurt.observe.board`, which makes rates of counts.
 """
@@ -9,17 +9,32 @@ import math
 from collections.abc import Mapping
 from typing import ClassVar
 
-from bokeh.models import ColumnDataSource, FactorRange, HoverTool, Range1d
+import numpy as np
+from bokeh.models import (
+    BasicTicker,
+    ColumnDataSource,
+    CustomJSHover,
+    FactorRange,
+    HoverTool,
+    LinearColorMapper,
+    NumeralTickFormatter,
+    Range1d,
+)
+from bokeh.models.annotations import ColorBar
+from bokeh.palettes import Cividis256
 from dask.utils import format_bytes
 
 from dask_gpurt.observe.board import Board
-from dask_gpurt.observe.drawing import COLOURS, FLOWING, STILL, bytes_axis, plain_figure, size
+from dask_gpurt.observe.drawing import BYTES_STEPS, COLOURS, FLOWING, STILL, bytes_axis, name_axis, plain_figure, size
+from dask_gpurt.observe.matrix import Matrix
 from dask_gpurt.observe.reports import PATHS
 
-__all__ = ["BUSIEST", "FlowPanel", "MovesPanel"]
+__all__ = ["BUSIEST", "FlowPanel", "MatrixPanel", "MovesPanel"]
 
 #: Workers that are shown.
 BUSIEST = 12
+#: Workers whose names are written beside the rows and columns of the matrix.
+NAMED_MAX = 16
 
 #: Middle of the box of a tier, and of all other workers, in the picture of what flows, and half of its width and height.
 _PLACES = {
@@ -212,3 +227,53 @@ class MovesPanel:
         rest = f", the {len(names)} busiest" if moving > len(names) else ""
         of = f"{moving} of {len(board.reports)} move data{rest}; bytes/s"
         self.root.title.text = f"{self.title}: {of}" if moving else f"{self.title}: none moves data"
+
+
+class MatrixPanel:
+    """Bytes from worker to worker: a row for each sender, a column for each receiver."""
+
+    name: ClassVar[str] = "matrix"
+    title: ClassVar[str] = "Worker to worker"
+
+    def __init__(self) -> None:
+        columns = ("image", *PATHS, "count")
+        self.source = ColumnDataSource({name: [] for name in columns})
+        self.names = ColumnDataSource({"name": []})
+        plot = self.root = plain_figure(self.title, x_range=Range1d(start=0, end=1), y_range=Range1d(start=1, end=0))
+        plot.xaxis.axis_label, plot.yaxis.axis_label = "to", "from"
+        plot.grid.visible = False
+        plot.min_border_right = 78
+        #: Pairs between which nothing went have no colour.
+        self.mapper = LinearColorMapper(palette=Cividis256, low=0, high=1, nan_color="rgba(0, 0, 0, 0)")
+        image = plot.image("image", x=0, y=0, dw="count", dh="count", source=self.source, color_mapper=self.mapper)
+        who = CustomJSHover(args={"names": self.names}, code="return names.data.name[Math.floor(value)] ?? ''")
+        said = [("from", "$y{custom}"), ("to", "$x{custom}"), ("bytes", "@image{0.00 b}")]
+        said += [(text, f"@{path}{{0.00 b}}") for path, text in PATHS.items()]
+        plot.add_tools(HoverTool(renderers=[image], tooltips=said, formatters={"$x": who, "$y": who}))
+        ticker = BasicTicker(**BYTES_STEPS, desired_num_ticks=4)
+        formatter = NumeralTickFormatter(format="0.0 b")
+        bar = ColorBar(color_mapper=self.mapper, width=10, formatter=formatter, ticker=ticker, padding=4)
+        plot.add_layout(bar, "right")
+        self._shown: Matrix | None = None
+
+    def update(self, board: Board) -> None:
+        """Show what workers have said when they were asked last."""
+        matrix = board.matrix
+        if matrix is None:
+            self.root.title.text = f"{self.title}: the workers are being asked"
+        if matrix is None or matrix is self._shown:
+            return
+        self._shown = matrix
+        count, total = len(matrix.names), matrix.total
+        self.names.data = {"name": list(matrix.names)}
+        self.root.x_range.end = self.root.y_range.start = max(1, count)
+        for axis in (self.root.xaxis[0], self.root.yaxis[0]):
+            name_axis(axis, matrix.names, NAMED_MAX)
+        self.root.xaxis.major_label_orientation = math.pi / 4 if count <= NAMED_MAX else "horizontal"
+        self.mapper.high = float(total.max(initial=1.0))
+        images = {"image": np.where(total > 0, total, np.nan), **matrix.nbytes}
+        # What is read off colours needs no more digits.
+        data = {name: [image.astype(np.float32)] if count else [] for name, image in images.items()}
+        self.source.data = {**data, "count": [count] if count else []}
+        moved = format_bytes(int(total.sum()))
+        self.root.title.text = f"{self.title}: {moved}" if total.any() else f"{self.title}: nothing yet"

@@ -22,13 +22,10 @@ from bokeh.models.annotations import ColorBar, Legend, LegendItem
 from bokeh.palettes import Cividis256
 from dask.utils import format_bytes, format_time
 
-from dask_gpurt.observe.board import INTERVAL_S, TIERS, Board
-from dask_gpurt.observe.drawing import BYTES_STEPS, COLOURS, SPAN_S, bytes_axis, over_time, short, size
+from dask_gpurt.observe.board import TIERS, Board
+from dask_gpurt.observe.drawing import BYTES_STEPS, COLOURS, LIVE, Span, bytes_axis, name_axis, over_time, short, size
 
-__all__ = ["NAMED_MAX", "HealthPanel", "TiersPanel", "WorkersPanel"]
-
-#: Workers whose names are written beside their rows.
-NAMED_MAX = 24
+__all__ = ["HealthPanel", "TiersPanel", "WorkersPanel"]
 
 
 class TiersPanel:
@@ -37,10 +34,10 @@ class TiersPanel:
     name: ClassVar[str] = "tiers"
     title: ClassVar[str] = "Bytes by tier"
 
-    def __init__(self) -> None:
+    def __init__(self, span: Span = LIVE) -> None:
         columns = [f"{tier}{what}" for tier in TIERS for what in ("", "_area", "_limit")]
         self.source = ColumnDataSource({name: [] for name in ("age", *columns)})
-        plot = self.root = over_time(self.title)
+        plot = self.root = over_time(self.title, span)
         bytes_axis(plot.yaxis[0])
         plot.y_range.start = 0
         self._glyphs: dict[str, list[Any]] = {}
@@ -78,10 +75,10 @@ class WorkersPanel:
     name: ClassVar[str] = "workers"
     title: ClassVar[str] = "Bytes by worker"
 
-    def __init__(self) -> None:
+    def __init__(self, span: Span = LIVE) -> None:
         self._plots: dict[str, tuple[Any, ColumnDataSource, LinearColorMapper, ColumnDataSource]] = {}
         for tier in TIERS:
-            plot = over_time(tier.upper(), every_s=120)
+            plot = over_time(tier.upper(), span, narrow=True)
             plot.y_range = Range1d(start=1, end=0)
             plot.min_width = 200
             # Room for the numbers of the bar, which get longer.
@@ -90,7 +87,7 @@ class WorkersPanel:
             source = ColumnDataSource({"image": [], "rows": []})
             names = ColumnDataSource({"name": []})
             mapper = LinearColorMapper(palette=Cividis256, low=0, high=1, nan_color="rgba(0, 0, 0, 0)")
-            x, width = -SPAN_S - INTERVAL_S / 2, SPAN_S + INTERVAL_S
+            x, width = span.start_s - span.step_s / 2, span.end_s - span.start_s + span.step_s
             image = plot.image("image", x=x, y=0, dw=width, dh="rows", source=source, color_mapper=mapper)
             who = CustomJSHover(args={"names": names}, code="return names.data.name[Math.floor(value)] ?? ''")
             plot.add_tools(
@@ -127,9 +124,7 @@ class WorkersPanel:
             if names.data["name"] != found:
                 names.data = {"name": found}
                 plot.y_range.start = len(found)
-                few = len(found) <= NAMED_MAX
-                plot.yaxis.ticker = [index + 0.5 for index in range(len(found))] if few else BasicTicker()
-                plot.yaxis.major_label_overrides = {i + 0.5: short(name) for i, name in enumerate(found)} if few else {}
+                name_axis(plot.yaxis[0], found)
             # What is read off colours needs no more digits.
             source.data = {"image": [rows.astype(np.float32)], "rows": [len(found)]}
 
@@ -140,11 +135,11 @@ class HealthPanel:
     name: ClassVar[str] = "event-loop"
     title: ClassVar[str] = "Event loops"
 
-    def __init__(self) -> None:
+    def __init__(self, span: Span = LIVE) -> None:
         names = {"scheduler": "scheduler", "worst": "slowest worker", "median": "median worker"}
         colours = {"scheduler": COLOURS["device"], "worst": COLOURS["disk"], "median": COLOURS["host"]}
         self.source = ColumnDataSource({"age": [], **{name: [] for name in names}})
-        plot = self.root = over_time(self.title)
+        plot = self.root = over_time(self.title, span)
         plot.yaxis.formatter = NumeralTickFormatter(format="0,0")
         plot.yaxis.axis_label = "ms"
         plot.y_range.start = 0

@@ -22,11 +22,11 @@ from jinja2 import Environment, FileSystemLoader
 
 from dask_gpurt.observe.board import INTERVAL_S, Board
 from dask_gpurt.observe.drawing import Panel
-from dask_gpurt.observe.flow import FlowPanel, MovesPanel
+from dask_gpurt.observe.flow import FlowPanel, MatrixPanel, MovesPanel
 from dask_gpurt.observe.history import HealthPanel, TiersPanel, WorkersPanel
 from dask_gpurt.observe.tables import DecisionsPanel, PlacementPanel, ShufflesPanel
 
-__all__ = ["PAGE", "PANELS", "Source", "documents"]
+__all__ = ["PAGE", "PANELS", "STATIC", "Source", "documents"]
 
 #: In the order of the page.
 PANELS: tuple[type[Panel], ...] = (
@@ -34,6 +34,7 @@ PANELS: tuple[type[Panel], ...] = (
     FlowPanel,
     WorkersPanel,
     MovesPanel,
+    MatrixPanel,
     HealthPanel,
     ShufflesPanel,
     PlacementPanel,
@@ -54,6 +55,9 @@ class Source(Protocol):
 
     def refresh(self) -> None:
         """Bring the board up to date."""
+
+    def ask(self) -> None:
+        """Have the board's matrix brought up to date, for which all workers are asked."""
 
 
 def _theme(text: str, grid: str) -> Theme:
@@ -99,6 +103,8 @@ def _theme(text: str, grid: str) -> Theme:
 
 
 _THEMES = {"light": _theme("#333333", "#dddddd"), "dark": _theme("#dddddd", "#444444")}
+#: Of a file, of which nobody can say beforehand on what it will be read.
+STATIC = _theme("#808080", "#80808055")
 _TEMPLATES = Environment(
     loader=FileSystemLoader(
         [os.path.dirname(__file__), os.path.join(os.path.dirname(distributed.http.__file__), "templates")]
@@ -151,6 +157,8 @@ def _page(
             doc.remove_periodic_callback(callback)
             return
         source.refresh()
+        if MatrixPanel in kinds:
+            source.ask()
         for panel in panels:
             panel.update(source.board)
 

@@ -19,13 +19,15 @@ from typing import Any
 
 from dask.utils import format_bytes
 
-__all__ = ["PATHS", "RUNS_MAX", "RunReport", "TierReport", "WorkerReport", "columns", "total"]
+__all__ = ["LOCAL", "PATHS", "RUNS_MAX", "RunReport", "TierReport", "WorkerReport", "columns", "total"]
 
 #: Runs that one report tells of.
 RUNS_MAX = 8
 
 #: Ways from a worker to another one, in the order in which they are shown: what it is called in reports, and for people.
 PATHS: Mapping[str, str] = {"ucx": "shuffle, UCX", "comm": "shuffle, comms", "inputs": "inputs"}
+#: What is reported beside them: shards that stay.
+LOCAL = "local"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Brings pages into the dashboard of a running scheduler, and metrics to its endpoint, and takes both away again.
 
-Covers: :class:`SchedulerObserver`; what the scheduler has of its workers, put together for the board.
+Covers: :class:`SchedulerObserver`; what the scheduler has of its workers, put together for the board; asking the workers for more.
 Does not cover: documents and panels (:mod:`dask_gpurt.observe.pages`), metrics (:mod:`dask_gpurt.observe.prometheus`).
 See also: :mod:`dask_gpurt.seams`, for how a page comes into Dask's dashboard and its menu.
 
@@ -10,6 +10,7 @@ being there keeps nothing else from working: it is logged.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,11 @@ from distributed.metrics import time
 from dask_gpurt import seams
 from dask_gpurt.observe import prometheus
 from dask_gpurt.observe.board import Board, ClusterReport, Placing, WorkerState
+from dask_gpurt.observe.journal import Journal
+from dask_gpurt.observe.matrix import Matrix
+from dask_gpurt.observe.recorder import Recorders
 from dask_gpurt.observe.reports import TierReport, WorkerReport
-from dask_gpurt.observe.worker import METRIC
+from dask_gpurt.observe.worker import JOURNAL, METRIC
 
 if TYPE_CHECKING:
     from distributed import Scheduler
@@ -34,6 +38,10 @@ logger = logging.getLogger(__name__)
 
 #: Decisions that are shown.
 LATEST = 12
+#: A worker that does not answer within this time is passed over.
+ANSWER_S = 10.0
+#: Workers are asked for their journals no more often than this, and for each of them so much later: 5 s where there are 200.
+ASKED_S, ASKED_WORKER_S = 2.0, 0.025
 
 
 class SchedulerObserver:
@@ -53,7 +61,10 @@ class SchedulerObserver:
         self._remove_pages: Callable[[], None] | None = None
         #: For pages; see :class:`dask_gpurt.observe.pages.Source`.
         self.board = Board()
+        self.recorders = Recorders(scheduler, self)
         self.active = False
+        self._asked_s = -ASKED_S
+        self._asking: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to show."""
@@ -75,6 +86,10 @@ class SchedulerObserver:
         """Show nothing any more. Calling it again does nothing."""
         # Pages that are open stand still.
         self.active = False
+        self.recorders.stop()
+        if self._asking is not None:
+            self._asking.cancel()
+            self._asking = None
         prometheus.collectors.detach("scheduler", self._scheduler)
         if self._remove_pages is not None:
             self._remove_pages()
@@ -89,9 +104,43 @@ class SchedulerObserver:
         """Bring the board up to date."""
         now_s = time()
         if self.board.due(now_s):
-            self.board.observe(now_s, self._report())
+            self.board.observe(now_s, self.look())
 
-    def _report(self) -> ClusterReport:
+    def ask(self) -> None:
+        """Have the board's matrix brought up to date, if it is time for that; it takes until workers have answered."""
+        now_s = time()
+        if self._asking is None and now_s - self._asked_s >= ASKED_S + ASKED_WORKER_S * len(self._plugin.workers):
+            self._asked_s = now_s
+            self._asking = asyncio.create_task(self._ask_for_matrix(), name="gpurt-observer-asks")
+
+    async def _ask_for_matrix(self) -> None:
+        try:
+            rows = {address: journal.sent for address, journal in (await self.journals()).items()}
+            self.board.matrix = Matrix.of(self.names(), rows)
+        finally:
+            self._asking = None
+
+    def names(self) -> dict[str, str]:
+        """Return address to name of the workers that have dask-gpurt."""
+        workers = self._scheduler.workers
+        return {address: str(workers[address].name) for address in self._plugin.workers if address in workers}
+
+    async def journals(self) -> dict[str, Journal]:
+        """Ask all workers for their journals; who does not answer in time is left out."""
+        found = await asyncio.gather(*map(self._journal, self.names()))
+        return {address: journal for address, journal in found if journal is not None}
+
+    async def _journal(self, address: str) -> tuple[str, Journal | None]:
+        try:
+            asked = getattr(self._scheduler.rpc(address), JOURNAL)()
+            return address, Journal.from_message(await asyncio.wait_for(asked, ANSWER_S))
+        except (OSError, RuntimeError) as error:
+            # It is gone, or dask-gpurt is on its way out there.
+            logger.info("dask-gpurt: %s does not tell what it has sent: %r", address, error)
+            return address, None
+
+    def look(self) -> ClusterReport:
+        """Put together what the scheduler knows at the moment."""
         names = {address: str(ws.name) for address, ws in self._scheduler.workers.items()}
         workers = [_state(ws) for ws in self._scheduler.workers.values()]
         loop_s = seams.loop_interval_s(self._scheduler)

@@ -1,19 +1,23 @@
 """Puts the figures of a worker into Dask's heartbeats, and takes them out again.
 
-Covers: :class:`WorkerObserver`. A heartbeat carries one report (see :mod:`dask_gpurt.observe.reports`), and for each tier what
+Covers: :class:`WorkerObserver`; what a worker answers when it is asked for its journal (see :mod:`dask_gpurt.observe.journal`). A heartbeat carries one report (see :mod:`dask_gpurt.observe.reports`), and for each tier what
 Dask's own table of workers shows: its page takes any text among a worker's metrics for one more column.
 Does not cover: what Prometheus is told; see :mod:`dask_gpurt.observe.prometheus`.
 
-What it costs: some 20 µs for each heartbeat, whoever looks or not.
+What it costs: some 20 µs for each heartbeat, whoever looks or not; and less than one for each time that a peer took inputs from here,
+which Dask logs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from dask_gpurt.handlers import weak
 from dask_gpurt.observe import prometheus
+from dask_gpurt.observe.journal import Journal, RunPart
 from dask_gpurt.observe.reports import RunReport, TierReport, WorkerReport, columns
 
 if TYPE_CHECKING:
@@ -21,10 +25,14 @@ if TYPE_CHECKING:
 
     from dask_gpurt.plugins.worker import WorkerRuntime
 
-__all__ = ["METRIC", "WorkerObserver", "report"]
+__all__ = ["JOURNAL", "METRIC", "PEERS_MAX", "Outgoing", "WorkerObserver", "report"]
 
 #: Name of the report among a worker's metrics.
 METRIC = "gpurt"
+#: Name under which a worker is asked for its journal.
+JOURNAL = "gpurt_journal"
+#: Peers for which it is remembered how many bytes of inputs they took; those that took some last are kept.
+PEERS_MAX = 4096
 
 
 def report(worker: Worker, runtime: WorkerRuntime) -> WorkerReport:
@@ -53,6 +61,39 @@ def report(worker: Worker, runtime: WorkerRuntime) -> WorkerReport:
 _SENT = {"ucx": "sent_ucx", "comm": "sent_comm", "local": "local"}
 
 
+class Outgoing:
+    """Adds up, by peer, the inputs that peers took, from Dask's own log of them."""
+
+    def __init__(self) -> None:
+        self.nbytes: dict[str, int] = {}
+        self._last: object = None
+
+    def update(self, log: deque[Mapping[str, Any]] | Sequence[Mapping[str, Any]]) -> None:
+        """Count what is new in the log, which Dask cuts off at its old end.
+
+        Examples
+        --------
+        >>> outgoing, log = Outgoing(), [{"who": "a", "total": 5}]
+        >>> outgoing.update(log)
+        >>> log.append({"who": "a", "total": 2})
+        >>> outgoing.update(log)
+        >>> outgoing.nbytes
+        {'a': 7}
+        """
+        fresh: list[Mapping[str, Any]] = []
+        for entry in reversed(log):
+            if entry is self._last:
+                break
+            fresh.append(entry)
+        for entry in reversed(fresh):
+            self._last, who = entry, entry["who"]
+            # Clients do not say who they are.
+            if who is not None:
+                self.nbytes[who] = self.nbytes.pop(who, 0) + entry["total"]
+        while len(self.nbytes) > PEERS_MAX:
+            del self.nbytes[next(iter(self.nbytes))]
+
+
 class WorkerObserver:
     """What others can see of a worker, from start to stop.
 
@@ -68,6 +109,8 @@ class WorkerObserver:
         self._worker = worker
         self._runtime = runtime
         self._metrics: dict[str, Callable[[Worker], Any]] = {}
+        self._outgoing = Outgoing()
+        self._journal: Callable[..., Any] = weak(self.journal)
 
     def start(self) -> None:
         """Begin to tell."""
@@ -77,6 +120,7 @@ class WorkerObserver:
             self._metrics[column] = partial(self._tier, tier)
         # Another object instead of another content: a heartbeat may be walking through it, and Dask closes a worker for that.
         self._worker.metrics = {**self._worker.metrics, **self._metrics}
+        self._worker.handlers[JOURNAL] = self._journal
         prometheus.collectors.attach("worker", self._worker)
 
     def stop(self) -> None:
@@ -84,10 +128,27 @@ class WorkerObserver:
         metrics = self._worker.metrics.items()
         self._worker.metrics = {name: metric for name, metric in metrics if self._metrics.get(name) is not metric}
         self._metrics = {}
+        if self._worker.handlers.get(JOURNAL) is self._journal:
+            del self._worker.handlers[JOURNAL]
         prometheus.collectors.detach("worker", self._worker)
 
-    def _report(self, worker: Worker) -> dict[str, Any]:
-        return report(worker, self._runtime).to_message()
+    def journal(self) -> dict[str, Any]:
+        """Answer who was sent what, and what runs of shuffles there were. Handler for the scheduler."""
+        now = self._look()
+        sent = {(peer, "inputs"): nbytes for peer, nbytes in self._outgoing.nbytes.items()}
+        shuffle = self._runtime.shuffle
+        if shuffle is None:
+            return Journal(now, sent).to_message()
+        runs = [RunPart.of(state, account) for state, account in shuffle.accounts()]
+        return Journal(now, {**sent, **shuffle.carrier.sent}, runs).to_message()
+
+    def _report(self, worker: Worker) -> dict[str, Any]:  # noqa: ARG002
+        return self._look().to_message()
+
+    def _look(self) -> WorkerReport:
+        # Before Dask forgets what it has logged.
+        self._outgoing.update(self._worker.transfer_outgoing_log)
+        return report(self._worker, self._runtime)
 
     def _tier(self, tier: str, worker: Worker) -> str:  # noqa: ARG002
         memory = self._runtime.memory

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from dask_gpurt import webpage
 from dask_gpurt.demo import machine, report
 from dask_gpurt.demo.app import to_plain
 from dask_gpurt.demo.measure import Usage
@@ -119,7 +120,7 @@ class _Loads(HTMLParser):
 
 def test_the_report_opens_offline(good: Any, bad: Any, tmp_path: Any) -> None:
     path = tmp_path / "report.html"
-    report.write(path, report.render([good, bad], machine.describe(), {"Cluster": "2 workers"}))
+    webpage.write(path, report.render([good, bad], machine.describe(), {"Cluster": "2 workers"}))
     page = path.read_text(encoding="utf-8")
     parser = _Loads()
     parser.feed(page)

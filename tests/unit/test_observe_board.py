@@ -183,6 +183,7 @@ def test_a_heartbeat_that_walks_through_the_metrics_of_a_worker_is_not_disturbed
     class Server:
         metrics: ClassVar[dict[str, Any]] = {"theirs": len}
         http_server = None
+        handlers: ClassVar[dict[str, Any]] = {}
 
     server: Any = Server()
     before = server.metrics
