@@ -9,18 +9,26 @@ runs: ``dask --help`` imports this module.
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 import dask_gpurt
 from dask_gpurt.config import PARTS
 
+if TYPE_CHECKING:
+    from distributed import Client
+
 __all__ = ["gpurt"]
 
 #: Libraries of the ``demo`` extra that are imported; tpchgen-cli is a program, and is looked for when it is needed.
 DEMO_MODULES = ("pandas", "pyarrow", "duckdb", "bokeh", "rich")
+#: Those of them that the bench imports.
+BENCH_MODULES = ("pandas", "pyarrow", "rich")
 
 
 def _nbytes(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
@@ -39,6 +47,28 @@ def _nbytes(context: click.Context, parameter: click.Parameter, value: str | Non
             parameter,
         )
     return nbytes
+
+
+_rounds = click.option(
+    "--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="Runs of each job and side."
+)
+_without = click.option(
+    "--without",
+    type=click.Choice(PARTS),
+    multiple=True,
+    help="Leave this part of dask-gpurt out; may be repeated. Without all three, stock Dask is compared with itself.",
+)
+_time_limit = click.option(
+    "--time-limit",
+    type=click.FloatRange(min=1),
+    default=120.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Give a run up after this time.",
+)
+_json_path = click.option(
+    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here."
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -63,29 +93,17 @@ def gpurt() -> None:
     metavar="SIZE",
     help="Size of the arrays.  [default: 1.1 times the memory of all workers]",
 )
-@click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="Runs of each job and side.")
+@_rounds
 @click.option("--only", type=click.Choice(["tpch", "array"]), help="Run only these jobs.  [default: all]")
-@click.option(
-    "--without",
-    type=click.Choice(PARTS),
-    multiple=True,
-    help="Leave this part of dask-gpurt out; may be repeated. Without all three, stock Dask is compared with itself.",
-)
-@click.option(
-    "--time-limit",
-    type=click.FloatRange(min=1),
-    default=120.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Give a run up after this time.",
-)
+@_without
+@_time_limit
 @click.option(
     "--cache",
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for the TPC-H tables.  [default: ~/.cache/dask-gpurt]",
 )
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write an HTML report to this file.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here.")
+@_json_path
 def demo(  # noqa: PLR0917 - click passes all of them by name
     scale: float,
     workers: int,
@@ -107,12 +125,8 @@ def demo(  # noqa: PLR0917 - click passes all of them by name
 
     The exit status is 0 if all answers were right, 1 if not.
     """
-    missing = [module for module in DEMO_MODULES if importlib.util.find_spec(module) is None]
-    if missing:
-        raise click.ClickException(f"{', '.join(missing)} not installed; try: pip install 'dask-gpurt[demo]'")
-    for path in (report, json_path):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise click.ClickException(f"there is no folder {path.absolute().parent} to write {path.name} to")
+    _check_modules(DEMO_MODULES)
+    _check_folders(report, json_path)
     from dask_gpurt.demo.app import Options, run
     from dask_gpurt.errors import GpurtError
 
@@ -136,6 +150,18 @@ def demo(  # noqa: PLR0917 - click passes all of them by name
         raise click.ClickException(str(error)) from error
     if not agreed:
         raise SystemExit(1)
+
+
+def _check_modules(modules: Sequence[str]) -> None:
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise click.ClickException(f"{', '.join(missing)} not installed; try: pip install 'dask-gpurt[demo]'")
+
+
+def _check_folders(*paths: Path | None) -> None:
+    for path in paths:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise click.ClickException(f"there is no folder {path.absolute().parent} to write {path.name} to")
 
 
 def _array_nbytes(context: click.Context, parameter: click.Parameter, value: str) -> int:
@@ -196,9 +222,91 @@ def doctor(scheduler: str | None, measure: bool, as_json: bool, timeout: float) 
         raise SystemExit(1)
 
 
+@gpurt.command()
+@click.option(
+    "--scheduler",
+    callback=_address,
+    metavar="ADDRESS",
+    help="Measure on the cluster of this scheduler.  [default: 2 local workers of 1 GiB]",
+)
+@click.option(
+    "--only",
+    type=click.Choice(["shuffle", "merge", "rechunk", "spill"]),
+    multiple=True,
+    help="Run only this job; may be repeated.  [default: all; spill only where it takes no more than 8 GiB]",
+)
+@click.option(
+    "--size",
+    callback=_array_nbytes,
+    default="128 MiB",
+    show_default=True,
+    metavar="SIZE",
+    help="Data of each job for each worker, but for spill, which takes 1.1 times the memory of all workers.",
+)
+@_rounds
+@_without
+@_time_limit
+@_json_path
+@_timeout
+def bench(  # noqa: PLR0917 - click passes all of them by name
+    scheduler: str | None,
+    only: tuple[str, ...],
+    size: int,
+    rounds: int,
+    without: tuple[str, ...],
+    time_limit: float,
+    json_path: Path | None,
+    timeout: float,
+) -> None:
+    """Measure on your own cluster what dask-gpurt gains.
+
+    A shuffle, a merge, a rechunk and an array that is larger than memory, on stock Dask and on dask-gpurt, in turns; every answer is
+    checked. Without --scheduler each run has a cluster of its own, on this machine.
+
+    On your cluster dask-gpurt is installed and uninstalled for each run. Data that others hold there is kept, and at the end it is
+    installed, with the same settings, if it was before. It has to be importable there, and the figures are good for as much as the cluster
+    has nothing else to do.
+
+    The exit status is 0 if all answers were right, 1 if not.
+    """
+    _check_modules(BENCH_MODULES)
+    _check_folders(json_path)
+    from dask_gpurt.demo.bench import Options, run
+    from dask_gpurt.errors import GpurtError
+
+    options = Options(
+        scheduler=scheduler,
+        connect_s=timeout,
+        only=only,
+        worker_nbytes=size,
+        rounds=rounds,
+        parts=tuple(part for part in PARTS if part not in without),
+        limit_s=time_limit,
+        json=json_path,
+    )
+    try:
+        right = run(options)
+    except GpurtError as error:
+        raise click.ClickException(str(error)) from error
+    if not right:
+        raise SystemExit(1)
+
+
 _scheduler = click.option(
     "--scheduler", required=True, callback=_address, metavar="ADDRESS", help="Address of the scheduler."
 )
+
+
+@contextlib.contextmanager
+def _connected(scheduler: str, timeout: float) -> Iterator[Client]:
+    from distributed import Client
+
+    try:
+        client = Client(scheduler, timeout=timeout, set_as_default=False)
+    except OSError as error:
+        raise click.ClickException(f"no answer from {scheduler}: {error}") from error
+    with client:
+        yield client
 
 
 @gpurt.command()
@@ -222,19 +330,15 @@ def report(path: Path, scheduler: str, seconds: float, timeout: float) -> None:
 
     The exit status is 1 if there is no report.
     """
-    from distributed import Client
-
+    _check_modules(("bokeh",))
+    _check_folders(path)
     from dask_gpurt.errors import GpurtError
     from dask_gpurt.reporter import record
 
     try:
-        with Client(scheduler, timeout=timeout, set_as_default=False) as client:
+        with _connected(scheduler, timeout) as client:
             record(client, path, seconds)
-    except FileNotFoundError as error:
-        raise click.ClickException(str(error)) from error
-    except OSError as error:
-        raise click.ClickException(f"there is no scheduler at {scheduler}: {error}") from error
-    except GpurtError as error:
+    except (GpurtError, OSError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"Report: {path}")
 
@@ -250,15 +354,10 @@ def explain(keys: tuple[str, ...], scheduler: str, timeout: float) -> None:
 
     The exit status is 1 if the scheduler knows none of the tasks.
     """
-    from distributed import Client
-
     from dask_gpurt.explainer import explain as ask
 
-    try:
-        with Client(scheduler, timeout=timeout, set_as_default=False) as client:
-            answer = ask(client, [_key(text) for text in keys])
-    except OSError as error:
-        raise click.ClickException(f"no answer from {scheduler}: {error}") from error
+    with _connected(scheduler, timeout) as client:
+        answer = ask(client, [_key(text) for text in keys])
     click.echo(str(answer))
     if not any(task.state != "unknown" or task.decisions for task in answer.tasks):
         raise SystemExit(1)

@@ -33,7 +33,7 @@ from dask_gpurt.urls import shown
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["install", "object_store_refusal", "status", "uninstall"]
+__all__ = ["install", "install_settings", "object_store_refusal", "status", "uninstall"]
 
 
 def install(
@@ -75,7 +75,12 @@ def install(
     for part, enabled in (("placement", placement), ("shuffle", shuffle), ("memory", memory)):
         if enabled is not None:
             overrides[f"{part}.enabled"] = enabled
-    answer: Installation = client.sync(_install, client, Settings.load(overrides))
+    return install_settings(client, Settings.load(overrides))
+
+
+def install_settings(client: Client, settings: Settings) -> Installation:
+    """Install with settings that are there already, such as those of an earlier installation; see :func:`install`."""
+    answer: Installation = client.sync(_install, client, settings)
     return answer
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from dask_gpurt.demo.data import default_cache, ensure_tables
 from dask_gpurt.demo.runner import METRICS, OVERSIZE, Comparison, array_jobs, run_jobs, tpch_jobs
 from dask_gpurt.demo.show import Display, make_table
 
-__all__ = ["Options", "run", "to_plain"]
+__all__ = ["Options", "conclude", "run", "side_of", "to_plain"]
 
 #: Memory of a worker. Without a GPU: two workers, the client and DuckDB fit into 8 GB beside a desktop, the arrays do
 #: not fit into the workers, and stock Dask survives all jobs. With one: an array of this size is made in a second.
@@ -57,7 +58,6 @@ def run(options: Options, console: Console | None = None) -> bool:
     gpu = count_gpus() >= options.workers
     limit_nbytes = options.memory_limit_nbytes or (DEVICE_LIMIT_NBYTES if gpu else MEMORY_LIMIT_NBYTES)
     spec = ClusterSpec(options.workers, options.threads, limit_nbytes, gpu)
-    side = Side(_name(options.parts), options.parts)
     array_nbytes = options.array_nbytes or int(OVERSIZE * spec.workers * limit_nbytes)
     # A small array still has to have several blocks.
     block_side = SIDE if array_nbytes >= 2**30 else max(8, math.isqrt(array_nbytes // 8 // 36))
@@ -85,29 +85,53 @@ def run(options: Options, console: Console | None = None) -> bool:
     with Display(console, runs=2 * options.rounds * len(jobs)) as display:
         comparisons = run_jobs(
             jobs,
-            (STOCK, side),
+            (STOCK, side_of(options.parts)),
             spec,
             options.rounds,
             limit_s=options.limit_s,
             on_start=display.start,
             on_end=display.end,
         )
+    verdict = "All answers agreed with those of DuckDB and NumPy, on both sides."
+    about, right = conclude(console, comparisons, settings, options.json, verdict)
+    if options.report is not None:
+        webpage.write(options.report, report.render(comparisons, about, settings))
+        console.print(f"Report:  {options.report}", highlight=False)
+    console.print(f"It took {format_time(time.perf_counter() - started)}.", highlight=False)
+    return right
+
+
+def conclude(
+    console: Console, comparisons: Sequence[Comparison], settings: Mapping[str, str], path: Path | None, verdict: str
+) -> tuple[dict[str, Any], bool]:
+    """Show what came out, and write it as JSON if there is a path.
+
+    Parameters
+    ----------
+    comparisons
+        What came out, job by job.
+    settings
+        Name to value of what was chosen, in words.
+    verdict
+        What is said if all answers were right.
+
+    Returns
+    -------
+    tuple
+        What it was measured on, and whether all answers were right.
+    """
     console.print(make_table(comparisons))
     problems = [problem for comparison in comparisons for problem in comparison.problems()]
     for problem in problems:
         console.print(problem, style="red", highlight=False)
     if not problems:
-        console.print("All answers agreed with those of DuckDB and NumPy, on both sides.", style="green")
+        console.print(verdict, style="green")
     about = machine.describe()
-    if options.json is not None:
+    if path is not None:
         plain = {**about, "settings": settings, "jobs": [to_plain(comparison) for comparison in comparisons]}
-        options.json.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
-        console.print(f"Figures: {options.json}", highlight=False)
-    if options.report is not None:
-        webpage.write(options.report, report.render(comparisons, about, settings))
-        console.print(f"Report:  {options.report}", highlight=False)
-    console.print(f"It took {format_time(time.perf_counter() - started)}.", highlight=False)
-    return not problems
+        path.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+        console.print(f"Figures: {path}", highlight=False)
+    return about, not problems
 
 
 def to_plain(comparison: Comparison) -> dict[str, Any]:
@@ -120,7 +144,8 @@ def to_plain(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _name(parts: tuple[str, ...]) -> str:
+def side_of(parts: tuple[str, ...]) -> Side:
+    """Return the side that stands beside stock Dask, with these parts of dask-gpurt."""
     if not parts:
-        return "stock again"
-    return GPURT.name if parts == GPURT.parts else f"{GPURT.name} ({', '.join(parts)})"
+        return Side("stock again")
+    return GPURT if parts == GPURT.parts else Side(f"{GPURT.name} ({', '.join(parts)})", parts)

@@ -15,6 +15,7 @@ import contextlib
 import importlib.util
 import logging
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,10 @@ class ClusterSpec:
     threads: int = 1
     memory_limit_nbytes: int = 5 * 2**28
     gpu: bool = False
+
+    def open(self) -> AbstractContextManager[Client]:
+        """Start such a cluster, and connect to it."""
+        return open_client(self)
 
     @property
     def array_module(self) -> str:

@@ -15,19 +15,33 @@ import math
 import statistics
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from distributed import Client
 
 from dask_gpurt.demo.arrays import ARRAY_JOBS, ArrayJob, Shape
-from dask_gpurt.demo.cluster import ClusterSpec, Side, open_client, warm_up
+from dask_gpurt.demo.cluster import ClusterSpec, Side, warm_up
 from dask_gpurt.demo.compare import array_differences
 from dask_gpurt.demo.measure import Usage, measure
 from dask_gpurt.demo.tpch import QUERIES, Query, truth
 
-__all__ = ["METRICS", "Comparison", "Job", "Metric", "Outcome", "array_jobs", "run_jobs", "run_once", "tpch_jobs"]
+__all__ = [
+    "METRICS",
+    "OVERSIZE",
+    "Comparison",
+    "Job",
+    "Metric",
+    "Outcome",
+    "Place",
+    "array_job",
+    "array_jobs",
+    "run_jobs",
+    "run_once",
+    "tpch_jobs",
+]
 
 #: How much more than the workers' memory the arrays take. More says the same and takes longer.
 OVERSIZE = 1.1
@@ -165,24 +179,34 @@ def array_jobs(spec: ClusterSpec, shape: Shape | None = None) -> list[Job]:
         nbytes = int(OVERSIZE * spec.workers * spec.memory_limit_nbytes)
         shape = Shape.larger_than(nbytes, module=spec.array_module)
 
-    def make(job: ArrayJob, shape: Shape) -> Job:
-        expected = job.truth(shape)
-        return Job(
-            name=job.name,
-            title=job.title,
-            run=lambda: job.run(shape),
-            check=lambda answer: array_differences(answer, expected),
-        )
-
-    return [make(job, shape) for job in ARRAY_JOBS.values()]
+    return [array_job(name, shape) for name in ARRAY_JOBS]
 
 
-def run_once(job: Job, side: Side, spec: ClusterSpec, number: int = 0, limit_s: float = TIME_LIMIT_S) -> Outcome:
-    """Run a job on a fresh cluster of one side.
+def array_job(which: str, shape: Shape, name: str | None = None, title: str | None = None) -> Job:
+    """Return one of the array jobs, perhaps under another name; NumPy answers it here."""
+    job: ArrayJob = ARRAY_JOBS[which]
+    expected = job.truth(shape)
+    return Job(
+        name=name or job.name,
+        title=title or job.title,
+        run=lambda: job.run(shape),
+        check=lambda answer: array_differences(answer, expected),
+    )
+
+
+class Place(Protocol):
+    """Where runs take place, one after the other."""
+
+    def open(self) -> AbstractContextManager[Client]:
+        """Connect to a cluster without dask-gpurt, on which Dask computes until the end."""
+
+
+def run_once(job: Job, side: Side, place: Place, number: int = 0, limit_s: float = TIME_LIMIT_S) -> Outcome:
+    """Run a job on one side.
 
     Whatever goes wrong in the run becomes part of the outcome: that a side fails is a result.
     """
-    with open_client(spec) as client:
+    with place.open() as client:
         late = threading.Event()
         with _deadline(client, limit_s, late):
             try:
@@ -198,12 +222,11 @@ def run_once(job: Job, side: Side, spec: ClusterSpec, number: int = 0, limit_s: 
 
 @contextlib.contextmanager
 def _deadline(client: Client, limit_s: float, late: threading.Event) -> Iterator[None]:
-    """Close the cluster at the deadline, which makes the computation that waits for it fail."""
+    """Close the cluster at the deadline, or the client of one that is lent: the computation that waits for it fails."""
 
     def close() -> None:
         late.set()
-        assert client.cluster is not None
-        client.cluster.close()
+        (client.cluster or client).close()
 
     timer = threading.Timer(limit_s, close)
     timer.daemon = True
@@ -219,7 +242,7 @@ def _deadline(client: Client, limit_s: float, late: threading.Event) -> Iterator
 def run_jobs(
     jobs: Sequence[Job],
     sides: tuple[Side, Side],
-    spec: ClusterSpec,
+    place: Place,
     rounds: int,
     *,
     limit_s: float = TIME_LIMIT_S,
@@ -232,7 +255,7 @@ def run_jobs(
         for position, job in enumerate(jobs):
             for side in sides if (number + position) % 2 == 0 else sides[::-1]:
                 on_start(job, side, number)
-                outcome = run_once(job, side, spec, number, limit_s)
+                outcome = run_once(job, side, place, number, limit_s)
                 outcomes.append(outcome)
                 on_end(outcome)
     names = (sides[0].name, sides[1].name)

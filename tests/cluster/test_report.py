@@ -145,7 +145,8 @@ def test_an_asynchronous_client(cluster: LocalCluster, client: Client, tmp_path:
                 assert await ours.submit(sum, [1, 2]) == 3
             with pytest.raises(TypeError, match="async with"), dask_gpurt.report(path, client=ours):
                 pass
-            return await dask_gpurt.shuffles(ours)
+            answer: Any = dask_gpurt.shuffles(ours)
+            return await answer
 
     assert asyncio.run(record()).runs == ()
     assert path.stat().st_size > 100_000
@@ -224,7 +225,7 @@ def test_the_command_records_for_some_seconds(cluster: LocalCluster, client: Cli
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
-        (["--scheduler", "tcp://127.0.0.1:1", "--timeout", "1", "a.html"], 1, "there is no scheduler at"),
+        (["--scheduler", "tcp://127.0.0.1:1", "--timeout", "1", "a.html"], 1, "no answer from"),
         (["--scheduler", "nonsense://127.0.0.1:1", "a.html"], 2, "unknown"),
         (["--scheduler", "tcp://127.0.0.1:1", "--seconds", "0", "a.html"], 2, "is not in the range"),
         (["a.html"], 2, "Missing option '--scheduler'"),

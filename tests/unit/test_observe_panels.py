@@ -11,8 +11,9 @@ from bokeh.models.widgets import Div
 
 from dask_gpurt.observe.board import TIERS, Board, ClusterReport, Placing, WorkerState
 from dask_gpurt.observe.drawing import Panel
-from dask_gpurt.observe.flow import FlowPanel
+from dask_gpurt.observe.flow import FlowPanel, MatrixPanel
 from dask_gpurt.observe.history import TiersPanel, WorkersPanel
+from dask_gpurt.observe.matrix import Matrix
 from dask_gpurt.observe.pages import PANELS
 from dask_gpurt.observe.reports import RunReport, TierReport, WorkerReport
 from dask_gpurt.observe.tables import PlacementPanel, ShufflesPanel
@@ -34,6 +35,8 @@ def board(nworkers: int, tiers: tuple[str, ...] = ("host", "disk"), name: str = 
         workers = [WorkerState(f"tcp://{i}", f"{name}{i}", at_s, 0.02, report) for i in range(nworkers)]
         latest = [Placing(name, "planned", name)]
         found.observe(at_s, ClusterReport(workers, 0.02, {"planned": 7, "urgent": 2}, 0, 5, 3, latest))
+    names = {worker.address: worker.name for worker in workers}
+    found.matrix = Matrix.of(names, {a: {(b, "ucx"): 2**20 for b in names if a != b} for a in names})
     return found
 
 
@@ -105,3 +108,30 @@ def test_the_most_frequent_reason_is_on_top() -> None:
     assert panel.root.y_range.factors == ["urgent", "planned"]
     panel.update(Board())
     assert "stock Dask" in panel.root.title.text
+
+
+def test_the_matrix_shows_who_sent_what_to_whom() -> None:
+    panel = MatrixPanel()
+    panel.update(Board())
+    assert "are being asked" in panel.root.title.text
+    panel.update(board(2))
+    data = panel.source.data
+    assert data["image"][0][0, 1] == data["ucx"][0][0, 1] == 2**20
+    # What has not moved has no colour, and is nothing by any path.
+    assert math.isnan(data["image"][0][1, 1])
+    assert data["inputs"][0].sum() == 0
+    assert panel.root.title.text == "Worker to worker: 2.00 MiB"
+    assert panel.root.yaxis[0].major_label_overrides == {0.5: "w0", 1.5: "w1"}
+    panel.update(board(200))
+    assert data["image"][0].shape == (2, 2)
+    assert panel.source.data["image"][0].shape == (200, 200)
+    assert panel.root.xaxis[0].major_label_overrides == {}
+    assert panel.mapper.high == 2**20
+
+
+def test_a_matrix_that_is_shown_is_not_sent_again() -> None:
+    panel, shown = MatrixPanel(), board(2)
+    panel.update(shown)
+    data = panel.source.data
+    panel.update(shown)
+    assert panel.source.data is data
