@@ -1,10 +1,11 @@
-"""A real browser, driven over its debugging protocol: no more than opening a page and asking it what it shows.
+"""A real browser, driven over its debugging protocol: no more than opening a page, asking it what it shows, and taking a picture.
 
 Covers: :class:`Browser`, a headless Chromium; ``chromium()``, whether there is one on this machine.
 """
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import shutil
@@ -127,6 +128,11 @@ class Browser:
             assert "exceptionDetails" not in answer, f"{expression} did not come true; errors: {self.errors}"
             return answer["result"].get("value")
         raise AssertionError(f"{expression}: the page is loaded again and again")
+
+    async def picture(self) -> bytes:
+        """Return the page as it looks, as far as it goes, as a PNG."""
+        answer = await self._call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+        return base64.b64decode(answer["data"])
 
     async def _call(self, method: str, **parameters: Any) -> Any:
         number = next(self._numbers)

@@ -34,6 +34,7 @@ collect_ignore = [
     "placement_nodes.py",
     "rmm_standin.py",
     "s3_server.py",
+    "screenshots.py",
 ]
 
 

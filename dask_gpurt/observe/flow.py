@@ -269,7 +269,8 @@ class MatrixPanel:
         self.root.x_range.end = self.root.y_range.start = max(1, count)
         for axis in (self.root.xaxis[0], self.root.yaxis[0]):
             name_axis(axis, matrix.names, NAMED_MAX)
-        self.root.xaxis.major_label_orientation = math.pi / 4 if count <= NAMED_MAX else "horizontal"
+        long = count <= NAMED_MAX and max(map(len, matrix.names), default=0) > 4
+        self.root.xaxis.major_label_orientation = math.pi / 4 if long else "horizontal"
         self.mapper.high = float(total.max(initial=1.0))
         images = {"image": np.where(total > 0, total, np.nan), **matrix.nbytes}
         # What is read off colours needs no more digits.

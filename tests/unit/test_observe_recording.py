@@ -27,7 +27,7 @@ def report(used: int = 0, ucx: int = 0, waited_s: float = 0.0) -> WorkerReport:
     return WorkerReport(tiers=tiers, moves={("host", "disk"): 2 * ucx}, sent={"ucx": ucx}, credit_wait_s=waited_s)
 
 
-def cluster(reasons: dict[str, int] | None = None, loop_s: float = 0.02, **workers: WorkerReport) -> ClusterReport:
+def cluster(reasons: dict[str, int] | None = None, loop_s: float = 0.02, /, **workers: WorkerReport) -> ClusterReport:
     states = [WorkerState(f"tcp://{name}", name, 0.0, loop_s, told) for name, told in workers.items()]
     return ClusterReport(states, 0.02, reasons)
 
@@ -69,7 +69,7 @@ def test_however_long_it_lasts_it_takes_no_more_room_and_loses_nothing() -> None
 def test_the_longest_turn_of_an_event_loop_is_not_thinned_out() -> None:
     recording = Recording(0, cluster(), {})
     for step in range(1, 3 * LENGTH):
-        recording.observe(float(step), cluster(loop_s=4.0 if step == 18 else 0.02, a=report()))
+        recording.observe(float(step), cluster(None, 4.0 if step == 18 else 0.02, a=report()))
     recording.finish(3.0 * LENGTH, cluster(a=report()), {}, [])
     assert np.nanmax(recording.board.loops_s["worst"]) == 4.0
     [stall] = recording.stalls
@@ -115,7 +115,7 @@ def test_the_end_tells_what_is_new() -> None:
 @pytest.mark.parametrize("workers", [0, 2, 200])
 def test_a_page_of_any_cluster(workers: int) -> None:
     def now(step: int) -> ClusterReport:
-        return cluster({"planned": step}, **{f"w{i}": report(step, 10 * step) for i in range(workers)})
+        return cluster({"planned": step}, 0.02, **{f"w{i}": report(step, 10 * step) for i in range(workers)})
 
     recording = Recording(0, now(0), {})
     for step in range(1, 4):
