@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from dask_gpurt.shuffle.account import Account
 from dask_gpurt.shuffle.dataframe import FrameRun
 from dask_gpurt.shuffle.run import HANDED_NBYTES
 
@@ -66,6 +67,7 @@ def a_run() -> Iterator[tuple[GatedRun, Callable[[], None]]]:
             closed=False,
             _exception=None,
             _ahead={},
+            account=Account(0.0),
             _outbox=Flushed(run),
             _loop=SimpleNamespace(asyncio_loop=loop),
         )
