@@ -41,8 +41,8 @@ def work(full: threading.Event) -> None:
     tables.merge()
     x = da.random.random((11_000, 11_000), chunks=(1_000, 1_000)).persist()
     wait(x)
-    (x + x.T).mean().compute()
     full.set()
+    (x + x.T).mean().compute()
     (x @ x[:, :4000]).sum().compute()
 
 
@@ -56,9 +56,9 @@ async def picture(browser: Browser, name: str) -> None:
     """Take a picture, in the size of the documentation."""
     with Image.open(io.BytesIO(await browser.picture())) as image:
         height = round(image.height * WIDTH / image.width)
-        image.convert("RGB").resize((WIDTH, height), Image.Resampling.LANCZOS).quantize(128).save(
-            IMAGES / name, optimize=True
-        )
+        image.convert("RGB").resize((WIDTH, height), Image.Resampling.LANCZOS).quantize(
+            256, Image.Quantize.FASTOCTREE
+        ).save(IMAGES / name, optimize=True)
     assert not browser.errors, browser.errors
 
 
@@ -69,7 +69,7 @@ async def real(client: Client, path: Path) -> None:
         await browser.open(page(client))
         working = asyncio.create_task(asyncio.to_thread(recorded, path, full))
         await asyncio.to_thread(full.wait)
-        await asyncio.sleep(6)
+        await browser.wait_for("Bokeh.documents[0].get_model_by_name('flow').title.text.includes('/s')")
         await picture(browser, "dashboard-light.png")
         await working
     async with Browser("light", (1300, 2300)) as browser:

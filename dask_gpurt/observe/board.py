@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from dask_gpurt.observe.reports import RunReport, WorkerReport
 
 if TYPE_CHECKING:
+    from dask_gpurt.observe.journal import ShuffleRun
     from dask_gpurt.observe.matrix import Matrix
 
 __all__ = [
@@ -172,8 +173,9 @@ class Board:
 
     def __init__(self, length: int = LENGTH, gap_s: float = GAP_S) -> None:
         self.cluster = ClusterReport()
-        #: Who sent how much to whom, if somebody has asked the workers.
+        #: Who sent how much to whom, and runs of shuffles that have ended, latest first, if somebody has asked the workers.
         self.matrix: Matrix | None = None
+        self.ended: Sequence[ShuffleRun] = ()
         #: Seconds of the samples before the latest one: negative, oldest first.
         self.ages_s: Floats = INTERVAL_S * np.arange(1 - length, 1, dtype=float)
         self._length = length

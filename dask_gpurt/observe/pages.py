@@ -57,7 +57,7 @@ class Source(Protocol):
         """Bring the board up to date."""
 
     def ask(self) -> None:
-        """Have the board's matrix brought up to date, for which all workers are asked."""
+        """Have what only workers know brought up to date on the board, for which all of them are asked."""
 
 
 def _theme(text: str, grid: str) -> Theme:
@@ -157,7 +157,7 @@ def _page(
             doc.remove_periodic_callback(callback)
             return
         source.refresh()
-        if MatrixPanel in kinds:
+        if MatrixPanel in kinds or ShufflesPanel in kinds:
             source.ask()
         for panel in panels:
             panel.update(source.board)

@@ -20,7 +20,7 @@ from distributed.metrics import time
 from dask_gpurt import seams
 from dask_gpurt.observe import prometheus
 from dask_gpurt.observe.board import Board, ClusterReport, Placing, WorkerState
-from dask_gpurt.observe.journal import Journal
+from dask_gpurt.observe.journal import Journal, join
 from dask_gpurt.observe.matrix import Matrix
 from dask_gpurt.observe.recorder import Recorders
 from dask_gpurt.observe.reports import TierReport, WorkerReport
@@ -107,16 +107,19 @@ class SchedulerObserver:
             self.board.observe(now_s, self.look())
 
     def ask(self) -> None:
-        """Have the board's matrix brought up to date, if it is time for that; it takes until workers have answered."""
+        """Have what only workers know brought up to date on the board, if it is time for that, as soon as they have answered."""
         now_s = time()
         if self._asking is None and now_s - self._asked_s >= ASKED_S + ASKED_WORKER_S * len(self._plugin.workers):
             self._asked_s = now_s
-            self._asking = asyncio.create_task(self._ask_for_matrix(), name="gpurt-observer-asks")
+            self._asking = asyncio.create_task(self._ask(), name="gpurt-observer-asks")
 
-    async def _ask_for_matrix(self) -> None:
+    async def _ask(self) -> None:
         try:
-            rows = {address: journal.sent for address, journal in (await self.journals()).items()}
-            self.board.matrix = Matrix.of(self.names(), rows)
+            journals = await self.journals()
+            self.board.matrix = Matrix.of(
+                self.names(), {address: journal.sent for address, journal in journals.items()}
+            )
+            self.board.ended = [run for run in join(journals) if not run.active]
         finally:
             self._asking = None
 

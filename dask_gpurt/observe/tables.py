@@ -22,11 +22,13 @@ from dask_gpurt.observe.drawing import (
     text_panel,
 )
 from dask_gpurt.observe.reports import PATHS
+from dask_gpurt.observe.shuffles import HEADS, cells
 
 __all__ = ["REASONS", "DecisionsPanel", "PlacementPanel", "ShufflesPanel"]
 
-#: Reasons that are shown.
+#: Reasons, and runs of shuffles that have ended, that are shown.
 REASONS = 12
+ENDED = 6
 
 
 class ShufflesPanel:
@@ -40,7 +42,7 @@ class ShufflesPanel:
         self.root = text_panel()
 
     def update(self, board: Board) -> None:
-        """Show the active runs, and the bytes of all by the way that they went."""
+        """Show the active runs, the bytes of all by the way that they went, and the runs that ended last."""
         runs = board.runs()
         begun = max((report.shuffles for _, report in board.reports), default=0)
         parts = [heading(f"{self.title}: {len(runs)} active, {begun} so far")]
@@ -55,6 +57,8 @@ class ShufflesPanel:
         )
         waited_s = sum(report.credit_wait_s for _, report in board.reports)
         parts.append(f"<p>{' · '.join(said)} · <b>waited for room</b> {format_time(waited_s)}</p>")
+        if board.ended:
+            parts.append(table(HEADS, ([html.escape(text) for text in cells(run)] for run in board.ended[:ENDED])))
         self.root.text = "".join(parts)
 
 

@@ -13,10 +13,11 @@ from dask_gpurt.observe.board import TIERS, Board, ClusterReport, Placing, Worke
 from dask_gpurt.observe.drawing import Panel
 from dask_gpurt.observe.flow import FlowPanel, MatrixPanel
 from dask_gpurt.observe.history import TiersPanel, WorkersPanel
+from dask_gpurt.observe.journal import ShuffleRun
 from dask_gpurt.observe.matrix import Matrix
 from dask_gpurt.observe.pages import PANELS
 from dask_gpurt.observe.reports import RunReport, TierReport, WorkerReport
-from dask_gpurt.observe.tables import PlacementPanel, ShufflesPanel
+from dask_gpurt.observe.tables import ENDED, PlacementPanel, ShufflesPanel
 
 EVIL = "<img src=x onerror=alert(1)>"
 
@@ -96,7 +97,14 @@ def test_a_stuck_shuffle_is_said_to_be() -> None:
     panel = ShufflesPanel()
     panel.update(board(2, name=EVIL))
     assert "stuck: &lt;img" in panel.root.text
+    shown = board(2)
+    run = ShuffleRun(EVIL, 7, {"closed": 2}, (), 1.0, 2.5, 4.0, 8, 8, 8, {"ucx": 2**20}, 2**20, 0, 0.5)
+    shown.ended = [run] * 9
+    panel.update(shown)
+    assert panel.root.text.count("&lt;img src #7") == ENDED
+    assert "1.50 s" in panel.root.text
     panel.update(board(2))
+    assert "#7" not in panel.root.text
     assert "stuck" not in panel.root.text
     assert "2 transfer" in panel.root.text
     assert "2 of 4" in panel.root.text
