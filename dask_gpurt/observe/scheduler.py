@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 LATEST = 12
 #: A worker that does not answer within this time is passed over.
 ANSWER_S = 10.0
-#: Workers are asked for their journals no more often than this, and for each of them so much later: 5 s where there are 200.
+#: Workers are asked for their journals no more often than this, and for each of them so much later: 7 s where there are 200.
 ASKED_S, ASKED_WORKER_S = 2.0, 0.025
 
 
