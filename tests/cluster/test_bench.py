@@ -39,12 +39,12 @@ def test_a_cluster_that_is_lent_is_measured_and_left_as_it_was(cluster: LocalClu
     with Client(cluster, set_as_default=False) as client:
         assert client.run_on_scheduler(left_behind) == []
         arguments = ("--scheduler", cluster.scheduler_address, "--size", "1 MiB", "--json", str(figures))
-        result = invoke(*arguments, "--only", "shuffle", "--only", "merge", "--only", "rechunk")
+        result = invoke(*arguments, "--only", "shuffle", "--only", "merge")
         assert result.exit_code == 0, result.output
         assert "All answers were right" in result.output
         assert client.run_on_scheduler(left_behind) == []
         written = json.loads(figures.read_text())
-        assert [job["job"] for job in written["jobs"]] == ["shuffle", "merge", "rechunk"]
+        assert [job["job"] for job in written["jobs"]] == ["shuffle", "merge"]
         for job in written["jobs"]:
             assert [run["side"] for run in job["runs"]] in (["stock", "dask-gpurt"], ["dask-gpurt", "stock"])
             assert job["ratios"]["wall_s"] > 0
