@@ -11,7 +11,10 @@ dask-gpurt 0.1.0 on 2 workers
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
+
+from dask_gpurt.logs import ToDask
 
 if TYPE_CHECKING:
     from dask_gpurt.config import Settings
@@ -44,6 +47,8 @@ __all__ = [
     "status",
     "uninstall",
 ]
+
+logging.getLogger(__name__).addHandler(ToDask())
 
 # Loaded on first use: `import dask_gpurt` alone must not import distributed.
 _HOMES = {

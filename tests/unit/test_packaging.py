@@ -35,6 +35,13 @@ def test_importing_does_not_import_distributed() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
+def test_importing_takes_no_time() -> None:
+    """At most 50 ms of a processor more than Dask alone; it takes less than one."""
+    code = "import dask, time; t = time.process_time(); import dask_gpurt; print(time.process_time() - t)"
+    taken_s = [float(subprocess.check_output([sys.executable, "-c", code], timeout=60)) for _ in range(3)]
+    assert min(taken_s) < 0.05
+
+
 @pytest.mark.parametrize("name", dask_gpurt.__all__)
 def test_every_public_name_is_there(name: str) -> None:
     assert getattr(dask_gpurt, name) is not None
