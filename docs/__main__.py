@@ -1,6 +1,7 @@
 """Writes the pages and plots that follow from other files: ``python -m docs``.
 
 They are committed, so that they can be read on a code host, too; ``tests/unit/test_docs.py`` fails where one is out of date.
+``python -m docs.notebooks`` runs the examples anew, for what they show on their pages, and wants a machine that does nothing else.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any
 
 from docs.plots import Bar, bars
 
-__all__ = ["SUBJECTS", "page"]
+__all__ = ["SUBJECTS", "circumstances", "page"]
 
 
 @dataclass(frozen=True)
@@ -148,12 +148,16 @@ def page(results: Path) -> tuple[str, dict[str, str]]:
 
 
 def _made(name: str, result: Mapping[str, Any]) -> str:
-    machine, versions = result["machine"], result["versions"]
     command = re.sub(r"--json \S+", f"--json benchmarks/results/{name}.json", result["command"])
+    return f"    {command}\n\n{circumstances(result)}. [All figures](../benchmarks/results/{name}.json)\n"
+
+
+def circumstances(result: Mapping[str, Any]) -> str:
+    """Say when and on what something was measured; see :func:`dask_gpurt.demo.machine.describe`."""
+    machine, versions = result["machine"], result["versions"]
     return (
-        f"    {command}\n\n"
         f"{result['time'][:10]}, {machine['cores']} cores of {machine['processor']}, {machine['memory_nbytes'] / 2**30:.0f} GiB; "
-        f"Python {versions['python']}, Dask {versions['dask']}. [All figures](../benchmarks/results/{name}.json)\n"
+        f"Python {versions['python']}, Dask {versions['dask']}"
     )
 
 

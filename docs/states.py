@@ -1,7 +1,8 @@
 """A diagram of states as SVG text, made from the table in the docstring of the module that has them. Pure.
 
-The table has a row for each state, ``NAME  where  how -> NEXT; how -> NEXT``, as Sphinx reads simple tables. States stand in a row;
-what leads on goes above, what leads back below. Where the name behind the arrow is no state of the table, that is the end.
+The table is the first one with rows that begin with a name in capitals, ``NAME  where  how -> NEXT; how -> NEXT``, as Sphinx reads simple
+tables. States stand in a row; what leads on goes above, what leads back below. Where the name behind the arrow is no state of the
+table, that is the end.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ __all__ = ["Move", "diagram", "moves"]
 
 _STEP, _BOX, _HEIGHT, _RISE = 160, 92, 30, 42
 _ON, _BACK = "#2a78c2", "#c96a1b"
+#: So that words that an arrow passes through can be read.
+_HALO = 'stroke="#ffffff" stroke-width="4" paint-order="stroke"'
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ def _rows(documentation: str) -> Iterator[list[str]]:
             row[1] += " " + line[last:].strip()
         elif row:
             break
+        elif not line.strip():
+            last = None
     if row:
         yield row
 
@@ -114,5 +119,5 @@ def _arc(start: int, end: int, span: int, middle: int, how: str) -> list[str]:
     label = round(top + (-5 if up < 0 else 14), 1)
     return [
         f'<path d="M{begin} {edge}C{begin} {handle} {finish} {handle} {finish} {edge}" fill="none" stroke="{colour}" stroke-width="1.5" marker-end="url(#{head})"/>',
-        f'<text x="{(begin + finish) / 2}" y="{label}" text-anchor="middle" fill="#1b1f24">{escape(how)}</text>',
+        f'<text x="{(begin + finish) / 2}" y="{label}" text-anchor="middle" fill="#1b1f24" {_HALO}>{escape(how)}</text>',
     ]

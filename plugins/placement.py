@@ -30,6 +30,16 @@ Dask's own set of queued tasks stays the truth: every task that waits here is in
 ``queued``, so that its timeouts, its dashboard, its adaptive scaling and its validation go on to hold. The queues here
 are an order over it. So uninstalling loses nothing: the order goes, the tasks stay queued.
 
+==========  ==========================================  =======================================================
+state       where a planned task waits                  ends by
+==========  ==========================================  =======================================================
+WAITING     for its inputs                              its worker has a slot -> PROCESSING; it has none -> QUEUED
+QUEUED      in ``scheduler.queued``, and here, in the   a slot opens -> PROCESSING; nobody wants it -> released
+            order of its worker
+PROCESSING  on its worker, or on one that has stolen    done -> memory; failed -> erred; its worker is lost -> released
+            it, as the plan did not pay any more
+==========  ==========================================  =======================================================
+
 What cannot happen: a planned task that waits for a worker that is gone or paused stays there no longer than one turn
 of the balancer (:data:`BALANCE_INTERVAL_S`), which also lets an idle worker take over families of a busy one.
 

@@ -20,6 +20,15 @@ Theory of operation
 
     What our plane does not support is found out when data is seen. Then the run is *declined*: the scheduler
     restarts the shuffle, and the next run is stock's.
+
+========  =====================================  ===========================================================
+phase     what the worker does                   ends by
+========  =====================================  ===========================================================
+TRANSFER  splits inputs, sends their shards,     inputs done (the barrier) -> UNPACK;
+          takes in those of peers                declined, or a worker lost -> CLOSED
+UNPACK    hands out its output partitions        done (or shards needed again) -> CLOSED
+CLOSED    nothing, and has no data               restarted (as another run) -> TRANSFER
+========  =====================================  ===========================================================
 """
 
 from __future__ import annotations
@@ -27,6 +36,7 @@ from __future__ import annotations
 import abc
 import asyncio
 import contextlib
+import enum
 import itertools
 import logging
 import threading
@@ -61,7 +71,7 @@ if TYPE_CHECKING:
 
     from dask_gpurt.shuffle.worker import ShuffleWorker
 
-__all__ = ["MAX_RESTARTS", "MESSAGE_NBYTES", "Declined", "Run", "Shards"]
+__all__ = ["MAX_RESTARTS", "MESSAGE_NBYTES", "Declined", "Phase", "Run", "Shards"]
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +93,14 @@ HANDED_NBYTES = 2**20
 
 #: Address of a peer to the messages for it, each of headers and bodies in turn; and what stays here.
 Shards = tuple[dict[str, list[list[Any]]], list[Parcel]]
+
+
+class Phase(enum.StrEnum):
+    """How far a run is; see the table in the module's documentation."""
+
+    TRANSFER = "transfer"
+    UNPACK = "unpack"
+    CLOSED = "closed"
 
 
 class Declined(Exception):  # noqa: N818  a decision, not an error
@@ -653,7 +671,7 @@ class Run(ShuffleRun[Any, Any]):
         outbox, shelf, now = self._outbox, self._shelf, time.monotonic()
         granted = [credit.result().nbytes for credit in self._credits.values() if credit.done()]
         return {
-            "phase": "closed" if self.closed else "unpack" if self.transferred else "transfer",
+            "phase": (Phase.CLOSED if self.closed else Phase.UNPACK if self.transferred else Phase.TRANSFER).value,
             "closed": self.closed,
             "transferred": self.transferred,
             "inputs": self._inputs,

@@ -10,8 +10,8 @@ blocks are chosen (:mod:`dask_gpurt.memory.policy`) until what is free, and what
 =========  ========================  =========================================================
 state      where the value is        ends by
 =========  ========================  =========================================================
-RESIDENT   memory                    Write -> WRITING; dying: Drop -> gone from memory, *not*
-                                     from the books: nobody will ask for it
+RESIDENT   memory                    Write -> WRITING; dying: Drop -> SPILLED (with a copy of no
+                                     bytes, for the books: nobody will ask for it)
 WRITING    memory, copy under way    Written -> CLEAN; WriteFailed -> RESIDENT
 CLEAN      memory and below          Drop -> SPILLED; RemoveCopy (disk is full) -> RESIDENT
 SPILLED    below                     Wanted: Read -> READING

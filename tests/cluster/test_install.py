@@ -248,6 +248,9 @@ def test_a_worker_on_which_a_part_cannot_start_runs_stock_for_it(client: Client,
     assert answer.workers[second][part].installed
     assert "no_such_name" in answer.workers[first][part].remark
     assert first in str(answer)
+    # And it stands in the log of that worker, beside Dask's own messages.
+    logs = client.get_worker_logs()
+    assert [address for address in logs if any("is left stock" in message for _, message in logs[address])] == [first]
     x = da.ones((600, 600), chunks=(100, 600)).rechunk((600, 100), method="p2p")
     assert x.sum().compute() == 600 * 600
 

@@ -10,13 +10,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from dask_gpurt.memory import events as ev
+from dask_gpurt.memory import spiller
 from dask_gpurt.memory.horizon import DYING, IDLE, RUNNING, Kind, Use
 from dask_gpurt.memory.ledger import Ledger, Reservation, Tier
-from dask_gpurt.memory.spiller import DEARNESS_MIN, MOVES_MAX, Spiller, State
+from dask_gpurt.memory.spiller import DEARNESS_MIN, MOVES_MAX, Block, Spiller, State
+from docs import states
 
 LIMIT = 100
-DISK_LIMIT = 150
 OBJECT_LIMIT = 100
+UNWRITTEN_MIN = 20
 NAMES = st.integers(0, 12)
 USES = st.one_of(
     st.just(IDLE), st.just(RUNNING), st.just(DYING), st.integers(0, 20).map(lambda d: Use(Kind.NEXT, float(d)))
@@ -33,17 +35,18 @@ class Oracle:
 
 class Shell(RuleBasedStateMachine):
     overflow: Tier | None = None
+    disk_limit = 150
 
     def __init__(self) -> None:
         super().__init__()
         self.oracle = Oracle()
-        self.ledger = Ledger({Tier.HOST: LIMIT, Tier.DISK: DISK_LIMIT, Tier.OBJECT: OBJECT_LIMIT})
+        self.ledger = Ledger({Tier.HOST: LIMIT, Tier.DISK: self.disk_limit, Tier.OBJECT: OBJECT_LIMIT})
         self.spiller = Spiller(
             self.ledger,
             self.oracle,
             overflow=self.overflow,
             dearness=lambda: self.dearness,
-            unwritten_min_nbytes=20,
+            unwritten_min_nbytes=UNWRITTEN_MIN,
             writes_max=2,
         )
         self.dearness = 10.0
@@ -73,7 +76,7 @@ class Shell(RuleBasedStateMachine):
                         assert not self.pins.get(name), "a pinned value was dropped"
                         assert name in self.disk or self.oracle.known.get(name) is DYING, "the only value was dropped"
                         if name not in self.disk:
-                            assert self.memory[name][1] >= 20, "it was not worth that"
+                            assert self.memory[name][1] >= UNWRITTEN_MIN, "it was not worth that"
                             self.doomed.add(name)
                     del self.memory[name]
                 case ev.RemoveCopy():
@@ -84,7 +87,7 @@ class Shell(RuleBasedStateMachine):
                     # What was adopted may be more than a tier may hold; nothing is written to it then.
                     tier = instruction.tier
                     assert tier is not None
-                    limit_nbytes = {Tier.DISK: DISK_LIMIT, Tier.OBJECT: OBJECT_LIMIT}[tier]
+                    limit_nbytes = {Tier.DISK: self.disk_limit, Tier.OBJECT: OBJECT_LIMIT}[tier]
                     assert self.ledger.used(tier) <= limit_nbytes, "more than the tier may hold"
                     assert name in self.memory
                     assert name not in self.disk
@@ -200,16 +203,18 @@ class Shell(RuleBasedStateMachine):
             self.handle(ev.WriteFailed(name, epoch, value_is_to_blame=ok == "unwritable"))
 
     @precondition(lambda self: self.reading)
-    @rule(ok=st.booleans(), data=st.data())
-    def end_read(self, ok: bool, data: st.DataObject) -> None:
+    @rule(ok=st.sampled_from(["yes", "put off", "no"]), data=st.data())
+    def end_read(self, ok: str, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.reading, key=repr)))
         epoch = self.reading.pop(name)
         if not self.spiller.current(name, epoch):
             return
-        if ok:
+        if ok == "yes":
             buffer = object()
             self.memory[name] = (buffer, self.sizes[name])
             self.handle(ev.Raised(name, epoch, buffer, self.sizes[name]))
+        elif ok == "put off":
+            self.handle(ev.ReadPutOff(name, epoch))
         else:
             self.handle(ev.ReadFailed(name, epoch))
             assert name not in self.spiller.blocks
@@ -279,6 +284,9 @@ class Shell(RuleBasedStateMachine):
         for name, block in self.spiller.blocks.items():
             alone = name in self.memory and self.ledger.holders(Tier.HOST, block.buffer) == 1
             use = self.oracle.known.get(name, IDLE)
+            if use is DYING and block.buffer_nbytes < UNWRITTEN_MIN:
+                # It will be deleted in a moment.
+                continue
             if alone and not block.pins and use is not RUNNING and block.buffer_nbytes and block.state is State.CLEAN:
                 # It became movable by something the spiller was not told of; then the next event moves it.
                 self.handle(ev.Retried())
@@ -350,6 +358,25 @@ TestShell.settings = TestOverflowingShell.settings = settings(max_examples=150, 
 
 #: Nothing is looked for after the first failure: others that a planted bug causes would be raised together with it.
 FIRST = settings(max_examples=1000, derandomize=True, phases=[Phase.generate], report_multiple_bugs=False)
+
+
+def test_the_ways_between_states_are_those_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table in the module's documentation, of which the diagram is drawn, has all that happens, and nothing else."""
+    gone, set_attribute = set[tuple[str, str]](), Block.__setattr__
+
+    def noting(block: Block, name: str, value: object) -> None:
+        before = getattr(block, name, None)
+        set_attribute(block, name, value)
+        if isinstance(before, State) and isinstance(value, State) and before is not value:
+            gone.add((before.name, value.name))
+
+    monkeypatch.setattr(Block, "__setattr__", noting)
+    # So that copies have to make room for others soon.
+    monkeypatch.setattr(Shell, "disk_limit", 100)
+    long = settings(max_examples=100, stateful_step_count=200, derandomize=True, phases=[Phase.generate])
+    run_state_machine_as_test(Shell, settings=long)
+    table = {(move.source, move.target) for move in states.moves(spiller.__doc__ or "")}
+    assert gone == {(source, target) for source, target in table if target.isupper()}
 
 
 def test_a_planted_bug_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

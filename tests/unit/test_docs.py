@@ -13,9 +13,13 @@ from typing import Any
 import dask.config
 import pytest
 import yaml
+from distributed.scheduler import SchedulerState
 
+from dask_gpurt.memory.spiller import State
+from dask_gpurt.plugins import placement
+from dask_gpurt.shuffle import run
 from docs import configuration, plots, states
-from docs.generated import pages
+from docs.generated import DIAGRAMS, pages
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -64,6 +68,33 @@ def test_the_examples_in_the_generator(module: types.ModuleType) -> None:
     outcome = doctest.testmod(module)
     assert outcome.attempted
     assert not outcome.failed
+
+
+def test_the_phases_of_a_run_are_those_in_the_code() -> None:
+    ways = states.moves(run.__doc__ or "")
+    assert {move.source for move in ways} == {move.target for move in ways} == {phase.name for phase in run.Phase}
+
+
+def test_the_states_of_a_block_are_those_in_the_code() -> None:
+    """That the ways between them are, too, is tested in ``tests/property/test_memory_spiller.py``."""
+    ways = states.moves(DIAGRAMS["states-of-a-block"][1].__doc__ or "")
+    assert {move.source for move in ways} == {state.name for state in State}
+
+
+def test_a_planned_task_goes_ways_that_dask_has() -> None:
+    dask = set(SchedulerState._TRANSITIONS_TABLE)
+    ways = {(move.source.lower(), move.target.lower()) for move in states.moves(placement.__doc__ or "")}
+    assert {"waiting", "queued", "processing"} == {source for source, _ in ways}
+    assert ways <= dask
+
+
+def test_the_arrows_of_a_diagram_are_those_of_its_table() -> None:
+    table = (
+        "=====  ====  =====\nHERE   x     go -> THERE\nTHERE  y     back -> HERE; lost -> gone\n=====  ====  =====\n"
+    )
+    prose = "=====  ====\nlow    z\n=====  ====\n\nNo state at all, though it begins with a capital.\n\n"
+    drawn = states.diagram("Places", prose + table)
+    assert re.findall(r">([^<>]+)</text>", drawn) == ["go", "back", "lost", "HERE", "THERE", "gone"]
 
 
 def _constants() -> Iterator[str]:
