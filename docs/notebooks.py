@@ -62,7 +62,8 @@ def page(name: str, notebook: Mapping[str, Any], record: Mapping[str, Any]) -> s
         if cell["cell_type"] == "markdown":
             parts.append(source)
         else:
-            parts.append(f"```python\n{source}\n```")
+            # A semicolon at the end says to a notebook that the value is not to be shown.
+            parts.append(f"```python\n{source.removesuffix(';')}\n```")
             parts += filter(None, [record["shown"].get(source)])
     return "\n\n".join(parts) + "\n"
 
