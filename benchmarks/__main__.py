@@ -25,6 +25,7 @@ FRAME = (
     "contest",
     "frame",
     "gpu",
+    "load",
     "simulation",
     "soak",
     "spilling",
@@ -45,7 +46,10 @@ def subjects() -> dict[str, Subject]:
 
 
 #: Names that are commands of their own, with options of their own, and what they are for.
-COMMANDS = {"soak": "random jobs with little memory: right answers, and nothing that grows (--minutes N)"}
+COMMANDS = {
+    "load": "the same of several clients, with a fault every half a minute; also on stock Dask (--minutes N --stock)",
+    "soak": "random jobs with little memory: right answers, and nothing that grows (--minutes N)",
+}
 
 
 def main(arguments: Sequence[str] | None = None, known: dict[str, Subject] | None = None) -> int:

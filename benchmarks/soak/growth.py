@@ -24,6 +24,8 @@ ALLOWANCES: Mapping[str, int] = {
     "threads": 4,
     "files": 4,
     "file_nbytes": 64 * 2**20,
+    "processes": 0,
+    "segments": 4,
 }
 
 #: Rounds below which thirds say nothing.
@@ -50,7 +52,8 @@ def complaints(samples: Sequence[Mapping[str, Mapping[str, float]]]) -> list[str
     Parameters
     ----------
     samples
-        For each round, and each process by name, the figures by name.
+        For each round, and each process by name, the figures by name. A process that was not there in all of them is looked at in
+        those in which it was, if they are enough.
 
     Examples
     --------
@@ -59,12 +62,15 @@ def complaints(samples: Sequence[Mapping[str, Mapping[str, float]]]) -> list[str
     >>> complaints([{"worker 1": {"files": 20 + number % 3}} for number in range(12)])
     []
     """
-    if len(samples) < ROUNDS_MIN:
+    if not samples:
         return []
     found = []
     for process, last in samples[-1].items():
+        lived = [sample[process] for sample in samples if process in sample]
+        if len(lived) < ROUNDS_MIN:
+            continue
         for figure in last:
-            series = [sample[process][figure] for sample in samples]
+            series = [figures[figure] for figures in lived]
             grown = growth(series)
             if grown > ALLOWANCES[figure]:
                 listed = ", ".join(f"{value:g}" for value in series)

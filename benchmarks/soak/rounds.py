@@ -11,7 +11,6 @@ A round depends on nothing but the seed and its number.
 from __future__ import annotations
 
 import gc
-import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import psutil
 from distributed import Client
 
 from benchmarks.contest import dropping
 from benchmarks.frame import BrokenRunError, WrongAnswerError
+from benchmarks.soak.figures import books, measure_process, measure_worker, written_nbytes
 from benchmarks.soak.jobs import MismatchError, array_program, frame_program
 
 __all__ = ["FULL", "MEMORY_LIMIT_NBYTES", "SMALL", "WORKERS", "Load", "run_round", "spilled_nbytes"]
@@ -103,13 +102,13 @@ def run_round(client: Client, load: Load, seed: int, number: int) -> dict[str, d
 
 def _figures(client: Client, name: str) -> dict[str, dict[str, float]]:
     deadline = time.monotonic() + SETTLE_LIMIT_S
-    while left := {address: books for address, books in client.run(_books).items() if any(books.values())}:
+    while left := {address: books for address, books in client.run(books).items() if any(books.values())}:
         if time.monotonic() > deadline:
             raise BrokenRunError(f"{name}: nothing is wanted any more, and the workers hold {left}")
         time.sleep(0.05)
     gc.collect()
-    workers = client.run(_measure)
-    here = {figure: value for figure, value in _measure_process().items() if figure != "files"}
+    workers = client.run(measure_worker)
+    here = measure_process()
     return {f"worker {number}": workers[address] for number, address in enumerate(sorted(workers))} | {"client": here}
 
 
@@ -118,50 +117,6 @@ def _state(client: Client) -> Mapping[str, object]:
     return {"processing": client.processing(), "calls": {w: list(tasks) for w, tasks in calls.items()}}
 
 
-def _books(dask_worker: Any) -> dict[str, int]:
-    figures = dask_worker.extensions["gpurt"].memory.metrics()
-    return {name: value for name, value in figures.items() if name.endswith(("_held_nbytes", "_reserved_nbytes"))}
-
-
 def spilled_nbytes(client: Client) -> int:
     """Return the bytes that all workers have written so far."""
-    return sum(client.run(_written).values())
-
-
-def _written(dask_worker: Any) -> int:
-    nbytes: int = dask_worker.extensions["gpurt"].memory.metrics()["host_written_nbytes"]
-    return nbytes
-
-
-def _measure(dask_worker: Any) -> dict[str, float]:
-    gc.collect()
-    files = [os.path.join(folder, name) for folder, _, names in os.walk(dask_worker.local_directory) for name in names]
-    # Those that wait for their next copy are bounded by what was in use at a time, and no sign of a leak.
-    idle = dask_worker.extensions["gpurt"].memory.metrics()["disk_idle_files"]
-    return {**_measure_process(), "files": len(files) - idle, "file_nbytes": sum(map(_size, files))}
-
-
-def _measure_process() -> dict[str, float]:
-    process = psutil.Process()
-    opened = list(map(_target, os.listdir("/proc/self/fd")))
-    sockets = sum(target.startswith("socket:") for target in opened)
-    return {
-        "rss_nbytes": process.memory_info().rss,
-        "descriptors": len(opened) - sockets,
-        "sockets": sockets,
-        "threads": process.num_threads(),
-    }
-
-
-def _target(descriptor: str) -> str:
-    try:
-        return os.readlink(f"/proc/self/fd/{descriptor}")
-    except OSError:
-        return "closed"  # in this moment
-
-
-def _size(path: str) -> int:
-    try:
-        return os.stat(path).st_blocks * 512
-    except FileNotFoundError:
-        return 0  # it was removed in this moment
+    return sum(client.run(written_nbytes).values())
