@@ -24,7 +24,7 @@ ALLOWANCES: Mapping[str, int] = {
     "threads": 4,
     "files": 4,
     "file_nbytes": 64 * 2**20,
-    "processes": 0,
+    "processes": 1,
     "segments": 4,
 }
 
