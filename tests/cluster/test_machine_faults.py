@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import resource
+import signal
 import sys
 import threading
 import time
@@ -205,3 +206,68 @@ def test_a_worker_is_restarted_while_it_spills(client: Client, rounds: int) -> N
         assert sum(client.run(written).values()) > 0
         right_answer(client)
         del x
+
+
+# Workers that stand still, and workers that are killed for the memory that they take
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("still_s", [5, 60])
+@pytest.mark.parametrize("work", ["shuffle", "spilling"])
+def test_a_worker_stands_still_for_a_minute(client: Client, work: str, still_s: float) -> None:
+    # Longer than Dask tries to connect to somebody, and than it waits for an answer to that.
+    pids: dict[str, int] = client.run(os.getpid)
+    victim = pids[min(pids)]
+    x = da.random.default_rng(7).random((3000, 2000), chunks=(250, 2000))
+    futures = client.compute(shuffled().to_delayed()) if work == "shuffle" else futures_of(x.persist())
+    # So that it is in the midst of it.
+    next(as_completed(futures, timeout=DEADLINE_S))
+    os.kill(victim, signal.SIGSTOP)
+    try:
+        time.sleep(still_s)
+    finally:
+        os.kill(victim, signal.SIGCONT)
+    _, pending = wait(futures, timeout=DEADLINE_S)
+    assert not pending
+    if work == "shuffle":
+        check(client.gather(futures))
+    else:
+        np.testing.assert_array_equal(np.concatenate(client.gather(futures)), x.compute(scheduler="threads"))
+    del futures
+    right_answer(client)
+    assert client.run(os.getpid) == pids, "nobody was lost"
+
+
+def hungry_part(folder: Path, number: int) -> pd.DataFrame:
+    """Take more than there is, once, until somebody does something about it."""
+    try:
+        (folder / "hungry").touch(exist_ok=False)
+    except FileExistsError:
+        return part(number)
+    taken = [np.ones(2**22) for _ in range(16)]
+    threading.Event().wait()
+    raise AssertionError(len(taken))
+
+
+def test_a_nanny_kills_a_worker_that_takes_too_much(tmp_path: Path, folder: Path, stock: bool) -> None:
+    with (
+        dask.config.set(WITHOUT_MONITOR | {"distributed.worker.memory.terminate": 0.95}),
+        local_cluster(2, memory_limit="500 MB", local_directory=str(folder)) as cluster,
+        Client(cluster) as client,
+    ):
+        if not stock:
+            dask_gpurt.install(client, config=CONFIG)
+        pids = client.run(os.getpid)
+        right_answer(client)
+        source = dd.from_map(lambda number: hungry_part(tmp_path, number), range(PARTITIONS), meta=part(0).iloc[:0])
+        futures = client.compute(source.shuffle("key", npartitions=PARTITIONS, shuffle_method="p2p").to_delayed())
+        _, pending = wait(futures, timeout=DEADLINE_S)
+        assert not pending
+        check(client.gather(futures))
+        client.wait_for_workers(2, timeout=DEADLINE_S)
+        assert len(set(client.run(os.getpid).values()) & set(pids.values())) == 1, "one of them was killed"
+        del futures
+        right_answer(client)
+        if not stock:
+            dask_gpurt.uninstall(client)
+        assert [name for where, names, _ in os.walk(folder) for name in names if name.startswith("gpurt-spill-")] == []
