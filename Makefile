@@ -6,6 +6,8 @@ STAMP := $(VENV)/.installed
 
 # Minutes of `make fuzz`.
 FUZZ_MINUTES ?= 10
+# Minutes of each module of `make chaos`.
+CHAOS_MINUTES ?= 20
 
 .PHONY: setup demo test check format bench fuzz chaos gpu-bench gpu-test clean
 
@@ -78,11 +80,9 @@ gpu-test: $(GPU_STAMP)
 fuzz: setup
 	$(BIN)/python -m pytest -p no:cacheprovider tests/property/test_fuzz.py --fuzz-minutes=$(FUZZ_MINUTES)
 
-# Faults on real processes, all cases: an hour or so.
+# Faults on real processes, all cases, so many minutes a module at most.
 chaos: setup
-	$(BIN)/python -m pytest -p no:cacheprovider -m "exhaustive or not exhaustive" tests/cluster/test_machine_faults.py \
-		tests/cluster/test_shuffle_kill.py tests/cluster/test_shuffle_loss.py tests/cluster/test_memory_faults.py \
-		tests/cluster/test_transport_faults.py tests/cluster/test_hygiene.py
+	$(BIN)/python tests/chaos.py --minutes $(CHAOS_MINUTES)
 
 clean:
 	rm -rf $(VENV) $(GPU_VENV) build dist *.egg-info
