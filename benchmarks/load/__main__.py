@@ -105,7 +105,6 @@ def load(
     report = Report()
     target = size.host_limit_nbytes / MEMORY_LIMIT_NBYTES
     config = CONFIG | ({"distributed.worker.memory.target": target} if stock else {})
-    faults = plan(seed)
     with tempfile.TemporaryDirectory(prefix="gpurt-load-") as folder, dask.config.set(config):
         with (
             LocalCluster(
@@ -127,12 +126,13 @@ def load(
                 if not answer.installed("memory"):
                     raise BrokenRunError(str(answer))
             injector = Injector(cluster, client, WORKERS)
+            schedule = _Schedule(plan(seed), fault_every_s)
             desks = Desks(cluster.scheduler_address, clients, seed, size, lambda: _state(client))
             report.ledger = desks.ledger
             try:
                 for end in _epochs(minutes * 60):
                     with desks.at_work():
-                        _let_happen(report, injector, client, faults, end=end, every_s=fault_every_s)
+                        _let_happen(report, injector, client, schedule.until(end))
                     living = [worker.folder for worker in injector.whole()]
                     report.epochs.append(_settled(report, client, folder, living))
                     print(_line(report), flush=True)
@@ -159,18 +159,30 @@ def _epochs(total_s: float) -> Iterator[float]:
         yield time.monotonic() + length_s
 
 
-def _let_happen(
-    report: Report, injector: Injector, client: Client, faults: Iterator[Fault], *, end: float, every_s: float
-) -> None:
-    while (left_s := end - time.monotonic()) > 0:
-        time.sleep(min(left_s, every_s))
-        if time.monotonic() < end:
-            begun = time.monotonic()
-            _note_written(report, client)
-            fault = next(faults)
-            victim = injector.inject(fault)
-            report.faults[fault.kind] += 1
-            print(f"{fault.kind} of worker {victim}, {time.monotonic() - begun:.1f} s", flush=True)
+class _Schedule:
+    """A fault every so many seconds, across epochs, as far as the one before is over."""
+
+    def __init__(self, faults: Iterator[Fault], every_s: float) -> None:
+        self._faults = faults
+        self._every_s = every_s
+        self._due = time.monotonic() + every_s
+
+    def until(self, end: float) -> Iterator[Fault]:
+        """Yield each when its time has come, until the end of the epoch."""
+        while self._due < end:
+            time.sleep(max(0.0, self._due - time.monotonic()))
+            self._due = time.monotonic() + self._every_s
+            yield next(self._faults)
+        time.sleep(max(0.0, end - time.monotonic()))
+
+
+def _let_happen(report: Report, injector: Injector, client: Client, faults: Iterator[Fault]) -> None:
+    for fault in faults:
+        begun = time.monotonic()
+        _note_written(report, client)
+        victim = injector.inject(fault)
+        report.faults[fault.kind] += 1
+        print(f"{fault.kind} of worker {victim}, {time.monotonic() - begun:.1f} s", flush=True)
 
 
 def _note_written(report: Report, client: Client) -> None:

@@ -6,10 +6,13 @@ With ``--stock``, Dask without dask-gpurt; the figures are printed (``-s``).
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, Self
 
 import cloudpickle
@@ -19,8 +22,9 @@ import pandas as pd
 import psutil
 import pytest
 from clusters import local_cluster
+from dask.base import collections_to_expr
 from dask.delayed import delayed
-from distributed import Client, Event, secede, wait
+from distributed import Client, Event, get_worker, secede, wait
 
 import dask_gpurt
 
@@ -120,3 +124,63 @@ def test_many_shuffles_are_under_way_at_once(client: Client, count: int) -> None
         check(shuffle, client.gather(parts))
     # The data of one are 16 kB, of which a worker holds half.
     assert max(peaks.grown()) < 100e6 + 200e3 * count
+
+
+# Many partitions
+
+
+def first_part(number: int) -> pd.DataFrame:
+    """Be made at once as the first of a worker, and wait as another one."""
+    worker = get_worker()
+    if getattr(worker, "has_made_one", False):
+        Event("planned").wait()
+    worker.has_made_one = True  # type: ignore[attr-defined]
+    return part(0, number)
+
+
+def ours_nbytes(snapshot: tracemalloc.Snapshot) -> int:
+    package = Path(dask_gpurt.__file__).parent
+    # Links of folders are resolved or not, by how the modules were found.
+    places = {str(folder) for folder in (package, package / "plugins", package / "shuffle")}
+    places |= {os.path.realpath(place) for place in places}
+    kept = snapshot.filter_traces([tracemalloc.Filter(True, f"{place}/*") for place in places])
+    return sum(trace.size for trace in kept.traces)
+
+
+@pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.exhaustive)])
+def test_many_partitions_are_planned_in_little_memory(request: pytest.FixtureRequest, count: int) -> None:
+    # All in this process, where it can be measured: scheduler, two workers, client.
+    stock = request.config.getoption("--stock")
+    with local_cluster(2, processes=False, memory_limit=0) as cluster, Client(cluster) as client:
+        if not stock:
+            dask_gpurt.install(client)
+        source = dd.from_map(first_part, range(count), meta=part(0, 0).iloc[:0])
+        shuffled = source.shuffle("key", npartitions=count, shuffle_method="p2p").map_partitions(len)
+        sent_nbytes = len(pickle.dumps(collections_to_expr([shuffled]).optimize()))
+        tracemalloc.start()
+        begun_s, cpu_s = time.monotonic(), time.process_time()
+        future = client.compute(shuffled)
+        # The run is there, and a first input of each worker has been split into as many shards as there are outputs.
+        while not (states := client.run(made_one)) or not all(states.values()):
+            assert time.monotonic() - begun_s < DEADLINE_S
+            time.sleep(0.05)
+        begun_s, cpu_s = time.monotonic() - begun_s, time.process_time() - cpu_s
+        snapshot = tracemalloc.take_snapshot()
+        tracemalloc.stop()
+        (run,) = cluster.scheduler.plugins["shuffle"].active_shuffles.values()
+        run_nbytes = len(pickle.dumps(run.run_spec))
+        total_nbytes = sum(trace.size for trace in snapshot.traces)
+        sys.stdout.write(
+            f"{count} x {count} partitions: graph of {sent_nbytes} bytes sent; planned in {begun_s:.1f} s, {cpu_s:.1f} s of CPU, "
+            f"{total_nbytes / 1e6:.1f} MB, of which ours {ours_nbytes(snapshot) / 1e6:.2f}; each worker is sent {run_nbytes} bytes\n"
+        )
+        future.release()
+        Event("planned").set()
+    assert sent_nbytes < 20_000
+    assert run_nbytes < 5_000 + 10 * count
+    assert stock or 0 < ours_nbytes(snapshot) < 100_000 + 500 * count
+    assert total_nbytes < 5e6 + 30_000 * count
+
+
+def made_one(dask_worker: Any) -> bool:
+    return getattr(dask_worker, "has_made_one", False) and dask_worker.state.executed_count > 1
