@@ -6,6 +6,9 @@ A worker that gets short of memory says so (the handler ``gpurt_watch``), and th
 a plugin hears of each transition; what has changed since goes out at most every :data:`INTERVAL_S`, to each worker in one
 message on the stream that its tasks come by.
 
+A worker that has lost a value asks whether it can be made again (``gpurt_can_make``): one that it was given by a peer looks, once that
+peer is gone, just as one that was scattered.
+
 Covers: the handler, the plugin, the messages.
 Does not cover: what is said, see :mod:`dask_gpurt.plugins.foresight`.
 """
@@ -18,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 from dask_gpurt.handlers import weak
-from dask_gpurt.memory.horizon import TELL, WATCH
+from dask_gpurt.memory.horizon import CAN_MAKE, TELL, WATCH
 from dask_gpurt.plugins.foresight import Foresight
 
 if TYPE_CHECKING:
@@ -48,7 +51,7 @@ class HorizonScheduler(SchedulerPlugin):
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self.foresight = Foresight()
-        self._handler = weak(self.watch)
+        self._handlers = {WATCH: weak(self.watch), CAN_MAKE: weak(self.can_make)}
         self._due: asyncio.TimerHandle | None = None
         #: Messages, and keys in them.
         self.messages = 0
@@ -56,12 +59,13 @@ class HorizonScheduler(SchedulerPlugin):
 
     def begin(self) -> None:
         """Listen to workers that want to watch."""
-        self.scheduler.handlers[WATCH] = self._handler
+        self.scheduler.handlers.update(self._handlers)
 
     def end(self) -> None:
         """Tell nobody anything any more."""
-        if self.scheduler.handlers.get(WATCH) is self._handler:
-            del self.scheduler.handlers[WATCH]
+        for name, handler in self._handlers.items():
+            if self.scheduler.handlers.get(name) is handler:
+                del self.scheduler.handlers[name]
         for state in self.foresight.watchers:
             self._unwatch(state)
         if self._due is not None:
@@ -80,6 +84,11 @@ class HorizonScheduler(SchedulerPlugin):
             self._later()
         else:
             self._unwatch(state)
+
+    async def can_make(self, key: Any) -> bool:
+        """Whether a key is the result of a task, and so can be made again."""
+        task = self.scheduler.tasks.get(key)
+        return task is not None and task.run_spec is not None
 
     def _unwatch(self, state: Any) -> None:
         self.foresight.unwatch(state)

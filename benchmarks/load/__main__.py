@@ -212,13 +212,13 @@ def _settled(report: Report, client: Client, folder: str, living: Sequence[str])
 
 
 def _measure_machine(folder: str, living: Sequence[str]) -> dict[str, float]:
-    files = _files(folder)
+    # What the dead have left. Beside a worker's folder lies Dask's lock of it.
+    files = [path for path in _files(folder) if not path.startswith(tuple(living))]
     children = _descendants()
     pids = {str(child.pid) for child in children}
     segments = [line.split() for line in Path("/proc/sysvipc/shm").read_text(encoding="ascii").splitlines()[1:]]
     return {
-        # What the dead have left. Beside a worker's folder lies Dask's lock of it.
-        "files": sum(not path.startswith(tuple(living)) for path in files),
+        "files": len(files),
         "file_nbytes": sum(map(file_nbytes, files)),
         "processes": len(children),
         "segments": sum(segment[4] in pids for segment in segments),

@@ -35,11 +35,16 @@ def measure_worker(dask_worker: Any) -> dict[str, float]:
     """Measure a worker's process, and its files."""
     gc.collect()
     files = [os.path.join(folder, name) for folder, _, names in os.walk(dask_worker.local_directory) for name in names]
-    idle = 0
+    idle = idle_nbytes = 0
     if "gpurt" in dask_worker.extensions:
         # Those that wait for their next copy are bounded by what was in use at a time, and no sign of a leak.
-        idle = dask_worker.extensions["gpurt"].memory.metrics()["disk_idle_files"]
-    return {**measure_process(), "files": len(files) - idle, "file_nbytes": sum(map(file_nbytes, files))}
+        figures = dask_worker.extensions["gpurt"].memory.metrics()
+        idle, idle_nbytes = figures["disk_idle_files"], figures["disk_idle_file_nbytes"]
+    return {
+        **measure_process(),
+        "files": len(files) - idle,
+        "file_nbytes": max(0, sum(map(file_nbytes, files)) - idle_nbytes),
+    }
 
 
 def measure_process() -> dict[str, float]:

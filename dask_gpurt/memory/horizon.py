@@ -41,6 +41,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 __all__ = [
+    "CAN_MAKE",
     "DYING",
     "IDLE",
     "RECENT",
@@ -59,6 +60,7 @@ __all__ = [
 
 #: What a worker asks the scheduler by, to be told; and what it is told by.
 WATCH = "gpurt_watch"
+CAN_MAKE = "gpurt_can_make"
 TELL = "gpurt-horizon"
 
 #: A rank in tasks that is farther than any queue: a use by a later graph, or at a lower user priority.

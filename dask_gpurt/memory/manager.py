@@ -15,7 +15,7 @@ A peer that asks for a key which is not in memory (``get_data``) is sent the cop
 When a copy below turns out to be missing or damaged, the worker tells the scheduler that it has no such replica
 (FreeKeysEvent, as when a key is freed), and gives back the tasks that wanted it (RescheduleEvent). The scheduler takes
 the key from another worker, or computes it again. A key that is lost for the fourth time fails the tasks that want it
-instead. What cannot be computed again (scattered data) stays on the list as *ruined*: whoever asks for it, task, peer
+instead. What cannot be computed again (scattered data; where a worker cannot tell, it asks the scheduler) stays on the list as *ruined*: whoever asks for it, task, peer
 or client, gets the error. (Telling the scheduler would not do: 2026.7.1 tries to compute it all the same, and hangs.)
 
 :meth:`MemoryManager.stop` moves everything back to stock's own store, key by key and off the loop as long as tasks
@@ -353,6 +353,8 @@ class MemoryManager:
         self._hooks: seams.WorkerHooks | None = None
         self._losses: Counter[Hashable] = Counter()
         self._last_error: dict[Hashable, Exception] = {}
+        #: Keys that are ruined unless the scheduler, which is being asked, knows how to make them.
+        self._doubts: dict[Hashable, asyncio.Task[None]] = {}
         self._prefetching: asyncio.Task[None] | None = None
         self._prefetched_for: Hashable = None
         #: Whether it will be looked for the next task in a moment.
@@ -771,6 +773,7 @@ class MemoryManager:
             self._prefetching.cancel()
         inputs = seams.input_keys(self._worker, task)
         run_id = task.run_id
+        await self._no_doubt(inputs)
         pinned: list[tuple[Mover, tuple[Hashable, ...]]] = []
         try:
             try:
@@ -782,6 +785,7 @@ class MemoryManager:
             except MemoryError as error:
                 return seams.failure_event(key, run_id, error, f"gpurt-no-room-for-input-{time()}")
             except SpillError as error:
+                await self._no_doubt(inputs)
                 ruined = self._mapping is not None and any(k in self._mapping.ruined for k in inputs)
                 if ruined:
                     return seams.failure_event(key, run_id, error, f"gpurt-ruined-input-{time()}")
@@ -834,6 +838,7 @@ class MemoryManager:
         hooks = self._hooks
         assert hooks is not None
         movers = self._movers()
+        await self._no_doubt(keys)
         # What a peer asked for and does not get, it asks the scheduler for.
         keys = [key for key in keys if not self._is_lost(key)]
         absent = [(mover, key) for mover in movers for key in keys if key in mover.absent]
@@ -863,6 +868,7 @@ class MemoryManager:
                         frames = await mover.frames(key)
                         if frames is not None:
                             served[key] = codec.serialized(*frames)
+            await self._no_doubt(keys)
             self._serve_ruined(keys, who, served)
             with serving(served):
                 return await self._send(hooks, comm, keys, who, serializers)
@@ -918,11 +924,28 @@ class MemoryManager:
 
     def _strike(self, mapping: TieredMapping, key: Hashable, error: Exception) -> bool:
         """Take a lost key off the list if it can be made again; say whether it was."""
-        if seams.is_pure_data(self._worker, key):
-            mapping.ruin(key, error)
-            return False
-        mapping.forget(key)
-        return True
+        if not seams.is_pure_data(self._worker, key):
+            mapping.forget(key)
+            return True
+        mapping.ruin(key, error)
+        if key not in self._doubts:
+            self._doubts[key] = asyncio.create_task(self._doubt(mapping, key), name=f"gpurt-doubt-{key!r}")
+        return False
+
+    async def _doubt(self, mapping: TieredMapping, key: Hashable) -> None:
+        """Give up a ruined key if the scheduler knows how it is made: a peer that is gone had made it."""
+        try:
+            assert self._watch is not None
+            if await self._watch.can_make(key) and mapping is self._mapping and key in mapping.ruined:
+                mapping.forget(key)
+                seams.forget_replica(self._worker, key, f"gpurt-lost-data-{time()}")
+        finally:
+            del self._doubts[key]
+
+    async def _no_doubt(self, keys: Iterable[Hashable]) -> None:
+        """Wait until it is known of these keys whether they are ruined."""
+        if self._doubts and (doubts := [self._doubts[key] for key in keys if key in self._doubts]):
+            await asyncio.wait(doubts)
 
     # Figures
 

@@ -182,6 +182,7 @@ class TieredMapping(MutableMapping[Hashable, object]):
     def forget(self, key: Hashable) -> None:
         """Take a key that its mover has lost off the list."""
         self._homes.pop(key, None)
+        self.ruined.pop(key, None)
 
     def ruin(self, key: Hashable, error: Exception) -> None:
         """Keep a key that its mover has lost on the list; whoever asks for it gets ``error``."""

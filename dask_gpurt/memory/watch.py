@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 from dask_gpurt.handlers import weak
-from dask_gpurt.memory.horizon import TELL, WATCH
+from dask_gpurt.memory.horizon import CAN_MAKE, TELL, WATCH
 
 __all__ = ["Watch"]
 
@@ -72,6 +72,16 @@ class Watch:
         """Wait for what was begun."""
         if self._task is not None:
             await self._task
+
+    async def can_make(self, key: Hashable) -> bool:
+        """Whether the scheduler knows how ``key`` is made; False if it does not answer."""
+        if not self.available:
+            return False
+        try:
+            return bool(await getattr(self._worker.scheduler, CAN_MAKE)(key=key))
+        except OSError as error:
+            logger.debug("The scheduler does not say whether %r can be made: %s", key, error)
+            return False
 
     async def _begin(self) -> None:
         async with self._turn:

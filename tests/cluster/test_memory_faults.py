@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 from collections.abc import Iterator
@@ -123,6 +124,34 @@ def test_scattered_data_on_a_disk_that_gives_nothing_back_fails_clearly(client: 
             assert result.result() == number * 50_000
         else:
             assert isinstance(result.exception(), SpillError)
+
+
+async def has_heard_of_its_end(address: str, dask_worker: Any = None) -> None:
+    """Wait until a worker knows that another one has left."""
+    async with asyncio.timeout(30):
+        while address in dask_worker.state.has_what:  # noqa: ASYNC110 - it comes by the stream of tasks
+            await asyncio.sleep(0.01)
+
+
+def big(number: int) -> Any:
+    return np.arange(50_000.0) * number
+
+
+def test_what_a_peer_had_made_and_took_with_it_is_made_again(client: Client) -> None:
+    """A value that was fetched, of which the only other copy is gone, is not taken for scattered data."""
+    maker, keeper = sorted(client.scheduler_info()["workers"])
+    made = [client.submit(big, n, workers=[maker], allow_other_workers=True, key=f"made-{n}") for n in range(10)]
+    wait(made)
+    fetched = client.submit(len, made, workers=[keeper], pure=False)
+    assert fetched.result() == len(made)
+    client.run(settle, workers=[keeper])
+    assert total(client, "host_written_nbytes") > 0
+    client.restart_workers([maker], timeout=30)
+    client.run(has_heard_of_its_end, maker, workers=[keeper])
+    client.run(break_disk, "preadv", errno.EIO, workers=[keeper])
+    again = [client.submit(np.sum, future, workers=[keeper], pure=False) for future in made]
+    assert client.gather(again) == [big(n).sum() for n in range(10)]
+    assert client.run(mend, workers=[keeper])[keeper] > 0
 
 
 def part(number: int) -> pd.DataFrame:
