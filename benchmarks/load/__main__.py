@@ -11,6 +11,7 @@ was left behind or grew. With ``--stock`` the same happens to stock Dask, with t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -152,10 +153,11 @@ class _Quiet(WorkerPlugin):
 
 
 def _epochs(total_s: float) -> Iterator[float]:
-    """Yield the end of each epoch."""
+    """Yield the end of each epoch; the jobs that are begun in it last longer, so that there may be fewer than were meant."""
     begun = time.monotonic()
     length_s = min(EPOCH_S_MAX, total_s / EPOCHS)
-    while time.monotonic() - begun < total_s:
+    numbers = itertools.count()
+    while time.monotonic() - begun < total_s or next(numbers) < min(EPOCHS, ROUNDS_MIN):
         yield time.monotonic() + length_s
 
 

@@ -128,13 +128,16 @@ def test_many_shuffles_are_under_way_at_once(client: Client, count: int) -> None
 
 # Many partitions
 
+#: Of each worker that are made before the rest waits: their shards are some that the next ones follow.
+INPUTS = 10
+
 
 def first_part(number: int) -> pd.DataFrame:
-    """Be made at once as the first of a worker, and wait as another one."""
-    worker = get_worker()
-    if getattr(worker, "has_made_one", False):
+    """Be made at once if it is one of the first of a worker, and wait otherwise."""
+    worker: Any = get_worker()
+    worker.inputs_begun = getattr(worker, "inputs_begun", 0) + 1
+    if worker.inputs_begun > INPUTS:
         Event("planned").wait()
-    worker.has_made_one = True  # type: ignore[attr-defined]
     return part(0, number)
 
 
@@ -160,8 +163,8 @@ def test_many_partitions_are_planned_in_little_memory(request: pytest.FixtureReq
         tracemalloc.start()
         begun_s, cpu_s = time.monotonic(), time.process_time()
         future = client.compute(shuffled)
-        # The run is there, and a first input of each worker has been split into as many shards as there are outputs.
-        while not (states := client.run(made_one)) or not all(states.values()):
+        # The run is there, and first inputs of each worker have been split into as many shards as there are outputs.
+        while not client.run_on_scheduler(runs) or not all(client.run(waits).values()):
             assert time.monotonic() - begun_s < DEADLINE_S
             time.sleep(0.05)
         begun_s, cpu_s = time.monotonic() - begun_s, time.process_time() - cpu_s
@@ -182,5 +185,5 @@ def test_many_partitions_are_planned_in_little_memory(request: pytest.FixtureReq
     assert total_nbytes < 5e6 + 30_000 * count
 
 
-def made_one(dask_worker: Any) -> bool:
-    return getattr(dask_worker, "has_made_one", False) and dask_worker.state.executed_count > 1
+def waits(dask_worker: Any) -> bool:
+    return getattr(dask_worker, "inputs_begun", 0) > INPUTS
