@@ -249,6 +249,7 @@ def hungry_part(folder: Path, number: int) -> pd.DataFrame:
     raise AssertionError(len(taken))
 
 
+@pytest.mark.exhaustive
 def test_a_nanny_kills_a_worker_that_takes_too_much(tmp_path: Path, folder: Path, stock: bool) -> None:
     with (
         dask.config.set(WITHOUT_MONITOR | {"distributed.worker.memory.terminate": 0.95}),
