@@ -12,6 +12,7 @@ import json
 import logging
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -80,6 +81,7 @@ def _say(**what: Any) -> None:
 
 @contextlib.contextmanager
 def _far_worker(namespace: str, scheduler: str, folder: str) -> Iterator[None]:
+    """Keep a worker on the far host: one that has lost its scheduler ends, nanny and all, and whoever runs it starts it again."""
     command = ["ip", "netns", "exec", namespace, sys.executable, "-m", "distributed.cli.dask_worker", scheduler]
     command += [
         "--nthreads",
@@ -92,12 +94,24 @@ def _far_worker(namespace: str, scheduler: str, folder: str) -> Iterator[None]:
         folder,
         "--no-dashboard",
     ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    ending = threading.Event()
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def keep() -> None:
+        while not ending.is_set():
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            processes.append(process)
+            process.wait()
+
+    keeper = threading.Thread(target=keep, name="far-worker")
+    keeper.start()
     try:
         yield
     finally:
-        process.terminate()
-        process.wait(30)
+        ending.set()
+        while keeper.is_alive():
+            processes[-1].terminate()
+            keeper.join(1)
 
 
 def _main(namespace: str, folder: str, transport: str) -> None:
