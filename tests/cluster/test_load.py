@@ -23,7 +23,6 @@ from benchmarks.soak.rounds import SMALL
 WORKER: Any = SimpleNamespace(address="tcp://127.0.0.1:1")
 
 FAULTS = [
-    Fault("disk-full", 0.9, 1.0),
     Fault("kill", 0.5, 0),
     Fault("damage", 0.1, 0),
     Fault("stop", 0.1, 1.0),
