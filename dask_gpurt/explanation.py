@@ -16,6 +16,8 @@ from typing import Any
 __all__ = [
     "KINDS",
     "REASONS",
+    "REFUSED",
+    "UNPLANNED",
     "Alternative",
     "Decision",
     "Explanation",
@@ -33,11 +35,21 @@ REASONS: Mapping[str, str] = {
     "plan-does-not-pay": "it left its plan: its planned worker would fetch more than the plan saves",
     "plan-without-worker": "it left its plan: no worker was running that could take over its family",
     "steal-allowed": "an idle worker may take it over: it is spared more time than moving its inputs, or its result later, takes",
-    "unplanned": "Dask decided: there is no plan for it, and no input says where it belongs",
+    "steal-refused": "it stays there though another worker was idle, as taking it over would have cost more than it would have waited",
+    "lone": "Dask decided: nothing in its graph takes its result, so that nothing says where it belongs",
+    "apart": "Dask decided: its result meets no other one in its graph, and it is not one of several blocks of a collection",
+    "gathered": "Dask decided: where its result first meets others, most of its collection does, which is no reason to put it anywhere",
+    "few-workers": "Dask decided: fewer than two workers were running when its graph came, so that nothing was planned",
+    "unplanned": "Dask decided: it has no plan, as it is made again, or as its graph came before the placement, or too long ago",
     "restricted": "Dask decided: it has restrictions or resources, or it is an actor",
     "no-holder": "Dask decided: no running worker holds any of its inputs",
     "failed": "Dask decided: the placement failed, and the scheduler's log has its first traceback",
 }
+
+#: Reasons of decisions that were Dask's because there was no plan.
+UNPLANNED = frozenset({"lone", "apart", "gathered", "few-workers", "unplanned"})
+#: Reason of what leaves a task where it was.
+REFUSED = "steal-refused"
 
 #: Kind of a family to why its tasks belong together, and to the worker they were dealt to.
 KINDS: Mapping[str, str] = {
@@ -139,8 +151,8 @@ class TaskExplanation:
 
     @property
     def reason(self) -> str:
-        """The reason of the latest decision; empty if none is remembered."""
-        return self.decisions[0].reason if self.decisions else ""
+        """The reason of the latest decision that sent it anywhere; empty if none is remembered."""
+        return next((decision.reason for decision in self.decisions if decision.reason != REFUSED), "")
 
     def lines(self) -> Iterator[str]:
         """Say it in several lines."""

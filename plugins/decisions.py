@@ -1,6 +1,7 @@
 """Decisions: what was decided about which task, remembered for those who ask why.
 
-Covers: :class:`Decisions`, the latest ones, and what they look like to somebody who asks.
+Covers: :class:`Decisions`, the latest ones, and what they look like to somebody who asks; :class:`Lately`, for what is remembered of a
+task until it is decided about it, or between decisions.
 Does not cover: how it is shown; see :mod:`dask_gpurt.explanation`. Counting; see :mod:`dask_gpurt.plugins.placement`.
 
 Theory of operation
@@ -12,6 +13,9 @@ all keys that it is about.
 
 What is remembered is bounded by its number: :data:`REMEMBERED` decisions, of which the largest compares a handful of workers.
 A family is shown as it is when it is asked for, as are the addresses of workers that have left since.
+
+Stealing asks about the same task again and again. A refusal is noted once for each place of a task, with what was compared then, so
+that refusals are no more than decisions.
 """
 
 from __future__ import annotations
@@ -19,17 +23,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from dask_gpurt.explanation import NAMED, Alternative, Decision, FamilyExplanation
 from dask_gpurt.plugins.families import Family
 from dask_gpurt.plugins.policy import prices_s
 from dask_gpurt.plugins.view import Candidate
 
-__all__ = ["REMEMBERED", "Decisions", "Noted", "explain_family"]
+__all__ = ["REMEMBERED", "Decisions", "Lately", "Noted", "explain_family"]
 
 #: Decisions that are remembered: at most some 10 MB, if each compares four workers.
 REMEMBERED = 20_000
+
+V = TypeVar("V")
 
 
 class Noted(NamedTuple):
@@ -70,6 +76,50 @@ class Decisions:
         """Go through the latest decisions with their keys, latest first; for a display."""
         for entry in islice(reversed(self._noted), limit):
             yield entry[0], _decision(Noted(*entry))
+
+
+class Lately(Generic[V]):
+    """A mapping that forgets what was put first: it keeps ``limit`` entries at least, and twice as many at most.
+
+    Two generations: a full one becomes the old one, and what was the old one is forgotten.
+
+    Examples
+    --------
+    >>> lately = Lately(limit=2)
+    >>> for key in range(5):
+    ...     lately[key] = str(key)
+    >>> [lately.pop(key) for key in (1, 2, 4, 4)]
+    [None, '2', '4', None]
+    """
+
+    def __init__(self, limit: int = REMEMBERED) -> None:
+        self._limit = limit
+        self._young: dict[Any, V] = {}
+        self._old: dict[Any, V] = {}
+
+    def __len__(self) -> int:
+        return len(self._young) + len(self._old)
+
+    def __setitem__(self, key: Any, value: V) -> None:
+        if len(self._young) >= self._limit:
+            self._young, self._old = {}, self._young
+        self._young[key] = value
+
+    def get(self, key: Any) -> V | None:
+        """Return what was put last; None if it is forgotten."""
+        value = self._young.get(key)
+        return self._old.get(key) if value is None else value
+
+    def pop(self, key: Any) -> V | None:
+        """Return what was put last, and forget it."""
+        before = self._old.pop(key, None)
+        value = self._young.pop(key, None)
+        return before if value is None else value
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._young.clear()
+        self._old.clear()
 
 
 def explain_family(family: Family) -> FamilyExplanation:

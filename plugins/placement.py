@@ -52,7 +52,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from time import time
@@ -63,9 +63,9 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from tornado.ioloop import PeriodicCallback
 
 from dask_gpurt import seams
-from dask_gpurt.explanation import TaskExplanation
+from dask_gpurt.explanation import REFUSED, UNPLANNED, TaskExplanation
 from dask_gpurt.plugins import copies, crossings, families, policy, stealing
-from dask_gpurt.plugins.decisions import Decisions, explain_family
+from dask_gpurt.plugins.decisions import Decisions, Lately, explain_family
 from dask_gpurt.plugins.families import Family
 from dask_gpurt.plugins.prices import Prices, neighbourhoods
 from dask_gpurt.plugins.queues import Queues
@@ -180,6 +180,10 @@ class Placement:
         #: What was decided lately; for those who ask, and for displays.
         self.decisions = Decisions()
         self._note = self.decisions.note
+        #: Key of a root without a plan, until it is decided about it, to why it has none; a lone task has no entry.
+        self._unplanned: Lately[str] = Lately()
+        #: Key to the address of the worker from which stealing it was refused last.
+        self._refused: Lately[str] = Lately()
         self._hooks = _Hooks(self)
 
     # --- life ---------------------------------------------------------------------------------------------------------
@@ -255,8 +259,8 @@ class Placement:
         ts = self._tasks.get(key)
         if ts is None:
             return TaskExplanation(key, "unknown", decisions=decisions)
-        # Lone roots are passed on unseen.
-        if decisions and decisions[0].reason == "unplanned" and _is_unusual(ts):
+        # What has no plan is passed on unseen.
+        if decisions and decisions[0].reason in UNPLANNED and _is_unusual(ts):
             decisions = (replace(decisions[0], reason="restricted"), *decisions[1:])
         workers = ts.who_has or ((ts.processing_on,) if ts.processing_on is not None else ())
         family = self._plan.get(key)
@@ -278,6 +282,7 @@ class Placement:
             self.prices.refresh(scheduler.bandwidth)
             self._plan_graph(tasks)
         except Exception as error:  # noqa: BLE001 - a plan is a luxury: without one, the graph runs as in stock Dask
+            self._note_unplanned(tasks, "failed")
             self._failed("a graph could not be planned", error)
 
     def transition(self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
@@ -334,6 +339,7 @@ class Placement:
             return
         shares = [Share(ws, ws.nthreads) for ws in self.scheduler.workers.values() if ws in self._running]
         if len(shares) < 2:
+            self._note_unplanned(keys, "few-workers")
             return
         roots: dict[Any, TaskState] = {}
         others: list[TaskState] = []
@@ -356,15 +362,31 @@ class Placement:
             roots[key] = ts
         if len(roots) + len(others) < 2:
             return
-        self._write(self._families(roots, others, shares, leads_on))
-
-    def _families(
-        self, roots: dict[Any, TaskState], others: list[TaskState], shares: list[Share], leads_on: bool
-    ) -> Iterator[Family]:
         meets: dict[Any, Any] = {}
         ends: dict[Any, Any] = roots
         if leads_on or others:
             meets, ends = families.meetings([*roots.values(), *others], roots)
+        plan = self._plan
+        for family in self._families(roots, others, shares, meets, ends):
+            for key in family.keys:
+                plan[key] = family
+        for key in roots:
+            if key not in plan:
+                # What meets others and is in no family is gathered, see families.by_meeting.
+                self._unplanned[key] = "gathered" if key in meets else "apart"
+
+    def _note_unplanned(self, keys: Iterable[Any], reason: str) -> None:
+        for key in keys:
+            self._unplanned[key] = reason
+
+    def _families(
+        self,
+        roots: dict[Any, TaskState],
+        others: list[TaskState],
+        shares: list[Share],
+        meets: dict[Any, Any],
+        ends: dict[Any, Any],
+    ) -> Iterator[Family]:
         crossing, crossed, homes = crossings.by_crossing(others, roots, meets, shares)
         yield from crossing
         yield from crossed
@@ -386,12 +408,6 @@ class Placement:
         for blocks in collections.values():
             if len(blocks) > 1:
                 yield from families.by_position(blocks, shares)
-
-    def _write(self, dealt: Iterator[Family]) -> None:
-        plan = self._plan
-        for family in dealt:
-            for key in family.keys:
-                plan[key] = family
 
     def _holder_of(self, meeting: Any) -> Any | None:
         """Find the worker that holds most of what ``meeting`` takes and that is in memory."""
@@ -431,7 +447,7 @@ class Placement:
             if answer is not None:
                 return self._sent(ts, answer, stimulus_id)
         else:
-            self._note((key, "unplanned", None, None, None))
+            self._note((key, self._why_unplanned(ts), None, None, None))
         return self._stock.waiting_processing(scheduler, key, stimulus_id)
 
     def _waiting_queued(self, scheduler: Any, key: Any, stimulus_id: str) -> seams.Answer:
@@ -486,7 +502,7 @@ class Placement:
         if family is not None:
             return self._decide_planned(ts, family)
         if self._is_rootish(ts):
-            return self._left_to_dask(ts, "unplanned")
+            return self._left_to_dask(ts, self._why_unplanned(ts))
         return self._decide_by_inputs(ts)
 
     def _decide_planned(self, ts: TaskState, family: Family) -> Any:
@@ -621,6 +637,9 @@ class Placement:
     def _left_to_dask(self, ts: TaskState, reason: str, family: Family | None = None) -> None:
         self._note((ts.key, reason, None, family, None))
 
+    def _why_unplanned(self, ts: TaskState) -> str:
+        return self._unplanned.pop(ts.key) or ("unplanned" if ts.dependents else "lone")
+
     def _failed(self, what: str, error: Exception) -> None:
         """Count an exception, and show the first one."""
         self._errors += 1
@@ -672,6 +691,8 @@ class Placement:
         self._opened.clear()
         self._early_wait = False
         self._queues.clear()
+        self._unplanned.clear()
+        self._refused.clear()
 
     def _slots_opened(self, *, stimulus_id: str) -> None:
         """Stand in for ``stimulus_queue_slots_maybe_opened``."""
@@ -852,13 +873,19 @@ class Placement:
             return thief
         ahead = len(victim.processing) - len(victim.long_running) - victim.nthreads
         wait_s = max(ahead, 1) * _duration_s(ts.prefix) / victim.nthreads
-        if stealing.pays(wait_s, nbytes, self.prices.bandwidth):
-            compared = (
-                Candidate(victim, 0, wait_s, 0.0),
-                Candidate(thief, nbytes, 0.0, nbytes / self.prices.bandwidth),
-            )
+        pays = stealing.pays(wait_s, nbytes, self.prices.bandwidth)
+        if not pays:
+            self._counts[REFUSED] += 1
+            if self._refused.get(ts.key) == victim.address:
+                return None
+            self._refused[ts.key] = victim.address
+        compared = (
+            Candidate(victim, 0, wait_s, 0.0),
+            Candidate(thief, nbytes, 0.0, nbytes / self.prices.bandwidth),
+        )
+        if pays:
             return self._decided(ts, thief, "steal-allowed", family, compared)
-        self._counts["steal-refused"] += 1
+        self._note((ts.key, REFUSED, victim, family, compared))
         return None
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from clusters import local_cluster
+from dask import delayed
 from distributed import Client, wait
 
 import dask_gpurt
@@ -63,9 +64,29 @@ def test_what_dask_decided_is_said_with_its_reason(placed: Client) -> None:
     follows = placed.submit(int, tied, workers=[one])
     wait([lone, tied, follows])
     answer = dask_gpurt.explain(placed, [lone, tied, follows, "nobody"])
-    assert [task.reason for task in answer.tasks] == ["unplanned", "restricted", "restricted", ""]
+    assert [task.reason for task in answer.tasks] == ["lone", "restricted", "restricted", ""]
     assert answer[tied.key].workers == (one,)
     assert answer["nobody"].state == "unknown"
+
+
+def test_what_has_no_plan_says_why(placed: Client) -> None:
+    # A reduction in one step gathers all blocks; results that meet nobody are no blocks of a collection.
+    total = da.ones(400, chunks=10).sum(split_every=100)
+    ends = [delayed(int)(delayed(int)(i, dask_key_name=f"begin-{i}"), dask_key_name=f"end-{i}") for i in range(3)]
+    summed, *rest = placed.compute([total, *ends], optimize_graph=False)
+    wait([summed, *rest])
+    blocks = [key for key in total.__dask_graph__() if key[0].startswith("ones")]
+    assert len(blocks) == 40
+    assert dask_gpurt.explain(placed, blocks).reasons() == {"gathered": 40}
+    assert dask_gpurt.explain(placed, [f"begin-{i}" for i in range(3)]).reasons() == {"apart": 3}
+
+
+def test_on_one_worker_nothing_is_planned() -> None:
+    with local_cluster(1, processes=False, memory_limit=0) as cluster, Client(cluster) as client:
+        dask_gpurt.install(client, memory=False, shuffle=False)
+        x = da.ones((4, 10), chunks=(1, 10)).persist()
+        wait(x)
+        assert dask_gpurt.explain(client, x).reasons() == {"few-workers": 4}
 
 
 def test_by_the_command_line(placed: Client) -> None:

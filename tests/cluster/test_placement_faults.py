@@ -225,6 +225,14 @@ def test_stealing_respects_a_plan_until_leaving_it_pays() -> None:
         stealing.balance()
         assert decisions()["decisions"]["steal-refused"] > 0  # nobody knows yet how long a leaf takes
         assert not stealing.in_flight
+        refused = [task for task in built.placement.explain(list(built.scheduler.tasks)) if task.decisions[1:]]
+        assert refused
+        stealing.balance()
+        for task in built.placement.explain([task.key for task in refused]):
+            # Once, however often it is asked, and where it was planned to.
+            assert [decision.reason for decision in task.decisions] == ["steal-refused", "planned"]
+            assert [decision.worker for decision in task.decisions] == list(task.workers) * 2
+            assert thief.address in {alternative.worker for alternative in task.decisions[0].alternatives}
         built.scheduler.tasks["leaf-t", 0].prefix.add_exec_time(60)
         stealing.balance()
         assert decisions()["decisions"]["steal-allowed"] > 0

@@ -12,14 +12,16 @@ import dask_gpurt.plugins
 from dask_gpurt.explanation import (
     KINDS,
     REASONS,
+    REFUSED,
     SHOWN,
+    UNPLANNED,
     Alternative,
     Decision,
     Explanation,
     FamilyExplanation,
     TaskExplanation,
 )
-from dask_gpurt.plugins.decisions import Decisions
+from dask_gpurt.plugins.decisions import Decisions, Lately
 from dask_gpurt.plugins.families import Family
 from dask_gpurt.plugins.policy import MOVE_LATENCY_S
 from dask_gpurt.plugins.view import Candidate
@@ -77,10 +79,36 @@ def test_every_reason_has_its_words() -> None:
     noted = re.findall(r'_(?:decided|left_to_dask|note)\(\(?\w[\w.]*,(?: ws,)? "([\w-]+)"', sources)
     chosen = re.findall(r'Choice\([\w.]+, "([\w-]+)" if .* else "([\w-]+)"', sources)
     assert {*noted, *(reason for pair in chosen for reason in pair)} - {"rehomed"} <= REASONS.keys()
+    unplanned = re.findall(r"(?:_unplanned(?:\[key\] = |\(\w+, )|pop\(ts.key\) or \()(.*)", sources)
+    words = {word for line in unplanned for word in re.findall(r'"([\w-]+)"', line)}
+    assert words - {"failed"} == UNPLANNED
+    assert {REFUSED, "failed"} | UNPLANNED <= REASONS.keys()
     assert len(set(noted)) >= 6
     assert chosen
     kinds = set(re.findall(r'"(meeting|holder|position|crossing|crossed)"', sources))
     assert kinds == KINDS.keys()
+
+
+def test_what_is_remembered_until_a_decision_is_bounded() -> None:
+    lately: Lately[str] = Lately(limit=10)
+    for key in range(95):
+        lately[key] = f"first {key}"
+        assert len(lately) <= 20
+    assert [lately.get(key) for key in (74, 85, 94)] == [None, "first 85", "first 94"]
+    lately[85] = "second"
+    assert lately.get(85) == "second"
+    assert lately.pop(85) == "second"
+    assert lately.pop(85) is None
+    lately.clear()
+    assert lately.get(94) is None
+    assert not len(lately)
+
+
+def test_a_refused_steal_is_said_and_is_not_why_a_task_is_where_it_is() -> None:
+    refused = Decision(REFUSED, "tcp://a", (Alternative("tcp://a", 0, 0.1, 0.0, 0.1),))
+    task = TaskExplanation("x", "processing", ("tcp://a",), (refused, Decision("most-bytes", "tcp://a")))
+    assert task.reason == "most-bytes"
+    assert [line.split(":")[0].strip() for line in task.lines()] == ["x", "steal-refused tcp", "tcp", "most-bytes tcp"]
 
 
 def test_many_tasks_are_summed_up_and_a_few_are_shown() -> None:
