@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from clusters import local_cluster
-from dask import delayed
+from dask.delayed import delayed
 from distributed import Client, wait
 
 import dask_gpurt
