@@ -425,10 +425,15 @@ class Placement:
         group = ts.group
         known = self._rootish.get(group)
         if known is None:
-            known = self._rootish[group] = bool(self.scheduler.is_rootish(ts))
+            known = self._rootish[group] = bool(self.scheduler.is_rootish(ts)) and self._all_need(ts)
         if known or ts.run_spec is None:
             return known
         return bool(ts.run_spec.data_producer)
+
+    def _all_need(self, ts: TaskState) -> bool:
+        """Whether all workers will need inputs of the tasks like ``ts``: they all take the same ones, or there are too few for all workers."""
+        ninputs = sum(map(len, ts.group.dependencies))
+        return len(ts.dependencies) >= ninputs or ninputs < len(self._running)
 
     # --- choosing -----------------------------------------------------------------------------------------------------
 
