@@ -14,7 +14,8 @@ Both are answered by the index of the block in which they meet: the blocks are w
 into a piece for each worker. Pieces of that curve are close to squares, and a square of blocks has the fewest rows and columns. If all
 inputs are of one collection (``x @ x.T``), a block and its mirror image take the same inputs, and have one place on the curve. Where
 crossings take what is made of other crossings (a factorization), the work goes over the blocks as a front, and pieces would be
-idle before and after; there, rows and columns are dealt in turns to a grid of workers.
+idle before and after; there, rows and columns are dealt in turns to a grid of workers. Towards its end, what a front makes is taken by
+fewer and fewer. These takers are crossings, too, as they are partial results of the same blocks, but for the very last ones.
 
 A root that crossings take is dealt to a worker that has most of these crossings, as far as that is fair.
 
@@ -37,11 +38,13 @@ __all__ = ["SHARED", "by_crossing"]
 
 #: Tasks from which on an input has to travel whatever is done.
 SHARED = 5
+#: The same where others of the kind take what is shared by as many as that.
+FEW = 3
 #: Crossings for each worker at least: fewer make no pieces of a curve.
 ENOUGH = 4
 #: Groups for each worker's thread at least, so that all have as many crossings.
 GROUPS = 4
-#: How far up it is sought where crossings meet.
+#: How far up it is sought where crossings meet, and how far down what they are made of.
 LEVELS = 4
 
 #: Key of a block in which crossings meet to its task, and the crossings.
@@ -71,7 +74,7 @@ def by_crossing(
     Families of crossings; families of roots; and, by its key, the worker of each block in which crossings meet. All are empty
     where there are few crossings.
     """
-    crossing = [node for node in nodes if _is_crossing(node)]
+    crossing = _crossings(nodes)
     if len(crossing) < ENOUGH * len(shares):
         return [], [], {}
     fair = len(crossing) // sum(share.nthreads for share in shares)
@@ -95,7 +98,14 @@ def by_crossing(
 def _is_front(crossing: Sequence[Node]) -> bool:
     """Whether crossings take what has been made of crossings: then work goes over the blocks as a front."""
     keys = {node.key for node in crossing}
-    return any(origin.key in keys for node in crossing for dep in node.dependencies for origin in dep.dependencies)
+    made = {dep.key: dep for node in crossing for dep in node.dependencies}
+    seen = set(made)
+    for _ in range(LEVELS):
+        made = {origin.key: origin for node in made.values() for origin in node.dependencies if origin.key not in seen}
+        if not keys.isdisjoint(made):
+            return True
+        seen.update(made)
+    return False
 
 
 def _collection(key: Any) -> Any:
@@ -125,12 +135,17 @@ def _in_turns(groups: _Groups, shares: Sequence[Share]) -> Iterator[_Dealt]:
         yield target, members, threads[row % height * width + column % width]
 
 
-def _is_crossing(node: Node) -> bool:
+def _crossings(nodes: Sequence[Node]) -> list[Node]:
+    kinds = {_collection(node.key) for node in nodes if _is_crossing(node)}
+    return [node for node in nodes if _is_crossing(node, FEW) and _collection(node.key) in kinds] if kinds else []
+
+
+def _is_crossing(node: Node, shared: int = SHARED) -> bool:
     # What is wanted by several itself is no partial result: a step of a stencil has shared inputs, too.
     inputs = node.dependencies
     if len(inputs) < 2 or len(node.dependents) != 1:
         return False
-    return all(len(dep.dependents) >= SHARED for dep in inputs)
+    return all(len(dep.dependents) >= shared for dep in inputs)
 
 
 def _groups(crossing: Sequence[Node], meets: Mapping[Any, Node], most: int) -> _Groups:

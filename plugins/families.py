@@ -25,6 +25,8 @@ roots go decides where everything after them goes, since later tasks stay with t
    Each collection is dealt by itself: blocks of one collection cost much the same, and those of two may differ a
    hundredfold, so three blocks of a large table on one worker are not made up for by three of a small one on the other.
    Only who begins with a collection is decided over all of them, by the seconds that the roots dealt so far will take.
+   Where there are few families for each worker, some workers have more than others then. Families of these are split, if the results
+   of their members go several ways, so that parts of them travel anyway (the neighbours in a stencil, unlike the leaves of a tree).
 4. Roots that meet nobody in the graph at hand (a collection that is persisted) are dealt by **position**: the i-th of
    n blocks goes to the worker that holds the fraction i / n of the cluster's threads. Collections of the same shape,
    persisted at different times, lie alike, and a later ``x + y`` moves nothing. A square grid is walked so that the
@@ -40,7 +42,7 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import accumulate
-from math import inf
+from math import ceil, inf
 from typing import Any
 
 from dask_gpurt.plugins.view import Node, Share
@@ -57,6 +59,8 @@ NEIGHBOURHOOD = 16
 LEVELS = 4
 #: Members of a piece of a collection that is dealt by position: the unit in which the balancer moves such work.
 PIECE = 4
+#: How many times what is fair a worker may get of a collection until families are split.
+UNEVEN = 1.1
 
 
 class Family:
@@ -215,7 +219,7 @@ def by_meeting(
 
     Returns
     -------
-    The families, in order of priority. Roots of which a meeting gathers most of their collection are in none.
+    The families, in order of priority but for parts that were split off. Roots of which a meeting gathers most of their collection are in none.
     """
     groups: dict[Any, list[Any]] = {}
     order: list[Node] = []
@@ -266,6 +270,9 @@ def by_meeting(
         by_collection[most].append(group)
     for collection, parts in by_collection.items():
         dealer.deal(collection, parts)
+        over = dealer.uneven(collection, parts)
+        if over:
+            families += dealer.level(collection, over, {root.key for root in roots if len(root.dependents) > 1})
     return families
 
 
@@ -437,7 +444,7 @@ class _Dealer:
         self._loads = [0.0] * len(shares)
         #: The loads as a heap, with positions; an entry that has become too small is corrected when it is met.
         self._by_load = [(0.0, position) for position in range(len(shares))]
-        #: Collection to position to the members that are there for a reason of their own.
+        #: Collection to position to the members that are there: for a reason of their own, and once it is dealt, all.
         self._placed: defaultdict[Any, Counter[int]] = defaultdict(Counter)
 
     def place(self, worker: Hashable, counts: Mapping[Any, int], costs: Mapping[Any, float]) -> bool:
@@ -479,6 +486,47 @@ class _Dealer:
             heapq.heappush(heap, (dealt, rank))
         for position in positions:
             heapq.heappush(self._by_load, (loads[position], position))
+
+    def uneven(self, collection: Any, groups: Sequence[_Group]) -> dict[int, list[Family]]:
+        """Count what was dealt of a collection; return the positions that have got much more than is fair, with their families."""
+        counts = self._placed[collection]
+        dealt: defaultdict[int, list[Family]] = defaultdict(list)
+        for group in groups:
+            for family, _ in group.parts:
+                position = self._positions[family.home]
+                counts[position] += len(family.keys)
+                if len(group.counts) == 1:
+                    dealt[position].append(family)
+        each = self._each(counts)
+        if each < 1:
+            return {}
+        return {
+            at: parts for at, parts in dealt.items() if counts[at] > UNEVEN * ceil(each * self._shares[at].nthreads)
+        }
+
+    def level(self, collection: Any, over: Mapping[int, list[Family]], may_leave: set[Any]) -> list[Family]:
+        """Split families of workers that have got too much of a collection; return the parts, each with a home that has less."""
+        counts = self._placed[collection]
+        each = self._each(counts)
+        fair = [ceil(each * share.nthreads) for share in self._shares]
+        under = [(counts[position], position) for position, most in enumerate(fair) if counts[position] < most]
+        heapq.heapify(under)
+        parts: list[Family] = []
+        for position, dealt in over.items():
+            for family in reversed(dealt):
+                keys = family.keys
+                while under and counts[position] > fair[position] and len(keys) > 1 and keys[-1] in may_leave:
+                    _, to = heapq.heappop(under)
+                    parts.append(Family([keys.pop()], self._shares[to].worker, family.kind, family.at))
+                    counts[position] -= 1
+                    counts[to] += 1
+                    if counts[to] < fair[to]:
+                        heapq.heappush(under, (counts[to], to))
+        return parts
+
+    def _each(self, counts: Counter[int]) -> float:
+        """Return the fair share of a thread."""
+        return counts.total() / sum(share.nthreads for share in self._shares)
 
     def _least_loaded(self, number: int) -> list[int]:
         """Take the positions of the least loaded workers from the heap, least first."""

@@ -591,7 +591,7 @@ class Placement:
         self._siblings.pop(ts.key, None)
         nworkers = len(running)
         held, total = policy.holdings(inputs, nworkers)
-        workers = policy.best_holders(held, running)
+        workers = policy.best_holders(held, running, total_nbytes=total)
         if not workers:
             return self._left_to_dask(ts, "no-holder")
         if len(workers) == 1:

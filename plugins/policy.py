@@ -31,6 +31,7 @@ from typing import Any, Protocol, TypeVar
 from dask_gpurt.plugins.view import Candidate, Choice
 
 __all__ = [
+    "ALIKE",
     "CANDIDATES",
     "GUARD",
     "MANY",
@@ -57,6 +58,8 @@ GUARD = 2.0
 CANDIDATES = 4
 #: An input with more replicas than this is counted only for workers that are candidates for another reason.
 MANY = 8
+#: Part of what has to be fetched anyway by which holders may differ and still count as holding as much.
+ALIKE = 0.1
 #: Part of a worker's memory that is in use when it is short of it: where Dask begins to spill.
 ROOM = 0.7
 #: What it costs to move anything, whatever its size. When tasks become ready one after the other, the first worker's queue is full
@@ -252,12 +255,33 @@ def with_room(workers: list[W]) -> list[W]:
     return roomy or workers
 
 
-def best_holders(held: dict[Any, int], running: Collection[Any], limit: int = CANDIDATES) -> list[Any]:
-    """List the running workers that hold the most, most first, ``limit`` at most."""
+def best_holders(
+    held: dict[Any, int], running: Collection[Any], limit: int = CANDIDATES, total_nbytes: int = 0
+) -> list[Any]:
+    """List the running workers that hold the most, most first, ``limit`` at most.
+
+    Parameters
+    ----------
+    held
+        Worker to bytes of the inputs that it holds.
+    running
+        The running workers.
+    limit
+        Workers at most.
+    total_nbytes
+        Bytes of all inputs.
+    """
     able = [worker for worker in held if worker in running]
     if len(able) > limit > 1:
-        # Of those that hold as much, as in a shuffle all do, the ones with the least to do.
-        able.sort(key=lambda worker: (-held[worker], len(worker.processing)))
+        # Of those that would fetch about as much, as in a shuffle all would, the ones with the least to do.
+        most = max(map(held.__getitem__, able))
+        enough = most - ALIKE * max(0, total_nbytes - most)
+
+        def rank(worker: Any) -> tuple[float, int]:
+            nbytes = min(held[worker], enough)
+            return -nbytes, len(worker.processing)
+
+        able.sort(key=rank)
     elif len(able) > 1:
         able.sort(key=held.__getitem__, reverse=True)
     return able[:limit]

@@ -66,6 +66,15 @@ def test_best_holders_run_and_are_few() -> None:
 def test_of_holders_of_as_much_those_with_the_least_to_do_are_looked_at() -> None:
     busy, idle, more = Worker(3), Worker(0), Worker(9)
     assert policy.best_holders({busy: 4, idle: 4, more: 5}, {busy, idle, more}, limit=2) == [more, idle]
+    # Where much has to be fetched anyway, a little more is as much.
+    assert policy.best_holders({busy: 40, idle: 41, more: 42}, {busy, idle, more}, limit=2, total_nbytes=80) == [
+        idle,
+        busy,
+    ]
+    assert policy.best_holders({busy: 40, idle: 30, more: 42}, {busy, idle, more}, limit=2, total_nbytes=80) == [
+        busy,
+        more,
+    ]
 
 
 def test_a_worker_short_of_memory_is_passed_over() -> None:
