@@ -498,8 +498,6 @@ class _Dealer:
                 if len(group.counts) == 1:
                     dealt[position].append(family)
         each = self._each(counts)
-        if each < 1:
-            return {}
         return {
             at: parts for at, parts in dealt.items() if counts[at] > UNEVEN * ceil(each * self._shares[at].nthreads)
         }

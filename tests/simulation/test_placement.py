@@ -43,6 +43,25 @@ def test_makespan(name: str, fabric: str, makespan_part: float) -> None:
     assert ours.makespan_s <= makespan_part * stock.makespan_s
 
 
+@pytest.mark.parametrize(
+    ("name", "fabric", "nworkers"),
+    [
+        ("rechunked-fft", "dgx", 2),
+        ("cholesky", "tcp", 2),
+        ("table-join", "tcp", 8),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in [("cholesky", "dgx", 2), ("rechunked-fft", "eff", 2), ("lu", "dgx", 2), ("stencil", "eff", 32)]
+        ),
+    ],
+)
+def test_what_was_slower_than_stock_is_not(name: str, fabric: str, nworkers: int) -> None:
+    spec = Spec(nworkers=nworkers, fabric=FABRICS[fabric], memory_nbytes=max(128e9 / nworkers, 16e9))
+    ours, stock = run(spec, workload(name), gpurt), run(spec, workload(name), STOCK)
+    # The order of Dask's sets is another one in each process; without what this is about it was 1.17 to 1.65.
+    assert ours.makespan_s <= 1.12 * stock.makespan_s
+
+
 def test_short_memory_is_not_filled_with_what_was_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     # All inputs and results of the product are 40 GB, which is what the workers have together; and copies come on top.
     spec = Spec(fabric=FABRICS["tcp"], memory_nbytes=6e9)

@@ -100,12 +100,50 @@ def test_a_few_products_are_left_alone() -> None:
     assert graph.deal(WORKERS) == ([], [], {}, {})
 
 
-def test_a_front_has_all_workers_in_any_part() -> None:
-    graph, side = Graph(), 12
+def front(side: int, links: int = 0) -> Graph:
+    """Make blocks of products of the blocks before; ``links``: tasks between a block and what takes it."""
+    graph = Graph()
     for i in range(side):
         for j in range(i + 1):
             dots = [graph.add(("dot", i, j, k), ("block", i, k), ("block", j, k)).key for k in range(j)]
-            graph.add(("block", i, j), *dots)
+            key: Any = ("block", i, j) if not links else ("solved", i, j)
+            graph.add(key, *dots)
+            for link in range(links):
+                key = graph.add(("block", i, j) if link + 1 == links else ("link", i, j, link), key).key
+    return graph
+
+
+def test_a_front_is_planned_to_its_end() -> None:
+    side = 12
+    graph = front(side)
+    crossing, _, homes, home_of = graph.deal(WORKERS)
+    assert all(home_of[key] == homes[family.at] for family in crossing for key in family.keys)
+    # What is taken by fewer than three others goes where its inputs are.
+    takers = {key: len(node.dependents) for key, node in graph.nodes.items() if key[0] == "block"}
+    for i in range(side):
+        for j in range(i):
+            for k in range(j):
+                few = min(takers["block", i, k], takers["block", j, k]) < crossings.FEW
+                assert (("dot", i, j, k) in home_of) != few
+
+
+def test_a_front_is_seen_through_what_is_made_of_blocks() -> None:
+    def rows(graph: Graph) -> int:
+        _, _, homes, _ = graph.deal(WORKERS)
+        return len({home for key, home in homes.items() if key[1] == 11})
+
+    # In turns, a row is shared by two of four workers; a piece of the curve ends somewhere in it.
+    assert rows(front(12, links=2)) == rows(front(12)) == 2
+    near, far = (
+        {key[1:]: home for key, home in front(12, links).deal(WORKERS)[2].items() if key[0] != "dot"}
+        for links in (0, 2)
+    )
+    assert len(near.keys() & far.keys()) > 30
+    assert all(near[index] == far[index] for index in near.keys() & far.keys())
+
+
+def test_a_front_has_all_workers_in_any_part() -> None:
+    graph, side = front(12), 12
     _, _, homes, _ = graph.deal(WORKERS)
     blocks = {key[1:]: home for key, home in homes.items() if key[0] == "block"}
     low = {home for (i, _), home in blocks.items() if i < side / 2}

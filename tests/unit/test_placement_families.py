@@ -263,6 +263,43 @@ def test_families_are_dealt_by_threads() -> None:
     assert homes.count("b") == 2 * homes.count("a")
 
 
+def pairs(npairs: int, *, several_ways: bool) -> Graph:
+    """Pairs of neighbours that meet; and with ``several_ways``, what is made of one alone, too."""
+    graph = Graph()
+    for i in range(npairs):
+        near = [graph.add(("x", 2 * i + side)).key for side in range(2)]
+        graph.add(("pair", i), *near)
+        if several_ways:
+            for key in near:
+                graph.add(("edge", key[1]), key)
+    return graph
+
+
+def test_families_are_split_where_a_worker_has_too_many_whose_results_go_several_ways() -> None:
+    # Nine blocks for two workers each, of which pairs make four or six for one.
+    shares = [Share(name, 1) for name in "abcd"]
+    for several_ways, counts in ((True, [4, 4, 5, 5]), (False, [4, 4, 4, 6])):
+        dealt = pairs(9, several_ways=several_ways).deal(shares)
+        home_of = homes(dealt)
+        assert len(home_of) == sum(len(family.keys) for family in dealt) == 18
+        assert sorted(map(list(home_of.values()).count, "abcd")) == counts
+    # By threads, and where it is even anyway.
+    dealt = pairs(9, several_ways=True).deal([Share("a", 2), Share("b", 1)])
+    assert list(homes(dealt).values()).count("a") == 12
+    assert {len(family.keys) for family in dealt} == {2}
+
+
+def test_pairs_of_two_collections_are_not_split() -> None:
+    graph = Graph()
+    for i in range(4):
+        for name in "xy":
+            graph.add((name, i))
+            graph.add((name + "-edge", i), (name, i))
+        graph.add(("sum", i), ("x", i), ("y", i))
+    shares = [Share(name, 1) for name in "abc"]
+    assert {len(family.keys) for family in graph.deal(shares)} == {2}
+
+
 def test_a_family_goes_where_its_meeting_has_data() -> None:
     dealt = tree(24, 4).deal(WORKERS, lambda meeting: "b" if meeting.key == ("sum", 0) else None)
     assert dealt[0].home == "b"
