@@ -2,7 +2,7 @@
 
 Cases are ``GRAPH-FABRIC-N``: one of :data:`benchmarks.simulation.graphs.GRAPHS`, what joins the workers, and how many there are; see
 :mod:`benchmarks.simulation`. ``geomean-FABRIC-N`` is over the graphs that were tuned on, ``geomean-aside-FABRIC-N`` over those kept
-aside, and ``worst-FABRIC-N`` the graph (of all) in which ours is worst. There is no answer to compare; that all tasks have been computed,
+aside, ``geomean-all-FABRIC-N`` over all, and ``worst-FABRIC-N`` the graph (of all) in which ours is worst. There is no answer to compare; that all tasks have been computed,
 and that the placement met no error, is checked. One seed is one pair.
 
 ``real-GRAPH`` replays a graph on a real cluster of 6 workers, see :mod:`benchmarks.simulation.replay`, and compares its bytes with stock's,
@@ -145,7 +145,7 @@ def cluster(fabric: str, nworkers: int, quick: bool) -> Iterator[Line]:
             yield line
     for metric in found["matmul"]:
         lines = {name: _floored(of_graph[metric]) for name, of_graph in found.items()}
-        for label, part in (("geomean", TUNED), ("geomean-aside", ASIDE)):
+        for label, part in (("geomean", TUNED), ("geomean-aside", ASIDE), ("geomean-all", GRAPHS)):
             yield _mean(f"{label}-{fabric}-{nworkers}", [lines[name] for name in part])
         worst = min(lines.values(), key=lambda line: line.ratio)
         print(f"worst in {metric}: {worst.case}", flush=True)
