@@ -7,19 +7,17 @@ runs that one alone, and tells its story.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import sys
-import time
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks.world.machine import VirtualLoop, real_time, take_threads, take_time
-
-if TYPE_CHECKING:
-    from benchmarks.world.run import Outcome
 
 #: No seed takes longer, in real seconds.
 REAL_S = 120
@@ -45,11 +43,14 @@ def _fork(seed: int, run: Any) -> tuple[int, int]:
         return child, reading
     os.close(reading)
     import faulthandler
+    import gc
 
+    # When that happens depends on what was there before.
+    gc.disable()
     faulthandler.dump_traceback_later(REAL_S, exit=True)
     outcome = run(seed)
     with open(writing, "w") as file:
-        json.dump(dataclasses.asdict(outcome), file)
+        json.dump(outcome, file)
     # Threads of the world still wait for their turn.
     sys.stdout.flush()
     os._exit(0)
@@ -86,13 +87,12 @@ def main() -> int:
         # Dask goes through sets in the order of hashes.
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks.world", *sys.argv[1:]], {**os.environ, "PYTHONHASHSEED": "0"})
     worlds: list[VirtualLoop] = []
-    real_sleep = time.sleep
-    del real_sleep
     # Before anything is imported that takes functions of these modules for its own.
     take_time(lambda: worlds[0].read() if worlds else 0.0)
     tell = take_threads()
 
     import logging
+    import warnings
 
     import dask
 
@@ -103,16 +103,28 @@ def main() -> int:
     dask.config.set(CONFIG)
     take_servers()
     verbose = arguments.seed is not None
-    for name in ("distributed", "dask_gpurt", "asyncio", "tornado"):
-        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.CRITICAL + 1)
+    if not verbose:
+        logging.disable(logging.CRITICAL)
+        warnings.simplefilter("ignore")
     if arguments.plant:
         from tests.simulation import planted
 
         planted.plant(arguments.plant)
     jobs = make_jobs()
 
-    def run(seed: int) -> Outcome:
-        return simulate(seed, jobs, tell, worlds.append)
+    def run(seed: int) -> dict[str, Any]:
+        return dataclasses.asdict(simulate(seed, jobs, tell, worlds.append))
+
+    def loaded(seed: int) -> list[str]:
+        run(seed)
+        return list(sys.modules)
+
+    # What is loaded late is loaded once.
+    for _, names in _gather(range(1), 1, loaded):
+        for name in names or ():
+            if name.partition(".")[0] in ("dask", "distributed", "dask_gpurt", "pandas", "pyarrow", "numba", "cryptography"):
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(name)
 
     seeds = range(arguments.first, arguments.first + arguments.seeds)
     if verbose:

@@ -13,7 +13,7 @@ from benchmarks.world.cluster import World
 from dask_gpurt.memory.ledger import Tier
 from dask_gpurt.memory.spiller import State
 
-__all__ = ["BrokenError", "Books", "rest"]
+__all__ = ["Books", "BrokenError", "parts_of", "rest"]
 
 #: For so long a worker may hold more than its limit though something could leave: events are what makes it look.
 OVER_S = 5.0
@@ -24,11 +24,6 @@ _BELOW = (State.CLEAN, State.SPILLED, State.READING)
 
 class BrokenError(AssertionError):
     """What must hold does not."""
-
-
-def _claim(holds: bool, what: str) -> None:
-    if not holds:
-        raise BrokenError(what)
 
 
 def parts_of(worker: Any) -> Any:
@@ -58,55 +53,58 @@ class Books:
                 self._shuffle(name, parts.shuffle)
 
     def _memory(self, name: str, memory: Any) -> None:
-        ledger, blocks = memory.ledger, memory._host.spiller.blocks.values()
-        held = dict.fromkeys(Tier, 0)
-        pledged = dict.fromkeys(Tier, 0)
-        buffers = {}
-        for block in blocks:
+        ledger = memory.ledger
+        disk_nbytes = 0
+        pledged = {Tier.HOST: 0, Tier.DISK: 0}
+        holders: dict[Any, int] = {}
+        for block in memory._host.spiller.blocks.values():
             if block.state in _IN_MEMORY:
-                buffers[block.buffer] = block.buffer_nbytes
-            if block.state in _BELOW and block.tier is not None:
-                held[block.tier] += block.copy_nbytes
+                holders[block.buffer] = holders.get(block.buffer, 0) + 1
+            if block.state in _BELOW and block.tier is Tier.DISK:
+                disk_nbytes += block.copy_nbytes
             if block.reservation is not None:
                 pledged[block.reservation.tier] += block.reservation.nbytes
-        held[Tier.HOST] = sum(buffers.values())
-        for tier in (Tier.HOST, Tier.DISK):
-            _claim(
-                ledger.held(tier) == held[tier], f"{name}: {ledger.held(tier)} bytes on {tier}, blocks have {held[tier]}"
-            )
-            _claim(
-                ledger.reserved(tier) >= pledged[tier],
-                f"{name}: {ledger.reserved(tier)} bytes reserved on {tier}, operations have {pledged[tier]}",
-            )
+        host = ledger._accounts[Tier.HOST]
+        if holders != {buffer: count for buffer, (_, count) in host.buffers.items()}:
+            raise BrokenError(f"{name}: blocks hold {holders}, the ledger knows {host.buffers}")
+        if host.held != sum(nbytes for nbytes, _ in host.buffers.values()):
+            raise BrokenError(f"{name}: buffers are {host.buffers}: {ledger!r}")
+        if ledger.held(Tier.DISK) != disk_nbytes:
+            raise BrokenError(f"{name}: blocks have {disk_nbytes} bytes on DISK: {ledger!r}")
+        for tier, nbytes in pledged.items():
+            if ledger.reserved(tier) < nbytes:
+                raise BrokenError(f"{name}: operations have reserved {nbytes} bytes on {tier}: {ledger!r}")
         limit = ledger.limit(Tier.DISK)
-        _claim(limit is None or ledger.used(Tier.DISK) <= limit, f"{name}: DISK is over its limit: {ledger!r}")
+        if limit is not None and ledger.used(Tier.DISK) > limit:
+            raise BrokenError(f"{name}: DISK is over its limit: {ledger!r}")
         self._over_limit(name, memory)
 
     def _over_limit(self, name: str, memory: Any) -> None:
         ledger, spiller = memory.ledger, memory._host.spiller
         limit = ledger.limit(Tier.HOST)
+        if limit is None or ledger.held(Tier.HOST) <= limit or self._world.hosts[name].stopped is not None:
+            self._over.pop(memory, None)
+            return
         could_leave = (
-            limit is not None
-            and ledger.held(Tier.HOST) > limit
-            and not spiller.busy
+            not spiller.busy
             and not spiller.blocked
             and any(
                 block.state in (State.RESIDENT, State.CLEAN) and not block.pins and not block.unwritable
                 for block in spiller.blocks.values()
-                if ledger.holders(Tier.HOST, block.buffer) == 1 and block.buffer_nbytes
+                if block.buffer_nbytes and ledger.holders(Tier.HOST, block.buffer) == 1
             )
         )
-        now = self._world.loop.now
-        if not could_leave or self._world.hosts[name].stopped is not None:
+        if not could_leave:
             self._over.pop(memory, None)
-        else:
-            since = self._over.setdefault(memory, now)
-            _claim(now - since < OVER_S, f"{name}: HOST is over its limit since {now - since:.1f} s: {ledger!r}")
+            return
+        over_s = self._world.loop.now - self._over.setdefault(memory, self._world.loop.now)
+        if over_s > OVER_S:
+            raise BrokenError(f"{name}: HOST is over its limit since {over_s:.1f} s: {ledger!r}")
 
     def _shuffle(self, name: str, part: Any) -> None:
-        window = part.window
-        pending = sum(run._outbox.pending_nbytes for run in part._runs.values())
-        _claim(window.used_nbytes == pending, f"{name}: {window!r}, and outboxes have {pending}")
+        pending_nbytes = sum(run._outbox.pending_nbytes for run in part._runs.values())
+        if part.window.used_nbytes != pending_nbytes:
+            raise BrokenError(f"{name}: {part.window!r}, and outboxes have {pending_nbytes}")
 
 
 def rest(world: World) -> list[str]:

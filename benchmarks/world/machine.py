@@ -286,6 +286,8 @@ class _Threads:
         self._back = allocate_lock()
         self._back.acquire()
         self._waiting: list[_Thread] = []
+        #: Whether somebody may have what it waits for.
+        self.notified = False
         self._here = threading.local()
 
     @property
@@ -329,6 +331,9 @@ class _Threads:
 
     def look(self) -> bool:
         """Let those go on that have what they wait for; whether there are any."""
+        if not self.notified:
+            return False
+        self.notified = False
         found = [known for known in self._waiting if known.signal is not None and known.signal.acquire(False)]
         for known in found:
             self._waiting.remove(known)
@@ -363,7 +368,7 @@ def take_threads() -> Callable[[VirtualLoop | None], None]:
     """Have all threads that are started from now on run by turns; returns what is told the loop of their world."""
     loop: VirtualLoop | None = None
     start, run, join = threading.Thread.start, threading.Thread.run, threading.Thread.join
-    wait, sleep = threading.Condition.wait, time.sleep
+    wait, notify, sleep = threading.Condition.wait, threading.Condition.notify, time.sleep
     starting = threading.local()
 
     def started(self: Any) -> None:
@@ -418,6 +423,11 @@ def take_threads() -> Callable[[VirtualLoop | None], None]:
             if not noticed and signal in self._waiters:
                 self._waiters.remove(signal)
 
+    def told(self: Any, n: int = 1) -> None:
+        notify(self, n)
+        if loop is not None:
+            loop.threads.notified = True
+
     def slept(seconds: float) -> None:
         if loop is None:
             sleep(seconds)
@@ -432,7 +442,7 @@ def take_threads() -> Callable[[VirtualLoop | None], None]:
 
     patches: Any = threading
     patches.Thread.start, patches.Thread.run, patches.Thread.join = started, ran, joined
-    patches.Condition.wait = waited
+    patches.Condition.wait, patches.Condition.notify = waited, told
     patched_time: Any = time
     patched_time.sleep = slept
     patched_queue: Any = queue

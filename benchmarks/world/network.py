@@ -137,13 +137,14 @@ class _SimComm(Comm):
             way.arrived.append(_END)
             self._closed = True
             raise CommClosedError(f"in {self}: the connection has ended")
-        return await from_frames(frames, deserialize=self.deserialize, deserializers=deserializers)
+        return await from_frames(frames, deserialize=self.deserialize, deserializers=deserializers, allow_offload=False)
 
     async def write(self, msg: Any, serializers: Any = None, on_error: str = "message") -> int:
         if self._closed or self._ended:
             raise CommClosedError(f"{self} is closed")
         frames = await to_frames(
             msg,
+            allow_offload=False,
             serializers=serializers,
             on_error=on_error,
             context={"sender": self.local_info, "recipient": self.remote_info, **self.handshake_options},
