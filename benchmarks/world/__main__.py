@@ -29,7 +29,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument("--seed", type=int, help="this one alone, and its story")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="how many run at a time")
-    parser.add_argument("--plant", help="plant this bug, which is to be found; see tests/simulation/planted.py")
+    parser.add_argument("--plant", help="plant this bug, which is to be found; see benchmarks/world/planted.py")
+    parser.add_argument("--stop", action="store_true", help="stop with the first seed that finds something")
     parser.add_argument("--json", type=Path, help="write a line a seed to this file")
     return parser.parse_args()
 
@@ -107,7 +108,7 @@ def main() -> int:
         logging.disable(logging.CRITICAL)
         warnings.simplefilter("ignore")
     if arguments.plant:
-        from tests.simulation import planted
+        from benchmarks.world import planted
 
         planted.plant(arguments.plant)
     jobs = make_jobs()
@@ -146,7 +147,9 @@ def main() -> int:
             print(f"digest {outcome.get('digest')}, {outcome.get('virtual_s')} s, in {outcome.get('real_s')} s")
         if outcome["broken"] is not None:
             found.append(seed)
-            print(f"seed {seed}: {outcome['broken']}")
+            print(f"seed {seed}: {outcome['broken']}", flush=True)
+            if arguments.stop:
+                break
     print(
         f"{len(seeds)} seeds in {real_time() - began:.0f} s, {len(found)} broken {found[:20]}; "
         f"faults {dict(sorted(kinds.items()))}; {dict(counts)}"

@@ -74,8 +74,8 @@ class Host:
         self.name = name
         self.random = random
         self.alive = True
-        #: Since when it is stopped, what it would have done since.
-        self.stopped: list[tuple[_Guarded, tuple[Any, ...], contextvars.Context]] | None = None
+        #: While it is stopped, what it would have done since.
+        self.stopped: list[tuple[_Guarded, tuple[Any, ...]]] | None = None
         #: How many times as long its threads take.
         self.slowness = 1.0
         #: Threads that a process has one pool of, by the name of the pool.
@@ -97,10 +97,11 @@ class Host:
         """Do all that was to be done meanwhile."""
         waiting, self.stopped = self.stopped or [], None
         loop = asyncio.get_running_loop()
-        for guarded, args, context in waiting:
-            handle = guarded.handle
-            if handle is None or not handle.cancelled():
-                loop.call_soon(guarded, *args, context=context)
+        for guarded, args in waiting:
+            handle: Any = guarded.handle
+            if not handle.cancelled():
+                # In the very same context: who has set something there takes it back there.
+                loop.call_soon(guarded, *args, context=handle._context)
 
     def pool(self, name: str, threads: int) -> ThreadPoolExecutor:
         """Return the pool of that name."""
@@ -141,7 +142,7 @@ class _Guarded:
         if not self.host.alive:
             return
         if self.host.stopped is not None:
-            self.host.stopped.append((self, args, contextvars.copy_context()))
+            self.host.stopped.append((self, args))
             return
         self.callback(*args)
 
@@ -219,7 +220,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def call_soon(self, callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:
         guarded = _guard(callback, context)
         handle = super().call_soon(guarded, *args, context=context)
-        if guarded is not callback:
+        if isinstance(guarded, _Guarded):
             guarded.handle = handle
         return handle
 

@@ -24,6 +24,7 @@ from benchmarks.world.disk import Disk
 from benchmarks.world.faults import Fault, inject, plan
 from benchmarks.world.jobs import Job
 from benchmarks.world.machine import VirtualLoop, real_time, take_chance
+from benchmarks.world.scale import scale
 from dask_gpurt.memory import files
 
 __all__ = ["Outcome", "simulate"]
@@ -56,6 +57,7 @@ class _Life:
 
     def __init__(self, seed: int, jobs: Sequence[Job], loop: VirtualLoop, folder: Path) -> None:
         drawn = random.Random(f"life-{seed}")
+        scale(drawn)
         self.loop = loop
         memory_nbytes = drawn.choice([100_000, 200_000, 400_000, 2**24])
         self.world = World(
@@ -181,7 +183,12 @@ def simulate(
     try:
         loop.run_until_complete(life.live())
     except Exception as error:  # noqa: BLE001  whatever it is, it is what the seed has found
-        outcome.broken = f"{type(error).__name__}: {error}"
+        causes = []
+        cause: BaseException | None = error
+        while cause is not None:
+            causes.append(f"{type(cause).__name__}: {cause}")
+            cause = cause.__cause__ or cause.__context__
+        outcome.broken = "\nbecause of ".join(causes)
     finally:
         tell(None)
         shutil.rmtree(folder, ignore_errors=True)
