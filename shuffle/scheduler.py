@@ -22,6 +22,10 @@ Theory of operation, of a barrier that ends a run which is not its own
     With stock, A's barrier of run 1 lasts for as long as the scheduler tries to reach the lost worker, so there is half a
     minute for this. Therefore a shuffle whose barrier is asked for though it has no run is restarted, as Dask does where a
     worker's loss ends a run.
+
+    It is asked for without a run, too, when all transfers have ended just before their workers heard of the end of the run, and
+    were asked for them again before they had noted that: Dask takes the old results for the new ones, and nobody has begun a
+    run. With many inputs that does not happen, but a shuffle may have one. (Found by simulation.)
 """
 
 from __future__ import annotations

@@ -12,8 +12,11 @@ import dataclasses
 import importlib
 import json
 import os
+import select
+import signal
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +60,21 @@ def _fork(seed: int, run: Any) -> tuple[int, int]:
     os._exit(0)
 
 
-def _gather(seeds: range, processes: int, run: Any) -> Any:
+def _gather(seeds: range, processes: int, run: Any) -> Iterator[tuple[int, Any]]:
     """Run all seeds, so many at a time, and yield what came of them."""
-    import select
-
     waiting = iter(seeds)
     running: dict[int, tuple[int, int, bytes]] = {}
+    try:
+        yield from _outcomes(waiting, processes, run, running)
+    finally:
+        for _, child, _ in running.values():
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+def _outcomes(
+    waiting: Iterator[int], processes: int, run: Any, running: dict[int, tuple[int, int, bytes]]
+) -> Iterator[tuple[int, Any]]:
     while True:
         while len(running) < processes and (seed := next(waiting, None)) is not None:
             child, reading = _fork(seed, run)

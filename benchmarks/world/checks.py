@@ -85,11 +85,15 @@ class Books:
         if limit is None or ledger.held(Tier.HOST) <= limit or self._world.hosts[name].stopped is not None:
             self._over.pop(memory, None)
             return
+        disk_limit = ledger.limit(Tier.DISK)
+        room = float("inf") if disk_limit is None else disk_limit - ledger.used(Tier.DISK)
         could_leave = (
             not spiller.busy
             and not spiller.blocked
             and any(
-                block.state in (State.RESIDENT, State.CLEAN) and not block.pins and not block.unwritable
+                (block.state is State.CLEAN or (block.state is State.RESIDENT and block.nbytes < room / 2))
+                and not block.pins
+                and not block.unwritable
                 for block in spiller.blocks.values()
                 if block.buffer_nbytes and ledger.holders(Tier.HOST, block.buffer) == 1
             )

@@ -189,6 +189,9 @@ def simulate(
             causes.append(f"{type(cause).__name__}: {cause}")
             cause = cause.__cause__ or cause.__context__
         outcome.broken = "\nbecause of ".join(causes)
+        if life.world.scheduler is not None:
+            erred = [ts for ts in life.world.scheduler.tasks.values() if ts.state == "erred"]
+            life.world.story += [str(line) for ts in erred[:1] for line in life.world.scheduler.story(ts.exception_blame)]
     finally:
         tell(None)
         shutil.rmtree(folder, ignore_errors=True)
