@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# Minutes of `make fuzz`.
+# Minutes of `make fuzz`, seeds of `make sim`.
 FUZZ_MINUTES ?= 10
+SEEDS ?= 500
 # Minutes of each module of `make chaos`.
 CHAOS_MINUTES ?= 20
 
-.PHONY: setup demo test check format bench fuzz chaos gpu-bench gpu-test clean
+.PHONY: setup demo test check format bench fuzz sim chaos gpu-bench gpu-test clean
 
 setup: $(STAMP)
 
@@ -79,6 +80,10 @@ gpu-test: $(GPU_STAMP)
 
 fuzz: setup
 	$(BIN)/python -m pytest -p no:cacheprovider tests/property/test_fuzz.py --fuzz-minutes=$(FUZZ_MINUTES)
+
+# Faults on simulated processes: seeds 0 to SEEDS, about one a second and core.
+sim: setup
+	$(BIN)/python -m benchmarks.world --seeds $(SEEDS)
 
 # Faults on real processes, all cases, so many minutes a module at most.
 chaos: setup

@@ -190,10 +190,6 @@ SHUFFLE: tuple[Seam, ...] = (
 #: Names the tiered store uses.
 MEMORY: tuple[Seam, ...] = (
     Seam("scheduler", "distributed.scheduler:Scheduler.worker_send", ("worker", "msg")),
-    Seam("scheduler", "distributed.scheduler:Scheduler.release_worker_data", ("key", "worker", "stimulus_id")),
-    Seam("scheduler", "distributed.scheduler:Scheduler.remove_replica", ("ts", "ws")),
-    Seam("scheduler", "distributed.scheduler:Scheduler.transitions", ("recommendations", "stimulus_id")),
-    Seam("scheduler", ".stream_handlers"),
     Seam("scheduler", "distributed.scheduler:TaskState.who_wants"),
     Seam("scheduler", "distributed.scheduler:TaskState.waiters"),
     Seam("scheduler", "distributed.scheduler:TaskState.processing_on"),
@@ -580,41 +576,10 @@ def ahead(worker: Any) -> tuple[Any, list[Any], int]:
 def is_pure_data(worker: Any, key: Any) -> bool:
     """Whether nobody seems to know how to make ``key`` again: it was scattered, and no other worker has it.
 
-    Of a key that has come from a peer the same may be seen, once that peer has left: see :func:`is_arriving`.
+    Of a key that has come from a peer the same is seen, once that peer has left: only the scheduler knows.
     """
     task = worker.state.tasks.get(key)
     return task is not None and task.run_spec is None and not task.who_has
-
-
-def is_arriving(worker: Any, key: Any) -> bool:
-    """Whether ``worker`` is about to hold a value of ``key`` that it has fetched from a peer."""
-    task = worker.state.tasks.get(key)
-    return task is not None and task.state in ("flight", "resumed", "cancelled") and task.run_spec is None
-
-
-def forget_lost_data(scheduler: Any) -> Callable[[], None]:
-    """Have data that cannot be made again be forgotten when the last worker that had it says that it has it no more.
-
-    As when that worker leaves: who wants it is told. Dask takes the message for that of a task, and tries to run what nobody
-    knows how to run, for ever. Returns how to undo it.
-    """
-    handlers = scheduler.stream_handlers
-    stock = handlers["release-worker-data"]
-
-    def release(key: Any, worker: str, stimulus_id: str, **kwargs: Any) -> None:
-        task, state = scheduler.tasks.get(key), scheduler.workers.get(worker)
-        if task is None or task.run_spec is not None or state is None or task.who_has != {state}:
-            stock(key=key, worker=worker, stimulus_id=stimulus_id, **kwargs)
-            return
-        scheduler.remove_replica(task, state)
-        scheduler.transitions({key: "forgotten"}, stimulus_id)
-
-    def restore() -> None:
-        if handlers.get("release-worker-data") is release:
-            handlers["release-worker-data"] = stock
-
-    handlers["release-worker-data"] = release
-    return restore
 
 
 def forget_replica(worker: Any, key: Any, stimulus_id: str) -> None:

@@ -26,8 +26,8 @@ KINDS = {
     "loss": 2,
     "slow": 2,
     "full": 2,
-    "error": 2,
-    "flip": 2,
+    "error": 4,
+    "flip": 4,
     "drag": 1,
 }
 

@@ -7,6 +7,7 @@ Does not cover: many seeds; see :mod:`benchmarks.world.__main__`.
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import random
 import shutil
@@ -59,7 +60,7 @@ class _Life:
         drawn = random.Random(f"life-{seed}")
         scale(drawn)
         self.loop = loop
-        memory_nbytes = drawn.choice([100_000, 200_000, 400_000, 2**24])
+        memory_nbytes = drawn.choice([60_000, 100_000, 200_000, 2**24])
         self.world = World(
             loop,
             seed,
@@ -69,7 +70,7 @@ class _Life:
             gpurt={
                 "shuffle.transport": "dask",
                 "shuffle.send-limit": drawn.choice([2_000, 50_000, 2**20]),
-                "memory.disk-limit": drawn.choice([None, None, 500_000]),
+                "memory.disk-limit": drawn.choice([None, None, 150_000]),
                 "memory.encryption": drawn.random() < 0.1,
             },
             validate=drawn.random() < 0.2,
@@ -105,6 +106,8 @@ class _Life:
             # What was there before the last faults has to be there after them, or there again.
             await self._within(world.on("client", self._judge("again")), PATIENCE_S, nurses)
             self._futures.clear()
+            # Nobody else does it here, and what was raised on the way refers to them.
+            gc.collect()
             await self._come_to_rest()
             for nurse in nurses:
                 nurse.cancel()
