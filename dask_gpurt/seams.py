@@ -870,10 +870,9 @@ def restart_shuffle(scheduler: Any, shuffle_id: str, run_id: int) -> bool:
 
 
 def hear_ended_runs(plugin: Any, hear: Callable[[str], None]) -> Callable[[], None]:
-    """Tell ``hear`` of each shuffle whose run ends because its barrier is taken from the worker that does it, or whose barrier
-    is asked for though it has no run.
+    """Tell ``hear`` of each shuffle whose run ends because its barrier is taken from the worker that does it.
 
-    Returns how to undo it.
+    And of each whose barrier is asked for though it has no run. Returns how to undo it.
     """
     from distributed.shuffle._core import id_from_key
 

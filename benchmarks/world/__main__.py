@@ -98,7 +98,11 @@ def main() -> int:
     arguments = _arguments()
     if os.environ.get("PYTHONHASHSEED") != "0":
         # Dask goes through sets in the order of hashes.
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.world", *sys.argv[1:]], {**os.environ, "PYTHONHASHSEED": "0"})
+        os.execve(  # noqa: S606
+            sys.executable,
+            [sys.executable, "-m", "benchmarks.world", *sys.argv[1:]],
+            {**os.environ, "PYTHONHASHSEED": "0"},
+        )
     worlds: list[VirtualLoop] = []
     # Before anything is imported that takes functions of these modules for its own.
     take_time(lambda: worlds[0].read() if worlds else 0.0)
@@ -135,7 +139,15 @@ def main() -> int:
     # What is loaded late is loaded once.
     for _, names in _gather(range(1), 1, loaded):
         for name in names or ():
-            if name.partition(".")[0] in ("dask", "distributed", "dask_gpurt", "pandas", "pyarrow", "numba", "cryptography"):
+            if name.partition(".")[0] in (
+                "dask",
+                "distributed",
+                "dask_gpurt",
+                "pandas",
+                "pyarrow",
+                "numba",
+                "cryptography",
+            ):
                 with contextlib.suppress(ImportError):
                     importlib.import_module(name)
 

@@ -156,7 +156,9 @@ class World:
     async def _begin_client(self) -> None:
         self.client = await Client(f"sim://{SCHEDULER}", asynchronous=True, set_as_default=False)
         if self.gpurt is not None:
-            await dask_gpurt.install(self.client, config=self.gpurt)
+            # A client in a coroutine answers with something to wait for.
+            installing: Any = dask_gpurt.install(self.client, config=self.gpurt)
+            await installing
 
     def kill(self, name: str, *, silently: bool = False) -> None:
         """End a worker as SIGKILL does; silently: as a machine that loses its power, which ends no connection."""

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import dask
 import dask.array as da
 import dask.dataframe as dd
 import numpy as np
 import pandas as pd
+from dask.base import optimize
 
 __all__ = ["Job", "make_jobs"]
 
@@ -54,7 +54,7 @@ def _frame(rows: int, seed: int) -> pd.DataFrame:
 
 
 def _job(name: str, collection: Any, judge: Callable[[Sequence[Any]], None]) -> Job:
-    optimized = collection.optimize() if isinstance(collection, dd.DataFrame) else dask.optimize(collection)[0]
+    optimized = collection.optimize() if isinstance(collection, dd.DataFrame) else optimize(collection)[0]
     return Job(name, dict(optimized.__dask_graph__()), list(_flat(optimized.__dask_keys__())), judge)
 
 

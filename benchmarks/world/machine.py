@@ -70,7 +70,7 @@ class Host:
         Draws how long its threads take.
     """
 
-    def __init__(self, name: str, random: random.Random) -> None:  # noqa: A002
+    def __init__(self, name: str, random: random.Random) -> None:
         self.name = name
         self.random = random
         self.alive = True
@@ -214,20 +214,22 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._turns = 0
         self.now += timeout
 
-    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:
+    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]
         return super().run_in_executor(executor or _DEFAULT_POOL, func, *args)
 
-    def call_soon(self, callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:
+    def call_soon(self, callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:  # type: ignore[override]
         guarded = _guard(callback, context)
         handle = super().call_soon(guarded, *args, context=context)
         if isinstance(guarded, _Guarded):
             guarded.handle = handle
         return handle
 
-    def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:
+    def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:  # type: ignore[override]
         return self.call_soon(callback, *args, context=context)
 
-    def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> asyncio.TimerHandle:
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Any, *args: Any, context: Any = None
+    ) -> asyncio.TimerHandle:
         guarded = _guard(callback, context)
         handle = super().call_at(when, guarded, *args, context=context)
         if guarded is not callback:

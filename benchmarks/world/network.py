@@ -94,7 +94,14 @@ class _SimComm(Comm):
     """One end of a connection."""
 
     def __init__(
-        self, local: str, peer: str, reading: _Way, writing: _Way, connection: _Connection, deserialize: bool
+        self,
+        local: str,
+        peer: str,
+        reading: _Way,
+        writing: _Way,
+        *,
+        connection: _Connection,
+        deserialize: bool,
     ) -> None:
         super().__init__(deserialize=deserialize)
         self._local_addr = f"sim://{local}"
@@ -276,7 +283,9 @@ class Network:
     def returned(self, name: str) -> None:
         """Let a host be there again: it knows nothing of the connections of the one before it."""
         self._silent.discard(name)
-        for connection in [each for each in self.connections if any(h.name == name and not h.alive for h in each.hosts)]:
+        for connection in [
+            each for each in self.connections if any(h.name == name and not h.alive for h in each.hosts)
+        ]:
             connection.cut()
 
     def silent(self, address: str) -> bool:
@@ -297,7 +306,7 @@ class _SimListener(BaseListener):
         host, _, port = address.partition(":")
         self.address = f"{host}:{int(port or 0) or network.port()}"
         self._handle = handle
-        self._deserialize = deserialize
+        self.deserialize = deserialize
         self.host = _own_host()
         self._context: contextvars.Context | None = None
 
@@ -359,8 +368,10 @@ class _SimConnector(Connector):
         connection = _Connection(network, source, listener.host)
         there, back = connection.ways
         local = f"{source.name}:{network.port()}"
-        listener.accept(_SimComm(listener.address, local, there, back, connection, listener._deserialize))
-        return _SimComm(local, address, back, there, connection, deserialize)
+        listener.accept(
+            _SimComm(listener.address, local, there, back, connection=connection, deserialize=listener.deserialize)
+        )
+        return _SimComm(local, address, back, there, connection=connection, deserialize=deserialize)
 
 
 class _SimBackend(Backend):

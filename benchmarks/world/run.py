@@ -36,6 +36,10 @@ PATIENCE_S = 400.0
 REST_S = 120.0
 
 
+#: Files need not survive.
+SHARED = Path("/dev/shm")  # noqa: S108
+
+
 @dataclass
 class Outcome:
     """What came of a seed."""
@@ -91,8 +95,9 @@ class _Life:
     async def live(self) -> None:
         """Live."""
         world = self.world
-        real_os, patched = files.os, files
-        patched.os = self.disk  # type: ignore[assignment]
+        patched: Any = files
+        real_os = patched.os
+        patched.os = self.disk
         try:
             await world.begin()
             world.tell(f"{len(world.names)} workers of {world.memory_nbytes} bytes, {world.gpurt}")
@@ -177,7 +182,7 @@ def simulate(
     random.seed(drawn.random())
     np.random.seed(drawn.getrandbits(32))  # noqa: NPY002  Dask draws from it
     loop = VirtualLoop()
-    folder = Path(tempfile.mkdtemp(prefix="gpurt-world-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    folder = Path(tempfile.mkdtemp(prefix="gpurt-world-", dir=SHARED if SHARED.is_dir() else None))
     take(loop)
     tell(loop)
     take_chance(drawn)
@@ -194,7 +199,9 @@ def simulate(
         outcome.broken = "\nbecause of ".join(causes)
         if life.world.scheduler is not None:
             erred = [ts for ts in life.world.scheduler.tasks.values() if ts.state == "erred"]
-            life.world.story += [str(line) for ts in erred[:1] for line in life.world.scheduler.story(ts.exception_blame)]
+            life.world.story += [
+                str(line) for ts in erred[:1] for line in life.world.scheduler.story(ts.exception_blame)
+            ]
     finally:
         tell(None)
         shutil.rmtree(folder, ignore_errors=True)
