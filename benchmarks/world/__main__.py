@@ -105,7 +105,7 @@ def main() -> int:
         )
     worlds: list[VirtualLoop] = []
     # Before anything is imported that takes functions of these modules for its own.
-    take_time(lambda: worlds[0].read() if worlds else 0.0)
+    take_time(lambda: worlds[0].read() if worlds else 0.0, lambda: worlds[0].now if worlds else 0.0)
     tell = take_threads()
 
     import logging

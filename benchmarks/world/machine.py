@@ -23,12 +23,14 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import os
 import queue
 import random
 import selectors
 import threading
 import time
+import types
 import uuid
 from _thread import allocate_lock
 from collections.abc import Callable
@@ -247,8 +249,16 @@ def _guard(callback: Any, context: contextvars.Context | None) -> Any:
     return callback if host is None else _Guarded(host, callback)
 
 
-def take_time(now: Callable[[], float]) -> None:
-    """Let the module ``time`` show another clock. What has taken its functions before goes on with the real one."""
+def take_time(now: Callable[[], float], shown: Callable[[], float]) -> None:
+    """Let the module ``time`` show another clock. What has taken its functions before goes on with the real one.
+
+    Whoever reads it asks ``now``; logs, which may be on or off, ask ``shown``.
+    """
+    for_logs: Any = types.ModuleType("time")
+    vars(for_logs).update(vars(time))
+    for_logs.time = lambda: EPOCH_S + shown()
+    patched: Any = logging
+    patched.time = for_logs
     for name in ("time", "monotonic", "perf_counter", "process_time", "thread_time"):
         begin = EPOCH_S if name == "time" else 1000.0
         setattr(time, name, lambda begin=begin: begin + now())

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import hashlib
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -74,6 +75,7 @@ class _Way:
         when, message = self.flying.popleft()
         del when
         self._network.delivered += 1
+        self._network.digest.update(f"{loop.now:.9f} {self.source.name} {self.target.name}".encode())
         self.put(message)
         if self.flying:
             self._await_arrival()
@@ -229,6 +231,8 @@ class Network:
         self.loss = 0.0
         self.resend_s = 0.2
         self.delivered = 0
+        #: Of all that was delivered, from whom to whom, and when.
+        self.digest = hashlib.sha256()
         backends["sim"] = _SimBackend(self)
 
     def latency_s(self) -> float:

@@ -17,9 +17,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-#: So many run always.
-SEEDS = 40
-
 #: Bugs that are planted (:mod:`benchmarks.world.planted`), which cannot be imported here: it is for a process of its own.
 PLANTED = {
     "lost-message": "is wrong",
@@ -57,12 +54,13 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_nothing_is_lost_nor_wrong_nor_left_behind() -> None:
-    _, outcomes = world("--seeds", SEEDS)
-    assert len(outcomes) == SEEDS
+def test_nothing_is_lost_nor_wrong_nor_left_behind(pytestconfig: pytest.Config) -> None:
+    seeds = 2 * pytestconfig.getoption("--seeds")
+    _, outcomes = world("--seeds", seeds)
+    assert len(outcomes) == seeds
     assert len({kind for outcome in outcomes for kind in outcome["faults"]}) >= 8
-    assert sum(outcome["counts"]["deaths"] for outcome in outcomes) > SEEDS / 4
-    assert sum(outcome["counts"]["looks"] for outcome in outcomes) > 1000 * SEEDS
+    assert sum(outcome["counts"]["deaths"] for outcome in outcomes) > seeds / 4
+    assert sum(outcome["counts"]["looks"] for outcome in outcomes) > 1000 * seeds
 
 
 def test_a_seed_replays_exactly() -> None:
