@@ -29,6 +29,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.exhaustive
 def test_random_jobs_while_faults_happen(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(command, "plan", lambda seed: iter(FAULTS * 100))
     monkeypatch.setattr(command, "EPOCHS", 1)
