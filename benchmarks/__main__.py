@@ -32,6 +32,7 @@ FRAME = (
     "tables",
     "tpch_large",
     "tpch_queries",
+    "world",
 )
 
 

@@ -199,6 +199,6 @@ def shape_of(nbytes: int) -> Shape:
     Examples
     --------
     >>> shape_of(2**20).grid, shape_of(2**31).side == SIDE
-    (6, True)
+    (7, True)
     """
     return Shape.larger_than(nbytes, side=max(8, min(SIDE, int((nbytes / 8 / 36) ** 0.5))))

@@ -149,7 +149,7 @@ def differences(answer: pd.DataFrame, rows: int, repeats: int) -> list[str]:
     --------
     >>> parts = [judged(table(part, which="left", rows=2, keys=4), 1) for part in (0, 1)]
     >>> differences(pd.concat(parts), 4, 1), differences(parts[0], 4, 1)
-    ([], ['there are 2 rows, expected 4', 'the checksum is 8, expected 10'])
+    ([], ['there are 2 rows, expected 4', 'the checksum is 5, expected 10'])
     """
     sums = answer.sum()
     keys = rows // repeats

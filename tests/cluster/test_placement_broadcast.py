@@ -77,7 +77,8 @@ def test_nobody_waits_long_for_a_peer_that_takes_long(near: LocalCluster, monkey
         expected = float(make()[::1000].sum())
         assert client.gather(totals) == [expected * i for i in range(1, WORKERS)]
         served = [worker.extensions["gpurt"].serving for worker in near.workers.values()]
-        assert sum(serving.impatient for serving in served) == sum(serving.waited for serving in served) > 0
+        # In the moment in which a request's patience ends, its turn may come.
+        assert 0 < sum(serving.impatient for serving in served) <= sum(serving.waited for serving in served)
 
 
 def test_requests_that_wait_are_answered_when_it_is_uninstalled(near: LocalCluster) -> None:
