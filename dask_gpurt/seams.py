@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dask_gpurt.errors import SeamError
 from dask_gpurt.handlers import weak
 
-__all__ = ["DEMO", "MEMORY", "PLACEMENT", "SEAMS", "SHUFFLE", "SUPPORTED", "Seam", "broken"]
+__all__ = ["DEMO", "MEMORY", "PLACEMENT", "SEAMS", "SHUFFLE", "SUPPORTED", "Seam", "broken", "lacking"]
 
 #: Dask and distributed versions that the seams were tried with: lowest (included), highest (excluded).
 SUPPORTED = ("2026.7.1", "2026.9")
@@ -73,6 +73,18 @@ class Seam:
         present = tuple(name for name in inspect.signature(found).parameters if name != "self")
         if present != self.parameters:
             return f"{self.path}: takes {present}, expected {self.parameters}"
+        return None
+
+    def lacks(self) -> str | None:
+        """Name the library that Dask itself wants here and does not find; None: there is none."""
+        module, _, _ = self.path.rpartition(":")
+        try:
+            importlib.import_module(module or "dask")
+        except ImportError as error:
+            # Dask raises one of its own, which says how to install it, from that of Python.
+            cause = error if error.name else error.__cause__ or error.__context__
+            library = (getattr(cause, "name", None) or "").partition(".")[0]
+            return library if library not in ("", "dask", "distributed") else None
         return None
 
 
@@ -262,6 +274,11 @@ SEAMS: dict[str, tuple[Seam, ...]] = {
 def broken(part: str, side: Side, server: object | None = None) -> list[str]:
     """Say what is wrong with the seams of ``part`` on ``side``; an empty list means that it can be installed."""
     return [problem for seam in _of(part, side) if (problem := seam.problem(server)) is not None]
+
+
+def lacking(part: str, side: Side) -> list[str]:
+    """Name the libraries that ``part`` needs on ``side`` because Dask does, and that are not installed."""
+    return sorted({library for seam in _of(part, side) if (library := seam.lacks()) is not None})
 
 
 def _of(part: str, side: Side) -> Iterator[Seam]:

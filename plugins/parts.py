@@ -58,6 +58,8 @@ class Parts:
         """Say why ``part`` is not even tried; None: it is."""
         if not self._settings.enabled(part):
             return LEFT_OUT
+        if libraries := seams.lacking(part, self._side):
+            return f"not installed: {', '.join(libraries)}"
         problems = seams.broken(part, self._side, self._server)
         return "Dask has changed: " + "; ".join(problems) if problems else None
 

@@ -204,6 +204,8 @@ def _remedy_of_part(reason: str) -> str:
     if "Dask has changed" in reason:
         lowest, highest = seams.SUPPORTED
         return f"pip install 'dask>={lowest},<{highest}' 'distributed>={lowest},<{highest}'"
+    if "not installed: " in reason:
+        return "pip install 'dask-gpurt[dataframe]'"
     if "JIT unspilling" in reason:
         return "start the workers without jit_unspill (--disable-jit-unspill)"
     return "start the workers without data=…" if "was chosen for the data" in reason else ""

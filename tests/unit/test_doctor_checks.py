@@ -121,6 +121,7 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     (without("pandas"), "note", "pandas not installed", "dask-gpurt[dataframe]"),
     (without("numba"), "note", "numba not installed", "dask-gpurt[dataframe]"),
     (status("Dask has changed: there is no 'x'"), "broken", "memory would be left stock", "pip install 'dask>="),
+    (status("not installed: pandas"), "broken", "would be left stock: not installed: pandas", "dask-gpurt[dataframe]"),
     (status("dask-cuda's JIT unspilling is on"), "broken", "would be left stock", "--disable-jit-unspill"),
     (status("a Thing was chosen for the data of this worker"), "broken", "a Thing", "without data=…"),
     (status("left out"), "note", "left out by the configuration", ""),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -13,6 +14,8 @@ from distributed import Scheduler, Worker
 
 import dask_gpurt
 from dask_gpurt import seams
+from dask_gpurt.config import Settings
+from dask_gpurt.plugins.parts import Parts
 
 ROOT = pathlib.Path(dask_gpurt.__file__).parent
 SOURCES = sorted(
@@ -123,3 +126,18 @@ def test_removed_workers_are_heard_of_by_all_and_the_last_to_go_puts_stock_back(
     second()
     second()
     assert server.stream_handlers["remove-worker"] is stock
+
+
+def test_a_library_that_dask_does_not_find_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = seams.Seam("worker", "dask.dataframe.multi:merge_chunk")
+    assert wanted.lacks() is None
+    assert seams.Seam("worker", "distributed.no_such:Thing").lacks() is None
+    monkeypatch.setattr(seams, "SEAMS", {"shuffle": (wanted,)})
+    assert seams.lacking("shuffle", "worker") == []
+    for name in [
+        name for name in sys.modules if name.partition(".")[0] == "pandas" or name.startswith("dask.dataframe")
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    assert seams.lacking("shuffle", "worker") == ["pandas"]
+    assert Parts("worker", object(), Settings.load({})).refusal("shuffle") == "not installed: pandas"
