@@ -19,11 +19,12 @@ import json
 import os
 import random
 import select
+import shutil
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -46,16 +47,15 @@ def _ip(*arguments: str) -> None:
 
 @functools.cache
 def unavailable() -> str:
-    """Ask the system whether namespaces and their interfaces can be made; say why not, or nothing."""
+    """Ask the system whether it lets this process make namespaces and interfaces; say why not, or nothing."""
+    if shutil.which("ip") is None:
+        return "there is no program ip"
     try:
-        with Wire():
-            return ""
-    except FileNotFoundError as error:
-        return f"there is no {error.filename}"
-    except subprocess.CalledProcessError as error:
-        return f"{' '.join(error.cmd)}: {error.stderr.strip()}"
+        os.close(os.open("/dev/net/tun", os.O_RDWR))
     except OSError as error:
-        return f"no interface can be made: {error}"
+        return f"/dev/net/tun: {error.strerror}"
+    unshared = subprocess.run(["unshare", "--net", "true"], check=False, capture_output=True, text=True)
+    return unshared.stderr.strip() if unshared.returncode else ""
 
 
 class Wire:
@@ -103,6 +103,10 @@ class Wire:
     def _end_cable(self) -> None:
         self._cable.communicate()
 
+    def carry(self, nbytes: int) -> None:
+        """Wait until so many bytes more have come to the cable."""
+        self._tell({"carry_nbytes": nbytes}, patience_s=60)
+
     def set(
         self, *, delay_s: float = 0.0, loss: float = 0.0, rate_nbytes: float | None = None, cut: bool = False
     ) -> None:
@@ -119,12 +123,16 @@ class Wire:
         cut
             Nothing gets through.
         """
-        settings = {"delay_s": delay_s, "loss": 1.0 if cut else loss, "rate_nbytes": rate_nbytes}
+        self._tell({"delay_s": delay_s, "loss": 1.0 if cut else loss, "rate_nbytes": rate_nbytes}, patience_s=10)
+
+    def _tell(self, message: dict[str, float | None], patience_s: float) -> None:
         assert self._cable.stdin is not None
         assert self._cable.stdout is not None
-        self._cable.stdin.write(json.dumps(settings) + "\n")
+        self._cable.stdin.write(json.dumps(message) + "\n")
         self._cable.stdin.flush()
-        assert self._cable.stdout.readline() == "set\n"
+        ready, _, _ = select.select([self._cable.stdout], [], [], patience_s)
+        assert ready, f"the cable has not done {message} in {patience_s} s"
+        assert self._cable.stdout.readline() == "done\n"
 
 
 class _Direction:
@@ -137,6 +145,8 @@ class _Direction:
         #: When the last packet has left, if there is a rate.
         self._free_s = 0.0
         self._waiting_nbytes = 0
+        #: What has come, lost or not.
+        self.taken_nbytes = 0
         self._number = itertools.count()
         #: (when it arrives, which it is, the packet).
         self._under_way: list[tuple[float, int, bytes]] = []
@@ -147,6 +157,7 @@ class _Direction:
 
     def take(self, now_s: float, delay_s: float, loss: float, rate_nbytes: float | None) -> None:
         for packet in _packets(self.source):
+            self.taken_nbytes += len(packet)
             if self._rng.random() < loss or self._waiting_nbytes + len(packet) > _QUEUE_NBYTES:
                 continue
             self._free_s = max(now_s, self._free_s) + (len(packet) / rate_nbytes if rate_nbytes else 0.0)
@@ -177,23 +188,36 @@ def _pass_on(near: int, far: int) -> None:
     for descriptor in (*directions, control):
         poll.register(descriptor, select.POLLIN)
     heard = b""
+    # What has come when somebody who waits for it is to be told.
+    wanted_nbytes: float | None = None
     while True:
         due_s = min(direction.due_s for direction in directions.values())
         wait_ms = None if due_s == float("inf") else max(0.0, due_s - time.monotonic()) * 1000
         ready = {descriptor for descriptor, _ in poll.poll(wait_ms)}
         if control in ready:
-            said = os.read(control, 4096)
-            if not said:
+            found = os.read(control, 4096)
+            if not found:
                 return
-            *lines, heard = (heard + said).split(b"\n")
+            *lines, heard = (heard + found).split(b"\n")
             for line in lines:
-                settings = json.loads(line)
-                os.write(sys.stdout.fileno(), b"set\n")
+                said = json.loads(line)
+                if "carry_nbytes" in said:
+                    wanted_nbytes = said["carry_nbytes"] + _taken(directions.values())
+                else:
+                    settings = said
+                    os.write(sys.stdout.fileno(), b"done\n")
         now_s = time.monotonic()
         for end, direction in directions.items():
             if end in ready:
                 direction.take(now_s, **settings)  # type: ignore[arg-type]
             direction.give(now_s)
+        if wanted_nbytes is not None and _taken(directions.values()) >= wanted_nbytes:
+            wanted_nbytes = None
+            os.write(sys.stdout.fileno(), b"done\n")
+
+
+def _taken(directions: Iterable[_Direction]) -> int:
+    return sum(direction.taken_nbytes for direction in directions)
 
 
 if __name__ == "__main__":

@@ -226,6 +226,7 @@ def test_a_worker_stands_still_for_a_minute(client: Client, work: str, still_s: 
     next(as_completed(futures, timeout=DEADLINE_S))
     os.kill(victim, signal.SIGSTOP)
     try:
+        # So long is the fault.
         time.sleep(still_s)
     finally:
         os.kill(victim, signal.SIGCONT)

@@ -22,16 +22,16 @@ import pytest
 import wire
 from wire import Wire
 
-pytestmark = [
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(bool(wire.unavailable()), reason=wire.unavailable() or "the system lets it"),
-]
+pytestmark = pytest.mark.timeout(600)
 
 #: UCX would find that both namespaces are one machine, and go by its memory.
 UCX_BY_THE_CABLE = {"UCX_TLS": "tcp,self", "UCX_LOG_LEVEL": "fatal"}
 
 BAD: list[dict[str, Any]] = [{"delay_s": 0.2}, {"loss": 0.05}, {"rate_nbytes": 1e6}]
 AWFUL: dict[str, Any] = {"delay_s": 0.05, "loss": 0.02, "rate_nbytes": 5e6}
+
+#: What each work sends is ten times as much.
+UNDER_WAY_NBYTES = 300_000
 
 #: Beside the time that the cable is cut: Dask closes a connection 30 seconds after it went dead, tries for as long to open
 #: another, and a nanny starts a worker anew.
@@ -104,6 +104,8 @@ def site(folder: Path, transport: str) -> Iterator[Site]:
 
 @pytest.fixture(params=["dask", "auto"])
 def transport(request: pytest.FixtureRequest) -> str:
+    if reason := wire.unavailable():
+        pytest.skip(reason)
     if request.config.getoption("--stock"):
         return "stock"
     if request.param == "auto" and importlib.util.find_spec("ucxx") is None:
@@ -116,8 +118,9 @@ def cut_within(cluster: Site, work: str, cut_s: float) -> None:
     """Cut the cable while the work is under way, which it is for seconds: it is slow."""
     cluster.cable.set(rate_nbytes=2e6)
     cluster.begin(work)
-    time.sleep(0.5)
+    cluster.cable.carry(UNDER_WAY_NBYTES)
     cluster.cable.set(cut=True)
+    # So long is the fault.
     time.sleep(cut_s)
     cluster.cable.set()
     cluster.right(cut_s + LIMIT_S)
@@ -166,7 +169,7 @@ def test_a_cable_is_cut_until_the_work_is_done_without_it(tmp_path: Path, transp
     with site(tmp_path, transport) as cluster:
         cluster.cable.set(rate_nbytes=2e6)
         cluster.begin(work)
-        time.sleep(0.5)
+        cluster.cable.carry(UNDER_WAY_NBYTES)
         cluster.cable.set(cut=True)
         cluster.right()
         cluster.cable.set()
