@@ -333,6 +333,8 @@ def test_a_leaf_fails_and_is_retried() -> None:
 def test_an_error_of_a_leaf_reaches_the_client() -> None:
     async def test(built: House) -> None:
         def fail() -> None:
+            # The others wait in the scheduler until then: an error forgets them.
+            assert GATES["gate"].wait(30)
             raise ValueError("no")
 
         leaves = [delayed(fail)(), *(delayed(leaf)(i) for i in range(20))]
