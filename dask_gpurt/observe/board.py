@@ -17,16 +17,15 @@ Pure: no I/O, no clock, no Dask, no Bokeh.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dask_gpurt.observe.reports import RunReport, WorkerReport
+from dask_gpurt.observe.reports import Run, WorkerReport, natural
 
 if TYPE_CHECKING:
     from dask_gpurt.observe.journal import ShuffleRun
@@ -39,10 +38,8 @@ __all__ = [
     "Board",
     "ClusterReport",
     "Placing",
-    "Run",
     "WorkerState",
     "counts",
-    "natural",
     "push",
     "thinned",
 ]
@@ -99,42 +96,6 @@ class ClusterReport:
     waiting: int = 0
     #: Latest first.
     latest: Sequence[Placing] = ()
-
-
-@dataclass
-class Run:
-    """One run of a shuffle, over all workers."""
-
-    shuffle_id: str
-    run_id: int
-    #: Phase to workers in it.
-    phases: Counter[str] = field(default_factory=Counter)
-    #: Names of the workers that have reported it as stuck.
-    stuck: list[str] = field(default_factory=list)
-    inputs: int = 0
-    outputs: int = 0
-    own_outputs: int = 0
-    sent_nbytes: int = 0
-    outbox_nbytes: int = 0
-    received_nbytes: int = 0
-    unanswered: int = 0
-    unanswered_s: float = 0.0
-    credits_wanted: int = 0
-
-    def add(self, worker: str, part: RunReport) -> None:
-        """Count in what a worker says."""
-        self.phases[part.phase] += 1
-        if part.stuck:
-            self.stuck.append(worker)
-        self.inputs += part.inputs
-        self.outputs += part.outputs
-        self.own_outputs += part.own_outputs
-        self.sent_nbytes += part.sent_nbytes
-        self.outbox_nbytes += part.outbox_nbytes
-        self.received_nbytes += part.received_nbytes
-        self.unanswered += part.unanswered
-        self.unanswered_s = max(self.unanswered_s, part.unanswered_s)
-        self.credits_wanted += part.credits_wanted
 
 
 class _Rates:
@@ -361,8 +322,3 @@ def counts(report: WorkerReport) -> dict[str, int]:
     """Bytes that have moved on a worker: ``host>disk`` and so on between tiers, a path between workers, ``received`` shards."""
     moves = {f"{source}>{target}": nbytes for (source, target), nbytes in report.moves.items()}
     return {**moves, **report.sent, "received": report.received_nbytes}
-
-
-def natural(name: str) -> list[tuple[int, int, str]]:
-    """Give what sorts ``w10`` after ``w9``."""
-    return [(0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in re.split(r"(\d+)", name) if piece]

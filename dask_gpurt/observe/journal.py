@@ -17,8 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dask_gpurt.observe.board import Run
-from dask_gpurt.observe.reports import RunReport, WorkerReport
+from dask_gpurt.observe.reports import Run, RunReport, WorkerReport
 
 if TYPE_CHECKING:
     from dask_gpurt.shuffle.account import Account

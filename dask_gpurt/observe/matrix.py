@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from dask_gpurt.observe.board import natural
-from dask_gpurt.observe.reports import PATHS
+from dask_gpurt.observe.reports import PATHS, natural
 
 __all__ = ["Matrix", "Rows"]
 

@@ -1,6 +1,7 @@
 """What a worker says of itself, with the heartbeats that Dask sends anyway.
 
-Covers: :class:`WorkerReport` and :class:`RunReport`, how they travel, and :func:`columns` for Dask's own table of workers.
+Covers: :class:`WorkerReport` and :class:`RunReport`, how they travel, :class:`Run`, which adds up those of one run, and
+:func:`columns` for Dask's own table of workers.
 Does not cover: where the figures come from (:mod:`dask_gpurt.observe.worker`); what is made of them
 (:mod:`dask_gpurt.observe.board`).
 
@@ -13,13 +14,26 @@ Pure: no I/O, no clock, no Dask but its way to write sizes.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dask.utils import format_bytes
 
-__all__ = ["LOCAL", "PATHS", "RUNS_MAX", "RunReport", "TierReport", "WorkerReport", "columns", "total"]
+__all__ = [
+    "LOCAL",
+    "PATHS",
+    "RUNS_MAX",
+    "Run",
+    "RunReport",
+    "TierReport",
+    "WorkerReport",
+    "columns",
+    "natural",
+    "total",
+]
 
 #: Runs that one report tells of.
 RUNS_MAX = 8
@@ -93,6 +107,42 @@ class RunReport:
         )
 
 
+@dataclass
+class Run:
+    """One run of a shuffle, over all workers."""
+
+    shuffle_id: str
+    run_id: int
+    #: Phase to workers in it.
+    phases: Counter[str] = field(default_factory=Counter)
+    #: Names of the workers that have reported it as stuck.
+    stuck: list[str] = field(default_factory=list)
+    inputs: int = 0
+    outputs: int = 0
+    own_outputs: int = 0
+    sent_nbytes: int = 0
+    outbox_nbytes: int = 0
+    received_nbytes: int = 0
+    unanswered: int = 0
+    unanswered_s: float = 0.0
+    credits_wanted: int = 0
+
+    def add(self, worker: str, part: RunReport) -> None:
+        """Count in what a worker says."""
+        self.phases[part.phase] += 1
+        if part.stuck:
+            self.stuck.append(worker)
+        self.inputs += part.inputs
+        self.outputs += part.outputs
+        self.own_outputs += part.own_outputs
+        self.sent_nbytes += part.sent_nbytes
+        self.outbox_nbytes += part.outbox_nbytes
+        self.received_nbytes += part.received_nbytes
+        self.unanswered += part.unanswered
+        self.unanswered_s = max(self.unanswered_s, part.unanswered_s)
+        self.credits_wanted += part.credits_wanted
+
+
 @dataclass(frozen=True)
 class WorkerReport:
     """What a worker says of itself."""
@@ -164,3 +214,8 @@ def total(tiers: Sequence[TierReport]) -> TierReport:
 def columns(tiers: Iterable[str]) -> dict[str, str]:
     """Name the columns that Dask's table of workers has for each of ``tiers``: tier to column."""
     return {tier: f"gpurt {tier}" for tier in tiers}
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Give what sorts ``w10`` after ``w9``."""
+    return [(0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in re.split(r"(\d+)", name) if piece]

@@ -9,7 +9,7 @@ from typing import ClassVar
 from bokeh.models import ColumnDataSource, FactorRange
 from dask.utils import format_bytes, format_time
 
-from dask_gpurt.observe.board import Board, Run
+from dask_gpurt.observe.board import Board
 from dask_gpurt.observe.drawing import (
     COLOURS,
     NOTHING,
@@ -21,7 +21,7 @@ from dask_gpurt.observe.drawing import (
     table,
     text_panel,
 )
-from dask_gpurt.observe.reports import PATHS
+from dask_gpurt.observe.reports import PATHS, Run
 from dask_gpurt.observe.shuffles import HEADS, cells
 
 __all__ = ["REASONS", "DecisionsPanel", "PlacementPanel", "ShufflesPanel"]
