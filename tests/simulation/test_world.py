@@ -42,7 +42,7 @@ def world(*arguments: object, found: bool = False) -> tuple[str, list[dict[str, 
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=800,
     )
     assert ran.returncode == int(found), ran.stdout[-4000:] + ran.stderr[-4000:]
     return ran.stdout, [json.loads(line) for line in file.read_text().splitlines()]
@@ -53,9 +53,9 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTEST_WORLD", str(tmp_path / "seeds.json"))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_nothing_is_lost_nor_wrong_nor_left_behind(pytestconfig: pytest.Config) -> None:
-    seeds = 2 * pytestconfig.getoption("--seeds")
+    seeds = 25 * pytestconfig.getoption("--seeds")
     _, outcomes = world("--seeds", seeds)
     assert len(outcomes) == seeds
     assert len({kind for outcome in outcomes for kind in outcome["faults"]}) >= 8
