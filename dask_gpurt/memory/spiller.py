@@ -12,14 +12,15 @@ state      where the value is        ends by
 =========  ========================  =========================================================
 RESIDENT   memory                    Write -> WRITING; dying: Drop -> SPILLED (with a copy of no
                                      bytes, for the books: nobody will ask for it)
-WRITING    memory, copy under way    Written -> CLEAN; WriteFailed -> RESIDENT
+WRITING    memory, copy under way    Written -> CLEAN; WriteFailed, too large -> RESIDENT
 CLEAN      memory and below          Drop -> SPILLED; RemoveCopy (disk is full) -> RESIDENT
 SPILLED    below                     Wanted: Read -> READING
 READING    below, read under way     Raised -> CLEAN; ReadFailed -> forgotten; ReadPutOff -> SPILLED
 =========  ========================  =========================================================
 
 Deleted ends every state. A block that is WRITING stays usable all the time; when its copy is complete it goes down only
-if it is not pinned and the room is still needed, otherwise it is CLEAN, and may go for free later.
+if it is not pinned and the room is still needed, otherwise it is CLEAN, and may go for free later. A copy that has become larger
+than was reserved for it, and that there is no room for, is removed again.
 
 What cannot happen: a block is in memory and not in the ledger, or the other way round; a pinned block is dropped; a
 block without a copy is dropped (unless it is dying); two operations run on one block at a time.
@@ -100,6 +101,8 @@ class Block:
     leaving_nbytes: int = 0
     #: The value itself cannot be written.
     unwritable: bool = False
+    #: Bytes of a copy that was larger than was expected, and that there was no room for.
+    needs_nbytes: int = 0
     #: Pays for a copy under way, or for a read under way.
     reservation: Reservation | None = None
     #: Pays for the copy of the copy that is under way to the overflow, and which move that is.
@@ -324,9 +327,20 @@ class Spiller:
         block = self.blocks[event.name]
         assert block.state is State.WRITING, block
         assert block.epoch == event.epoch, block
+        more = None
+        if block.reservation is not None and event.nbytes > block.reservation.nbytes:
+            # Serialized, it is larger than its value says it is.
+            more = self._reserve_below(block.reservation.tier, event.nbytes - block.reservation.nbytes, instructions)
+            if more is None:
+                self._end_write(block)
+                block.state, block.tier, block.needs_nbytes = State.RESIDENT, None, event.nbytes
+                instructions.append(ev.RemoveCopy(block.name))
+                return
         leaving = block.leaving_nbytes > 0
         self._pass_on(block)
         self._end_write(block)
+        if more is not None:
+            more.release()
         block.state = State.CLEAN
         block.copy_nbytes = event.nbytes
         self._hold_copy(block)
@@ -538,7 +552,8 @@ class Spiller:
         for tier in self._below:
             if tier in self.blocked:
                 continue
-            reservation = None if tier is None else self._reserve_below(tier, block.nbytes, instructions)
+            nbytes = max(block.nbytes, block.needs_nbytes)
+            reservation = None if tier is None else self._reserve_below(tier, nbytes, instructions)
             if reservation is not None or tier is None:
                 break
         else:

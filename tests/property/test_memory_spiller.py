@@ -190,15 +190,26 @@ class Shell(RuleBasedStateMachine):
             self.oracle.known[name] = use
 
     @precondition(lambda self: self.writing)
-    @rule(ok=st.sampled_from(["written", "written", "written", "refused", "unwritable"]), data=st.data())
-    def end_write(self, ok: str, data: st.DataObject) -> None:
+    @rule(
+        ok=st.sampled_from(["written", "written", "written", "refused", "unwritable"]),
+        more_nbytes=st.sampled_from([0, 0, 0, 7]),
+        data=st.data(),
+    )
+    def end_write(self, ok: str, more_nbytes: int, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.writing, key=repr)))
         epoch = self.writing.pop(name)
         if not self.spiller.current(name, epoch):
             return
         if ok == "written":
-            self.disk[name] = self.sizes[name]
-            self.handle(ev.Written(name, epoch, self.sizes[name]))
+            tier, nbytes = self.tiers[name], self.sizes[name] + more_nbytes
+            assert tier is not None
+            limit_nbytes = self.ledger.limit(tier)
+            assert limit_nbytes is not None
+            within = self.ledger.used(tier) <= limit_nbytes
+            self.disk[name] = nbytes
+            self.handle(ev.Written(name, epoch, nbytes))
+            if within:
+                assert self.ledger.used(tier) <= limit_nbytes, "the copy is larger than there was room for"
         else:
             self.handle(ev.WriteFailed(name, epoch, value_is_to_blame=ok == "unwritable"))
 

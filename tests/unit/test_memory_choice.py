@@ -33,3 +33,22 @@ def test_what_views_of_one_buffer_free_is_counted_once_when_the_last_has_gone() 
     assert spiller.handle(ev.Written(second.name, second.epoch, 3 * MB)) == [ev.Drop(second.name)]
     assert spiller.ledger.used(Tier.HOST) == 4 * MB
     assert not spiller.busy
+
+
+def test_a_copy_that_has_become_too_large_is_given_up_and_not_tried_again_before_there_is_room() -> None:
+    spiller = Spiller(Ledger({Tier.HOST: 5 * MB, Tier.DISK: 5 * MB}), ByName())
+    spiller.handle(ev.Put("large", "first", 4 * MB, 4 * MB))
+    (write,) = writes(spiller.handle(ev.Put("needed soon", "second", MB + 1, MB + 1)))
+    assert write.name == "large"
+    # Pickled it takes half as much again: more than DISK may hold. The other one fits.
+    instructions = spiller.handle(ev.Written("large", write.epoch, 6 * MB))
+    assert ev.RemoveCopy("large") in instructions
+    (other,) = writes(instructions)
+    assert other.name == "needed soon"
+    assert spiller.ledger.used(Tier.DISK) == MB + 1, "what is reserved for the other"
+    assert spiller.handle(ev.Written(other.name, other.epoch, MB + 1)) == [ev.Drop(other.name)]
+    assert not spiller.busy
+    spiller.ledger.set_limit(Tier.DISK, 8 * MB)
+    assert writes(spiller.handle(ev.Pressed(MB))) == [ev.Write("large", write.epoch, Tier.DISK)], (
+        "the same, now that there is room for it"
+    )
