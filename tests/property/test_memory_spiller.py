@@ -383,8 +383,8 @@ def test_the_ways_between_states_are_those_in_the_table(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Block, "__setattr__", noting)
     # So that copies have to make room for others soon.
-    monkeypatch.setattr(Shell, "disk_limit", 100)
-    long = settings(max_examples=100, stateful_step_count=200, derandomize=True, phases=[Phase.generate])
+    monkeypatch.setattr(Shell, "disk_limit", 70)
+    long = settings(max_examples=200, stateful_step_count=200, derandomize=True, phases=[Phase.generate])
     run_state_machine_as_test(Shell, settings=long)
     table = {(move.source, move.target) for move in states.moves(spiller.__doc__ or "")}
     assert gone == {(source, target) for source, target in table if target.isupper()}
