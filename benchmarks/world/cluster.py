@@ -190,8 +190,14 @@ class World:
             self.network.returned(name)
             self._host(name)
             self.tell(f"{name} comes back")
+            beginning = self.on(name, self._begin_worker(name))
+            while not beginning.done() and self.hosts[name].alive:
+                await asyncio.wait([beginning], timeout=NURSE_S)
+            if not beginning.done():
+                # Killed while it began: nothing of it goes on.
+                continue
             try:
-                await self.on(name, self._begin_worker(name))
+                await beginning
             except (OSError, RuntimeError, TimeoutError) as error:
                 self.tell(f"{name} cannot: {error!r}")
                 self.kill(name)
