@@ -34,7 +34,7 @@ import logging
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Awaitable, Container, Hashable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Awaitable, Collection, Container, Hashable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from time import time
@@ -790,6 +790,8 @@ class MemoryManager:
                 if ruined:
                     return seams.failure_event(key, run_id, error, f"gpurt-ruined-input-{time()}")
                 return self._give_up(key, run_id, inputs, error)
+            # What was lost before it could be pinned may have come into doubt while there was no room.
+            await self._no_doubt(inputs)
             lost = [k for k in inputs if self._is_lost(k)]
             if lost:
                 return self._give_up(key, run_id, lost, self._last_error.get(lost[0]))
@@ -942,9 +944,9 @@ class MemoryManager:
         finally:
             del self._doubts[key]
 
-    async def _no_doubt(self, keys: Iterable[Hashable]) -> None:
+    async def _no_doubt(self, keys: Collection[Hashable]) -> None:
         """Wait until it is known of these keys whether they are ruined."""
-        if self._doubts and (doubts := [self._doubts[key] for key in keys if key in self._doubts]):
+        while self._doubts and (doubts := [self._doubts[key] for key in keys if key in self._doubts]):
             await asyncio.wait(doubts)
 
     # Figures

@@ -327,6 +327,55 @@ async def test_what_is_lost_is_no_input_before_the_worker_knows_that(monkeypatch
 
 
 @gen_test(timeout=60)
+async def test_a_task_waits_for_the_end_of_a_doubt_that_came_while_it_waited_for_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with (
+        local_cluster(1, processes=False, memory_limit="4 GB", asynchronous=True) as cluster,
+        Client(cluster, asynchronous=True) as client,
+    ):
+        worker = cluster.workers[0]
+        manager = MemoryManager(worker, MemorySettings(host_limit=1_000_000))
+        await manager.start()
+        host, watch = manager._host, manager._watch
+        assert host is not None
+        values = [client.submit(np.full, 50_000, number) for number in range(5)]
+        await wait(values)
+        await host.settle()
+        value = next(value for value in values if value.key in host.absent)
+        for path in spilled_files(worker):
+            os.unlink(path)
+        late: list[tuple[Hashable, Exception]] = []
+        asked, answered = asyncio.Event(), asyncio.Event()
+        reserve = host.reserve
+
+        async def know_of_it_and_reserve(nbytes: int, **options: Any) -> Any:
+            while late:
+                manager._on_lost(*late.pop())
+            return await reserve(nbytes, **options)
+
+        async def can_make(key: Hashable) -> bool:  # noqa: ARG001
+            asked.set()
+            await answered.wait()
+            return True
+
+        monkeypatch.setattr(host, "_lost", lambda name, error: late.append((name, error)))
+        with pytest.raises(CorruptDataError):
+            await host.ensure([value.key])
+        await async_poll(lambda: bool(late))
+        # As if a peer had made it that has left.
+        monkeypatch.setattr("dask_gpurt.seams.is_pure_data", lambda *_: True)
+        monkeypatch.setattr(watch, "can_make", can_make)
+        monkeypatch.setattr(host, "reserve", know_of_it_and_reserve)
+        result = client.submit(double, value)
+        await asyncio.wait_for(asked.wait(), 10)
+        monkeypatch.undo()
+        answered.set()
+        assert (await result == 2 * values.index(value)).all()
+        await manager.stop()
+
+
+@gen_test(timeout=60)
 async def test_a_key_that_is_deleted_while_data_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     async with (
         local_cluster(1, processes=False, memory_limit="4 GB", asynchronous=True) as cluster,
