@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import cloudpickle
-from distributed import LocalCluster
+from distributed import Client, LocalCluster
 
-__all__ = ["WITHOUT_MONITOR", "beat", "local_cluster"]
+__all__ = ["WITHOUT_MONITOR", "beat", "hearing", "local_cluster", "workers_getting_ready"]
 
 # Worker processes cannot import this module.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -26,6 +29,31 @@ def local_cluster(n_workers: int, threads_per_worker: int = 1, **options: Any) -
     """Return a cluster of processes, or, with ``processes=False``, of workers in this process that talk over TCP all the same."""
     options = {"protocol": "tcp", "host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", **options}
     return LocalCluster(n_workers=n_workers, threads_per_worker=threads_per_worker, **options)
+
+
+@contextlib.contextmanager
+def hearing(client: Client, topic: str, action: str, count: int) -> Iterator[list[dict[str, Any]]]:
+    """Return from the block only once the scheduler has logged ``count`` such events, counted from its beginning."""
+    counted = threading.Semaphore(0)
+    events: list[dict[str, Any]] = []
+
+    def heard(event: tuple[float, dict[str, Any]]) -> None:
+        if event[1]["action"] == action:
+            events.append(event[1])
+            counted.release()
+
+    client.subscribe_topic(topic, heard)
+    try:
+        yield events
+        for _ in range(count):
+            assert counted.acquire(timeout=60), f"{count} times {action} was expected"
+    finally:
+        client.unsubscribe_topic(topic)
+
+
+def workers_getting_ready(client: Client, count: int) -> contextlib.AbstractContextManager[list[dict[str, Any]]]:
+    """Return from the block only once ``count`` workers have reported, counted from its beginning."""
+    return hearing(client, "gpurt", "worker-ready", count)
 
 
 async def beat(dask_worker: Any) -> None:

@@ -76,6 +76,7 @@ def test_a_persisted_array_larger_than_memory(client: Client) -> None:
     np.testing.assert_array_equal((x + x.T).compute(), expected + expected.T)
     assert total(client, "host_read_nbytes") > 0
     np.testing.assert_array_equal(x.compute(), expected)
+    client.run(settle)
     held = total(client, "host_held_nbytes")
     assert held <= 2 * 4_000_000 + 4 * 250 * 250 * 8
     kinds = client.run(stop)
@@ -119,6 +120,11 @@ def test_uninstall_while_tasks_run(client: Client) -> None:
     client.run(stop)
 
 
+async def settle(dask_worker: Any = None) -> None:
+    """Wait until what is on its way down has arrived."""
+    await dask_worker.extensions["test-memory"]._host.settle()
+
+
 def damage(dask_worker: Any = None) -> int:
     files = spilled_files(dask_worker)
     for number, path in enumerate(files):
@@ -139,6 +145,7 @@ def test_damaged_data_is_computed_again(client: Client, how: str) -> None:
     client.run(start, MemorySettings(host_limit=2_000_000))
     x = da.arange(1_000_000, dtype="f8", chunks=25_000).persist()
     wait(x)
+    client.run(settle)
     assert sum(client.run(damage).values()) >= 15
     if how == "local":
         assert (x * 2).sum().compute() == 1_000_000 * 999_999
@@ -161,6 +168,7 @@ def test_what_cannot_be_computed_again_fails_clearly(client: Client) -> None:
     client.run(start, MemorySettings(host_limit=2_000_000))
     futures = client.scatter([np.full(100_000, n, dtype="f8") for n in range(10)])
     wait(futures)
+    client.run(settle)
     assert sum(client.run(damage).values()) > 0
     statuses = set()
     for number, future in enumerate(futures):
@@ -354,7 +362,7 @@ async def test_a_task_waits_for_the_end_of_a_doubt_that_came_while_it_waited_for
                 manager._on_lost(*late.pop())
             return await reserve(nbytes, **options)
 
-        async def can_make(key: Hashable) -> bool:  # noqa: ARG001
+        async def can_make(key: Hashable) -> bool:
             asked.set()
             await answered.wait()
             return True

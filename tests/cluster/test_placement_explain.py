@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import dask
 import dask.array as da
 import numpy as np
 import pytest
@@ -15,11 +16,19 @@ from distributed import Client, wait
 
 import dask_gpurt
 from dask_gpurt import cli
+from dask_gpurt.plugins import stealing
 
 
 @pytest.fixture(scope="module")
 def placed() -> Iterator[Client]:
-    with local_cluster(2, processes=False, memory_limit=0) as cluster, Client(cluster) as client:
+    with (
+        # On a busy machine, tasks that wait long are asked for and taken over, which would be explained, too.
+        dask.config.set({"distributed.scheduler.work-stealing": False}),
+        pytest.MonkeyPatch.context() as patch,
+        local_cluster(2, processes=False, memory_limit=0) as cluster,
+        Client(cluster) as client,
+    ):
+        patch.setattr(stealing, "pays", lambda *_: False)
         dask_gpurt.install(client, memory=False, shuffle=False)
         yield client
 

@@ -46,6 +46,11 @@ def port(dask_worker: Any) -> Any:
     return dask_worker.http_server.port
 
 
+async def settle(dask_worker: Any) -> None:
+    """Wait until what is on its way down has arrived."""
+    await dask_worker.extensions["gpurt"].memory._host.settle()
+
+
 def scrape(client: Client) -> dict[str, list[Any]]:
     """Address of each server to its families, ours and Dask's; read as Prometheus reads them."""
     ports = {"scheduler": client.run_on_scheduler(port), **client.run(port)}
@@ -88,6 +93,7 @@ def test_metrics_come_go_and_agree_with_what_was_done(client: Client) -> None:
     array = da.arange(CHUNKS * CHUNK_NBYTES // 8, chunks=CHUNK_NBYTES // 8, dtype="f8").persist()
     wait(array)
     array.sum().compute()
+    client.run(settle)
     after = scrape(client)
     held = sum(total(after, "dask_worker_gpurt_tier_bytes", tier=tier) for tier in ("host", "disk"))
     assert held >= CHUNKS * CHUNK_NBYTES
