@@ -102,6 +102,12 @@ def leaf(i: int) -> int:
     return i
 
 
+def broken_leaf() -> None:
+    # The others wait in the scheduler until then: an error forgets them.
+    assert GATES["gate"].wait(30)
+    raise ValueError("no")
+
+
 #: How often :func:`flaky` will fail.
 FAILURES: list[bool] = []
 
@@ -340,12 +346,7 @@ def test_a_leaf_fails_and_is_retried() -> None:
 
 def test_an_error_of_a_leaf_reaches_the_client() -> None:
     async def test(built: House) -> None:
-        def fail() -> None:
-            # The others wait in the scheduler until then: an error forgets them.
-            assert GATES["gate"].wait(30)
-            raise ValueError("no")
-
-        leaves = [delayed(fail)(), *(delayed(leaf)(i) for i in range(20))]
+        leaves = [delayed(broken_leaf)(), *(delayed(leaf)(i) for i in range(20))]
         future = await started(built, delayed(sum)(leaves))
         built.gate.set()
         with pytest.raises(ValueError, match="no"):
