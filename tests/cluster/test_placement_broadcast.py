@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import dask
@@ -23,12 +24,36 @@ LENGTH = 8_000_000
 def near(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalCluster]:
     """Workers in this process, that send peers away whenever there are two, once the scheduler has heard of the copy."""
     monkeypatch.setattr(turns, "WORTH_S", 0.0)
-    monkeypatch.setattr(serving, "AWAY_DELAY_S", 0.5)
     with (
         dask.config.set({"distributed.scheduler.validate": True, "distributed.worker.validate": True}),
         local_cluster(WORKERS, processes=False, memory_limit=0) as cluster,
     ):
+        scheduler: Any = cluster.scheduler
+        send_away = serving._send_away
+
+        def send_away_once_it_is_known(away: Any) -> None:
+            if any(len(task.who_has) > 1 for task in scheduler.tasks.values()):
+                send_away(away)
+            else:
+                asyncio.get_running_loop().call_later(0.01, send_away_once_it_is_known, away)
+
+        monkeypatch.setattr(serving, "_send_away", send_away_once_it_is_known)
         yield cluster
+
+
+def hold_back(cluster: LocalCluster, address: str, until: Callable[[Any], bool]) -> None:
+    """Let a worker begin to send only when something is true of how it serves, which it is when all others have asked for it."""
+    (worker,) = (worker for worker in cluster.workers.values() if worker.address == address)
+    found = worker.extensions["gpurt"].serving
+    stock = found._stock
+
+    async def late(*args: Any, **options: Any) -> Any:
+        async with asyncio.timeout(30):
+            while not until(found):  # noqa: ASYNC110 - counts set no event
+                await asyncio.sleep(0.01)
+        return await stock(*args, **options)
+
+    found._stock = late
 
 
 def make(length: int = LENGTH) -> Any:
@@ -39,6 +64,11 @@ def total(values: Any, times: int) -> float:
     return float(values[::1000].sum() * times)
 
 
+def first_of(client: Client) -> str:
+    address, *_ = client.scheduler_info(n_workers=-1)["workers"]
+    return str(address)
+
+
 def take_everywhere(client: Client) -> tuple[Any, list[Any]]:
     """Make a result on one worker, and have all others take it at once."""
     first, *others = client.scheduler_info(n_workers=-1)["workers"]
@@ -47,9 +77,12 @@ def take_everywhere(client: Client) -> tuple[Any, list[Any]]:
     return made, [client.submit(total, made, i, workers=[address]) for i, address in enumerate(others, 1)]
 
 
-def test_those_who_have_a_result_pass_it_on(near: LocalCluster) -> None:
+def test_those_who_have_a_result_pass_it_on(near: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nobody is served beside others, however long a copy takes.
+    monkeypatch.setattr(serving, "PATIENCE_S", 60.0)
     with Client(near) as client:
         dask_gpurt.install(client, memory=False)
+        hold_back(near, first_of(client), lambda found: found.waited >= WORKERS - 2)
         made, totals = take_everywhere(client)
         expected = float(make()[::1000].sum())
         assert client.gather(totals) == [expected * i for i in range(1, WORKERS)]
@@ -73,6 +106,7 @@ def test_nobody_waits_long_for_a_peer_that_takes_long(near: LocalCluster, monkey
     monkeypatch.setattr(serving, "PATIENCE_S", 0.0)
     with Client(near) as client:
         dask_gpurt.install(client, memory=False)
+        hold_back(near, first_of(client), lambda found: found.impatient > 0)
         _, totals = take_everywhere(client)
         expected = float(make()[::1000].sum())
         assert client.gather(totals) == [expected * i for i in range(1, WORKERS)]
