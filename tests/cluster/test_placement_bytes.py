@@ -128,6 +128,7 @@ def _gather(parts: Any, axis: Any, keepdims: Any) -> Any:
     return sum(parts) if isinstance(parts, list) else parts
 
 
+@pytest.mark.usefixtures("no_relief")
 def test_a_tree_whose_partial_results_are_large_moves_less_than_stock() -> None:
     def job() -> Any:
         x = _blocks("x", 64, 1)
