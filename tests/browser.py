@@ -19,7 +19,7 @@ from tornado.websocket import WebSocketClientConnection, websocket_connect
 __all__ = ["Browser", "chromium"]
 
 #: An expression becomes true within this time, or never.
-PATIENCE_S = 20
+PATIENCE_S = 60
 
 
 def chromium() -> str | None:

@@ -96,7 +96,7 @@ def shuffled(data: pd.DataFrame, inputs: int = 5, outputs: int = 6) -> Any:
 
 
 def run(main: Any) -> None:
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), 100))
 
 
 def test_nothing_is_left_of_a_shuffle_that_is_forgotten() -> None:

@@ -1,6 +1,7 @@
 """Slow links and fast ones: compression where it pays and only there, the path by its price, and damage on the way.
 
-A *throttle* in each worker process holds back what the shuffle sends to so many bytes a second, on one path or on both.
+A *throttle* in each worker process holds back what the shuffle sends to so many bytes a second, on one path or on both. What a shuffle
+takes there is counted in bytes, and what samples take in processor time: the clock would tell of whatever else the machine does.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ pytest.importorskip("ucxx", reason="ucxx is not installed")
 # The servers cannot import this module.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-SLOW = 8e6
-BOTH_SLOW = {"ucx": SLOW, "comm": SLOW}
+SLOW, FAST = 8e6, 1e9
+BOTH_SLOW, BOTH_FAST = {"ucx": SLOW, "comm": SLOW}, {"ucx": FAST, "comm": FAST}
 PARTITIONS, ROWS = 6, 100_000
 
 
@@ -185,11 +186,10 @@ def frames(make: Callable[[int], Any]) -> Any:
     return source
 
 
-def shuffle(source: Any, npartitions: int) -> tuple[Any, float]:
-    started = time.monotonic()
+def shuffle(source: Any, npartitions: int) -> Any:
     result = source.shuffle("key", npartitions=npartitions, shuffle_method="p2p").persist()
     wait(result)
-    return result, time.monotonic() - started
+    return result
 
 
 def check(result: Any, make: Callable[[int], Any]) -> None:
@@ -199,36 +199,45 @@ def check(result: Any, make: Callable[[int], Any]) -> None:
     pd.testing.assert_frame_equal(found, expected.sort_values(order, ignore_index=True))
 
 
-def over_slow_links(client: Client, source: Any, **settings: str) -> tuple[Any, float, dict[str, float]]:
-    """Shuffle, where there is something to learn three times. Returns the result, the least seconds, and the metrics."""
+def wire_nbytes(metrics: dict[str, float]) -> float:
+    return metrics["bytes_sent_ucx"] + metrics["bytes_sent_comm"]
+
+
+def over_slow_links(client: Client, source: Any, **settings: str) -> tuple[Any, dict[str, float], dict[str, float]]:
+    """Shuffle three times, the first two to learn. Returns the last result, and the metrics before it and after it."""
     with installed(client, BOTH_SLOW, workers=None, **settings):
-        shuffles = [shuffle(source, number) for number in ((6, 7, 8) if settings["compression"] == "auto" else (8,))]
-        result, found = shuffles[-1][0], metrics(client)
-        return result, min(elapsed_s for _, elapsed_s in shuffles), found
+        shuffle(source, 6)
+        shuffle(source, 7)
+        before = metrics(client)
+        return shuffle(source, 8), before, metrics(client)
 
 
 @pytest.mark.parametrize("transport", ["auto", "dask"])
 def test_a_slow_link_is_compressed(client: Client, transport: str) -> None:
     source = frames(compressible)
-    _, plain_s, plain = over_slow_links(client, source, transport=transport, compression="off")
-    result, packed_s, packed = over_slow_links(client, source, transport=transport, compression="auto")
+    result, before, packed = over_slow_links(client, source, transport=transport, compression="auto")
     check(result, compressible)
-    assert plain["bytes_before_compression"] == 0
     assert 0 < packed["bytes_after_compression"] < 0.6 * packed["bytes_before_compression"]
-    assert packed["bytes_sent_ucx"] + packed["bytes_sent_comm"] < 0.8 * packed["bytes_sent"]
-    assert plain_s / packed_s > 1.5
+    assert wire_nbytes(packed) < 0.8 * packed["bytes_sent"]
+    # Once that is learned, all is.
+    assert wire_nbytes(packed) - wire_nbytes(before) < (packed["bytes_sent"] - before["bytes_sent"]) / 1.5
     # A sample takes a millisecond where the machine does something else, too.
     assert packed["compress_sample_s"] < 0.02
 
 
+def test_what_is_not_to_be_compressed_is_not(client: Client) -> None:
+    _, _, plain = over_slow_links(client, frames(compressible), compression="off")
+    assert wire_nbytes(plain) >= plain["bytes_sent"]
+    assert plain["bytes_before_compression"] == plain["compress_sample_s"] == plain["compress_s"] == 0
+
+
 def test_what_does_not_become_smaller_is_not_compressed(client: Client) -> None:
     source = frames(incompressible)
-    _, plain_s, _ = over_slow_links(client, source, compression="off")
-    result, packed_s, packed = over_slow_links(client, source, compression="auto")
+    result, _, found = over_slow_links(client, source, compression="auto")
     check(result, incompressible)
-    assert packed["compress_sample_s"] > 0
-    assert packed["bytes_before_compression"] == 0
-    assert packed_s < 1.25 * plain_s
+    assert found["bytes_before_compression"] == found["compress_s"] == 0
+    # Samples are all that it costs, next to nothing of what the link takes.
+    assert 0 < found["compress_sample_s"] < 0.05 * wire_nbytes(found) / SLOW
 
 
 def test_peers_on_one_host_are_left_alone() -> None:
@@ -238,7 +247,7 @@ def test_peers_on_one_host_are_left_alone() -> None:
         source = frames(compressible)
         with installed(client, {"ucx": 10 * SLOW}):
             for npartitions in (6, 7, 8):
-                result, _ = shuffle(source, npartitions)
+                result = shuffle(source, npartitions)
             check(result, compressible)
             found = metrics(client)
             assert found["bytes_sent_ucx"] > 0
@@ -251,7 +260,7 @@ def test_ucx_is_left_where_dasks_comms_are_quicker(client: Client) -> None:
         client.run(tell_the_time, {"ucx": 120e6, "comm": 1e9})
         for npartitions in range(6, 20):
             before = metrics(client)
-            result, _ = shuffle(source, npartitions)
+            result = shuffle(source, npartitions)
             after = metrics(client)
             if after["bytes_sent_ucx"] == before["bytes_sent_ucx"]:
                 break
@@ -273,27 +282,26 @@ def prices(dask_scheduler: Any) -> dict[tuple[str, str], float]:
 def test_the_scheduler_learns_the_links_and_gives_less_to_who_receives_slowly(client: Client) -> None:
     source = frames(incompressible)
     a, b = client.scheduler_info()["workers"]
-    with installed(client, BOTH_SLOW, workers=[a], compression="off"):
-        for _ in range(4):
-            result, _ = shuffle(source, 6)
+    with installed(client, {}, compression="off"):
+        client.run(tell_the_time, BOTH_SLOW, workers=[a])
+        client.run(tell_the_time, BOTH_FAST, workers=[b])
+        while len(client.run_on_scheduler(prices)) < 2:
+            result = shuffle(source, 6)
             assert Counter(who for (who,) in client.who_has(result).values()) == {a: 3, b: 3}
             del result
             client.run(beat)
-            if len(client.run_on_scheduler(prices)) == 2:
-                break
         known = client.run_on_scheduler(prices)
         measured = {pair: price_s for each in client.run(prices_of).values() for pair, price_s in each.items()}
         assert known.keys() == measured.keys() == {(a, b), (b, a)}
         for pair, price_s in measured.items():
             assert 1 / NEWS_FACTOR <= known[pair] / price_s <= NEWS_FACTOR
-        assert known[a, b] > 3 * known[b, a]
-        result, _ = shuffle(source, 16)
-        # One or two, if the other link is as quick as it is where the machine does nothing else.
-        assert Counter(who for (who,) in client.who_has(result).values())[b] <= 5
+        assert known[a, b] > 100 * known[b, a]
+        result = shuffle(source, 16)
+        assert Counter(who for (who,) in client.who_has(result).values())[b] <= 2
         check(result, incompressible)
         # A scheduler without our part passes over what the workers go on to tell, and they live.
         client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.plugins["gpurt"].shuffle.stop())
-        result, _ = shuffle(source, 7)
+        result = shuffle(source, 7)
         client.run(beat)
         check(result, incompressible)
 
@@ -310,7 +318,7 @@ def test_what_is_damaged_on_its_way_is_an_error(client: Client) -> None:
         while any(client.run(reserved).values()):
             assert time.monotonic() < patience_until
     with installed(client, BOTH_SLOW):
-        check(shuffle(source, 8)[0], compressible)
+        check(shuffle(source, 8), compressible)
 
 
 def reserved(dask_worker: Any) -> int:

@@ -65,8 +65,12 @@ def fail() -> None:
 
 
 def metrics(client: Client, key: str) -> float:
-    found = client.run(lambda dask_worker: dask_worker.extensions["gpurt"].shuffle.metrics()[key])
-    return float(sum(found.values()))
+    def metric(dask_worker: Any) -> float:
+        # A worker that has just come may not have its part yet.
+        part = getattr(dask_worker.extensions.get("gpurt"), "shuffle", None)
+        return 0.0 if part is None else float(part.metrics()[key])
+
+    return sum(client.run(metric).values())
 
 
 @pytest.mark.parametrize("phase", ["transfer", "unpack"])

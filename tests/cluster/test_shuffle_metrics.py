@@ -43,6 +43,11 @@ def client() -> Iterator[Client]:
         yield client
 
 
+async def open_ucx(dask_worker: Any) -> None:
+    carrier = dask_worker.extensions["gpurt"].shuffle.carrier
+    assert (await carrier.address() is None) == (carrier.without_ucx is not None)
+
+
 def metrics_of(dask_worker: Any) -> Any:
     return dask_worker.extensions["gpurt"].shuffle.metrics()
 
@@ -68,6 +73,8 @@ def shuffled(client: Client, **settings: Any) -> tuple[Any, Any, Any, dict[Any, 
     with dask.config.set({f"gpurt.{key}": value for key, value in settings.items()}):
         dask_gpurt.install(client, placement=False)
     try:
+        # The first run may end before UCX is there.
+        client.run(open_ucx)
         source = dd.from_map(part, range(PARTITIONS), meta=part(0).iloc[:0])
         result = source.shuffle("key", npartitions=PARTITIONS, shuffle_method="p2p").optimize()
         graph = dict(result.__dask_graph__())

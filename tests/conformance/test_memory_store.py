@@ -79,7 +79,7 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(main, 30))
+    asyncio.run(asyncio.wait_for(main, 100))
 
 
 def test_what_goes_to_disk_and_comes_back_is_told(make: Make) -> None:

@@ -338,7 +338,7 @@ class ShuffleModel(RuleBasedStateMachine):
         self.endpoints[address] = Endpoint(address, folder, self.network)
 
     def do(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return self.runner.run(asyncio.wait_for(work, 20))
+        return self.runner.run(asyncio.wait_for(work, 60))
 
     @property
     def barred(self) -> bool:

@@ -91,7 +91,7 @@ async def tiers(path: Path, device_nbytes: int | None = None, host_nbytes: int |
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(main, 30))
+    asyncio.run(asyncio.wait_for(main, 100))
 
 
 def numba_cuda() -> Any:

@@ -97,7 +97,7 @@ def url() -> Iterator[str]:
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(main, 30))
+    asyncio.run(asyncio.wait_for(main, 100))
 
 
 def chunk(number: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

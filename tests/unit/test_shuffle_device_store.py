@@ -66,7 +66,7 @@ async def tiers(path: Path, device_nbytes: int, host_nbytes: int = 2**30) -> Asy
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(main, 30))
+    asyncio.run(asyncio.wait_for(main, 100))
 
 
 def body(number: int) -> DeviceBody:

@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -32,7 +33,7 @@ SECRET = Secret(KEY)
 
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(asyncio.wait_for(main(), 30))
+    asyncio.run(asyncio.wait_for(main(), 100))
 
 
 class Stranger:
@@ -164,8 +165,6 @@ def test_who_sees_the_tags_can_still_say_nothing_of_a_delivery() -> None:
 
 
 def test_a_worker_of_another_installation_is_not_spoken_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handshake, "HANDSHAKE_S", 0.3)
-
     async def main() -> None:
         async with pair() as (a, b, _):
             other = UCXTransport.open(asyncio.get_running_loop(), Secret.new(), loopback=True)
@@ -176,9 +175,11 @@ def test_a_worker_of_another_installation_is_not_spoken_to(monkeypatch: pytest.M
                 other.check(a.address)
             # And should it have come by one that it can read: B does not answer it.
             forged = b._engine.address.encode(other._secret)
-            with pytest.raises(TransportError, match="not proven within"):
-                await other.send(forged, other.new_tag(), [bytes(SIZE)])
-            assert b.describe()["strangers"] == 1
+            with monkeypatch.context() as patch:
+                patch.setattr(handshake, "HANDSHAKE_S", 0.3)
+                with pytest.raises(TransportError, match="not proven within"):
+                    await other.send(forged, other.new_tag(), [bytes(SIZE)])
+            await refused(b, 1)
             assert b._engine._handshake.pending is False
             await carry(a, b)
             await other.close()
@@ -191,13 +192,21 @@ def test_a_greeting_without_a_proof_is_forgotten_with_its_connection(monkeypatch
 
     async def main() -> None:
         async with pair() as (_, b, stranger):
+            pending: list[bool] = []
+            hear = b._engine._handshake.hear
+
+            def noted(message: bytes, now_s: float) -> Any:
+                answer = hear(message, now_s)
+                pending.append(b._engine._handshake.pending)
+                return answer
+
+            monkeypatch.setattr(b._engine._handshake, "hear", noted)
             # It was overheard, and its sender is gone, or does not care.
             silent = Handshake(SECRET, stranger.engine.address)
             stranger.send(on_wire(0, Part.GREETING), silent.greet(stranger.target, 0.0))
             await stranger.until_sent()
-            while not b._engine._handshake.pending:  # noqa: ASYNC110
-                await asyncio.sleep(0.001)
             await refused(b, 1)
+            assert pending == [True]
             while b._engine._endpoints:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
             assert held(b) == (0, 0, 0, 0)
@@ -255,6 +264,13 @@ def test_where_peers_are_on_this_host_only_nothing_listens_on_the_network() -> N
     run(main)
 
 
+def busy_s() -> float:
+    """Processor time of all that move something, and not of whatever else this process does."""
+    threads = [thread.ident for thread in threading.enumerate() if thread.name == "gpurt-ucx"]
+    assert threads
+    return sum(time.clock_gettime(time.pthread_getcpuclockid(ident)) for ident in threads if ident is not None)
+
+
 def test_connections_that_say_nothing_or_nonsense_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UCX_TLS", "tcp")
     monkeypatch.setenv("UCX_LOG_LEVEL", "fatal")
@@ -274,9 +290,9 @@ def test_connections_that_say_nothing_or_nonsense_change_nothing(monkeypatch: py
                             connection.sendall(start + rng.randbytes(nbytes))
             await carry(a, b)
             # Nor does it keep the thread busy.
-            started = time.process_time()
+            started = busy_s()
             await asyncio.sleep(0.2)
-            assert time.process_time() - started < 0.1
+            assert busy_s() - started < 0.1
             for connection in with_nothing:
                 connection.close()
             await carry(a, b)

@@ -36,7 +36,7 @@ SECRET = Secret.new()
 
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(asyncio.wait_for(main(), 30))
+    asyncio.run(asyncio.wait_for(main(), 100))
 
 
 @asynccontextmanager
@@ -254,7 +254,7 @@ def test_a_dropped_peer_ends_what_is_under_way_with_it_and_nothing_else() -> Non
             a.drop_peer(b.address)
             for task in pending:
                 with pytest.raises(TransportError, match="gone"):
-                    await asyncio.wait_for(task, 1)
+                    await asyncio.wait_for(task, 5)
             with pytest.raises(TransportError, match="gone"):
                 await a.send(b.address, a.new_tag(), frames(SIZE))
             assert not other.done()
@@ -270,7 +270,9 @@ def test_closing_ends_everything_and_leaves_nothing() -> None:
         gc.collect()
         segments = pathlib.Path("/proc/sysvipc/shm").read_text().splitlines()[1:]
         mine = [line for line in segments if line.split()[4] == str(os.getpid())]
-        return len(os.listdir("/proc/self/fd")), threading.active_count(), len(mine)
+        # Others come and go with what else this process does.
+        threads = [thread for thread in threading.enumerate() if thread.name == "gpurt-ucx"]
+        return len(os.listdir("/proc/self/fd")), len(threads), len(mine)
 
     async def main() -> None:
         async def once() -> None:
@@ -298,15 +300,22 @@ def test_closing_ends_everything_and_leaves_nothing() -> None:
     run(main)
 
 
+def busy_s() -> float:
+    """Processor time of all that move something, and not of whatever else this process does."""
+    threads = [thread.ident for thread in threading.enumerate() if thread.name == "gpurt-ucx"]
+    assert threads
+    return sum(time.clock_gettime(time.pthread_getcpuclockid(ident)) for ident in threads if ident is not None)
+
+
 def test_it_is_idle_where_nothing_moves() -> None:
     async def main() -> None:
         async with two() as (a, b):
             await carry(a, b, frames(SIZE))
             receive = asyncio.create_task(b.receive(a.address, a.new_tag(), [SIZE]))
             await carry(b, a, frames(SIZE))
-            started = time.process_time()
+            started = busy_s()
             await asyncio.sleep(1)
-            assert time.process_time() - started < 0.05
+            assert busy_s() - started < 0.05
             receive.cancel()
 
     run(main)
