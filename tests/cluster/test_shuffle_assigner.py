@@ -39,6 +39,8 @@ def shared() -> Iterator[Client]:
     config = {
         "distributed.scheduler.validate": True,
         "distributed.worker.validate": True,
+        # A cluster gives up a nanny whose new worker is not there after 15 seconds.
+        "distributed.deploy.lost-worker-timeout": "1 hour",
         # Who has nothing to do at the moment would take what is wanted elsewhere.
         "distributed.scheduler.work-stealing": False,
     }

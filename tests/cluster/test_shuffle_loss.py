@@ -27,13 +27,21 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 @pytest.fixture
 def client() -> Iterator[Client]:
+    config = {
+        "distributed.scheduler.validate": True,
+        "distributed.worker.validate": True,
+        # A cluster gives up a nanny whose new worker is not there after 15 seconds.
+        "distributed.deploy.lost-worker-timeout": "1 hour",
+    }
     with (
-        dask.config.set({"distributed.scheduler.validate": True, "distributed.worker.validate": True}),
+        dask.config.set(config),
         local_cluster(3, 4, silence_logs=False) as cluster,
         Client(cluster) as client,
     ):
         dask_gpurt.install(client, placement=False, memory=False)
         yield client
+        # Dask gives a nanny 5 seconds to close, and fails where it is just about to start another worker for so long.
+        client.wait_for_workers(3, timeout=60)
 
 
 def frame() -> pd.DataFrame:
@@ -70,7 +78,7 @@ def metrics(client: Client, key: str) -> float:
         part = getattr(dask_worker.extensions.get("gpurt"), "shuffle", None)
         return 0.0 if part is None else float(part.metrics()[key])
 
-    return sum(client.run(metric).values())
+    return float(sum(client.run(metric).values()))
 
 
 @pytest.mark.parametrize("phase", ["transfer", "unpack"])
