@@ -19,6 +19,7 @@ from unittest import mock
 
 import dask
 import numpy as np
+import pytest
 from distributed.comm.core import CommClosedError
 from distributed.core import Status
 from distributed.exceptions import Reschedule
@@ -50,6 +51,9 @@ from dask_gpurt.shuffle.shelf import Parcel
 from dask_gpurt.shuffle.ways import Way, Ways
 from dask_gpurt.shuffle.wire import Header, Kind, WireError, decode, encode
 from dask_gpurt.shuffle.worker import ShuffleWorker
+
+# Some ten seconds of a processor, which may have other things to do.
+pytestmark = pytest.mark.timeout(600)
 
 ENDPOINTS = [f"tcp://127.0.0.{number}:1" for number in range(1, 4)]
 OUTPUTS = 5
