@@ -338,7 +338,6 @@ class Carrier:
                 self._note(run, address, paths.COMM, called_nbytes)
                 self.device_nbytes += sum(view.nbytes for view in large if isinstance(view, DeviceBody))
                 self._note_wait(run, reply["waited_s"])
-                context_meter.digest_metric("credit-wait", reply["waited_s"], "seconds")
                 context_meter.digest_metric("send-ucx", nbytes, "bytes")
                 context_meter.digest_metric("send-comm", called_nbytes, "bytes")
                 # The memory of a device is another place, at another price.
@@ -357,10 +356,9 @@ class Carrier:
         nbytes = nbytes_of(message.buffers)
         if nbytes + message.raw_nbytes > EAGER_NBYTES:
             started = asyncio.get_running_loop().time()
-            with context_meter.meter("credit-wait"):
-                reply: Reply = await rpc.gpurt_shuffle_credit(
-                    shuffle_id=run.id, run_id=run.run_id, credit=credit, nbytes=nbytes + message.raw_nbytes
-                )
+            reply: Reply = await rpc.gpurt_shuffle_credit(
+                shuffle_id=run.id, run_id=run.run_id, credit=credit, nbytes=nbytes + message.raw_nbytes
+            )
             self._note_wait(run, asyncio.get_running_loop().time() - started)
             if reply["status"] != "OK":
                 return reply
@@ -390,6 +388,7 @@ class Carrier:
     def _note_wait(self, run: Run, elapsed_s: float) -> None:
         self.credit_wait_s += elapsed_s
         run.account.credit_wait_s += elapsed_s
+        context_meter.digest_metric("credit-wait", elapsed_s, "seconds")
 
     # Receiving
 
