@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -86,6 +87,11 @@ class Peer:
     def tell(self, what: str, peer: bytes, tag: int) -> None:
         order = {"what": what, "peer": peer.hex(), "tag": tag, "sizes": SIZES}
         self._in.write(json.dumps(order).encode() + b"\n")
+
+    def stop(self) -> None:
+        """Stop it, and wait until all its threads stand still: one that has the processor goes on for a while."""
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
 
     async def kill(self) -> None:
         self.process.kill()
@@ -224,7 +230,7 @@ def test_a_peer_that_is_stopped_can_be_given_up_and_goes_on_later() -> None:
         async with peers(1) as (own, (peer,)):
             await to(own, peer)
             await back(own, peer)
-            peer.process.send_signal(signal.SIGSTOP)
+            peer.stop()
             tag_in = peer.tags.pop()
             peer.tell("send", own.address, tag_in)
             tasks: list[asyncio.Task[Any]] = [
@@ -254,7 +260,7 @@ def test_a_peer_that_is_stopped_can_be_given_up_and_goes_on_later() -> None:
 def test_a_peer_that_is_stopped_before_it_is_met_is_given_up_and_met_later(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with peers(1) as (own, (peer,)):
-            peer.process.send_signal(signal.SIGSTOP)
+            peer.stop()
             with monkeypatch.context() as patch:
                 patch.setattr(handshake, "HANDSHAKE_S", 0.3)
                 with pytest.raises(TransportError, match="not proven within"):
