@@ -17,6 +17,8 @@ from benchmarks.soak.jobs import MismatchError, _check_array, _check_frame
 from benchmarks.soak.rounds import SMALL
 
 
+# Rounds have limits of their own.
+@pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore:Increasing number of chunks")
 def test_random_jobs_with_a_quarter_of_the_memory_they_need() -> None:
     samples, written_nbytes = soak(SMALL, minutes=0.1, seed=4)

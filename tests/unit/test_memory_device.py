@@ -179,7 +179,7 @@ def comes_after(tmp_path: Path, *, blocking: bool, patience_s: float = 0.3) -> b
     handle = int(driver.cuStreamCreate(flags.CU_STREAM_DEFAULT if blocking else flags.CU_STREAM_NON_BLOCKING)[1])
     stream = numba.external_stream(handle)
     gate = threading.Event()
-    held_up = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: gate.wait(30))
+    held_up = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: gate.wait(100))
 
     async def main() -> bool:
         async with tiers(tmp_path) as t:
@@ -211,9 +211,9 @@ def test_a_copy_comes_after_what_was_asked_of_the_device(tmp_path: Path, monkeyp
         Copier, "come_after", lambda self, stream: come_after(self, stream) if stream == cuda.LEGACY_STREAM else None
     )
     assert comes_after(tmp_path, blocking=True)
-    assert not comes_after(tmp_path, blocking=False, patience_s=20), "this test finds it missing"
+    assert not comes_after(tmp_path, blocking=False, patience_s=60), "this test finds it missing"
     monkeypatch.setattr(Copier, "come_after", lambda self, stream: None)
-    assert not comes_after(tmp_path, blocking=True, patience_s=20), "and this"
+    assert not comes_after(tmp_path, blocking=True, patience_s=60), "and this"
 
 
 @emulated(lag_us=3000)
