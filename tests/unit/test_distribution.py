@@ -48,7 +48,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, pathl
             shutil.copy(ROOT / name, sources)
     sdist = _build("sdist", sources, folder)
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder / "unpacked", filter="data")
+        # Python 3.11.0 to 3.11.3 have no filters.
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)
+        archive.extractall(folder / "unpacked")
     [unpacked] = (folder / "unpacked").iterdir()
     return sdist, _build("wheel", unpacked, folder)
 
