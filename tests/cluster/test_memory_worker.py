@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import UserDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -294,8 +296,24 @@ async def test_a_peer_that_was_told_to_come_back_later_was_not_served() -> None:
         await manager.stop()
 
 
-@gen_test(timeout=60)
-async def test_what_is_lost_is_no_input_before_the_worker_knows_that(monkeypatch: pytest.MonkeyPatch) -> None:
+@dataclass
+class Lost:
+    """A value whose copy below is gone."""
+
+    client: Any
+    worker: Worker
+    manager: MemoryManager
+    host: Mover
+    future: Any
+    #: The number that it is full of.
+    number: int
+    #: What the worker has not been told yet.
+    late: list[tuple[Hashable, Exception]]
+
+
+@asynccontextmanager
+async def value_lost(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Lost]:
+    """Lose a value, as the mover knows; the worker is not told."""
     async with (
         local_cluster(1, processes=False, memory_limit="4 GB", asynchronous=True) as cluster,
         Client(cluster, asynchronous=True) as client,
@@ -303,63 +321,56 @@ async def test_what_is_lost_is_no_input_before_the_worker_knows_that(monkeypatch
         worker = cluster.workers[0]
         manager = MemoryManager(worker, MemorySettings(host_limit=1_000_000))
         await manager.start()
-        host, given_up = manager._host, asyncio.Event()
+        host = manager._host
         assert host is not None
-        values = [client.submit(np.full, 50_000, number) for number in range(5)]
-        await wait(values)
+        futures = [client.submit(np.full, 50_000, number) for number in range(5)]
+        await wait(futures)
         await host.settle()
-        value = next(value for value in values if value.key in host.absent)
+        number = next(number for number, future in enumerate(futures) if future.key in host.absent)
         for path in spilled_files(worker):
             os.unlink(path)
         late: list[tuple[Hashable, Exception]] = []
         monkeypatch.setattr(host, "_lost", lambda name, error: late.append((name, error)))
         with pytest.raises(CorruptDataError):
-            await host.ensure([value.key])
-        give_up = manager._give_up
+            await host.ensure([futures[number].key])
+        yield Lost(client, worker, manager, host, futures[number], number, late)
+        await manager.stop()
+
+
+@gen_test(timeout=60)
+async def test_what_is_lost_is_no_input_before_the_worker_knows_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with value_lost(monkeypatch) as lost:
+        given_up = asyncio.Event()
+        give_up = lost.manager._give_up
 
         def give_up_and_tell(*args: Any) -> Any:
             given_up.set()
             return give_up(*args)
 
-        monkeypatch.setattr(manager, "_give_up", give_up_and_tell)
-        answer: Any = await get_data_from_worker(worker.rpc, [value.key], worker.address, who="tcp://127.0.0.1:1")
+        monkeypatch.setattr(lost.manager, "_give_up", give_up_and_tell)
+        worker, key = lost.worker, lost.future.key
+        answer: Any = await get_data_from_worker(worker.rpc, [key], worker.address, who="tcp://127.0.0.1:1")
         assert answer["data"] == {}
-        result = client.submit(double, value)
+        result = lost.client.submit(double, lost.future)
         await asyncio.wait_for(given_up.wait(), 10)
-        await async_poll(lambda: bool(late))
+        await async_poll(lambda: bool(lost.late))
         monkeypatch.undo()
-        for name, error in late:
-            manager._on_lost(name, error)
-        assert (await result == 2 * values.index(value)).all()
-        await manager.stop()
+        for name, error in lost.late:
+            lost.manager._on_lost(name, error)
+        assert (await result == 2 * lost.number).all()
 
 
 @gen_test(timeout=60)
 async def test_a_task_waits_for_the_end_of_a_doubt_that_came_while_it_waited_for_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with (
-        local_cluster(1, processes=False, memory_limit="4 GB", asynchronous=True) as cluster,
-        Client(cluster, asynchronous=True) as client,
-    ):
-        worker = cluster.workers[0]
-        manager = MemoryManager(worker, MemorySettings(host_limit=1_000_000))
-        await manager.start()
-        host, watch = manager._host, manager._watch
-        assert host is not None
-        values = [client.submit(np.full, 50_000, number) for number in range(5)]
-        await wait(values)
-        await host.settle()
-        value = next(value for value in values if value.key in host.absent)
-        for path in spilled_files(worker):
-            os.unlink(path)
-        late: list[tuple[Hashable, Exception]] = []
+    async with value_lost(monkeypatch) as lost:
         asked, answered = asyncio.Event(), asyncio.Event()
-        reserve = host.reserve
+        reserve = lost.host.reserve
 
         async def know_of_it_and_reserve(nbytes: int, **options: Any) -> Any:
-            while late:
-                manager._on_lost(*late.pop())
+            while lost.late:
+                lost.manager._on_lost(*lost.late.pop())
             return await reserve(nbytes, **options)
 
         async def can_make(key: Hashable) -> bool:
@@ -367,20 +378,16 @@ async def test_a_task_waits_for_the_end_of_a_doubt_that_came_while_it_waited_for
             await answered.wait()
             return True
 
-        monkeypatch.setattr(host, "_lost", lambda name, error: late.append((name, error)))
-        with pytest.raises(CorruptDataError):
-            await host.ensure([value.key])
-        await async_poll(lambda: bool(late))
+        await async_poll(lambda: bool(lost.late))
         # As if a peer had made it that has left.
         monkeypatch.setattr("dask_gpurt.seams.is_pure_data", lambda *_: True)
-        monkeypatch.setattr(watch, "can_make", can_make)
-        monkeypatch.setattr(host, "reserve", know_of_it_and_reserve)
-        result = client.submit(double, value)
+        monkeypatch.setattr(lost.manager._watch, "can_make", can_make)
+        monkeypatch.setattr(lost.host, "reserve", know_of_it_and_reserve)
+        result = lost.client.submit(double, lost.future)
         await asyncio.wait_for(asked.wait(), 10)
         monkeypatch.undo()
         answered.set()
-        assert (await result == 2 * values.index(value)).all()
-        await manager.stop()
+        assert (await result == 2 * lost.number).all()
 
 
 @gen_test(timeout=60)
