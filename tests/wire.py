@@ -48,8 +48,9 @@ def _ip(*arguments: str) -> None:
 @functools.cache
 def unavailable() -> str:
     """Ask the system whether it lets this process make namespaces and interfaces; say why not, or nothing."""
-    if shutil.which("ip") is None:
-        return "there is no program ip"
+    for program in ("ip", "unshare"):
+        if shutil.which(program) is None:
+            return f"there is no program {program}"
     try:
         os.close(os.open("/dev/net/tun", os.O_RDWR))
     except OSError as error:

@@ -549,10 +549,10 @@ class Spiller:
             block.fare = None
 
     def _begin_write(self, block: Block, leaving_nbytes: int, instructions: list[ev.Instruction]) -> bool:
+        nbytes = max(block.nbytes, block.needs_nbytes)
         for tier in self._below:
             if tier in self.blocked:
                 continue
-            nbytes = max(block.nbytes, block.needs_nbytes)
             reservation = None if tier is None else self._reserve_below(tier, nbytes, instructions)
             if reservation is not None or tier is None:
                 break

@@ -8,8 +8,6 @@ import logging
 import os
 import random
 import socket
-import threading
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ucx_threads import busy_s
 
 pytest.importorskip("ucxx", reason="ucxx is not installed", exc_type=ImportError)
 
@@ -262,13 +261,6 @@ def test_where_peers_are_on_this_host_only_nothing_listens_on_the_network() -> N
             assert {host for host, _ in new} == {"127.0.0.1"}
 
     run(main)
-
-
-def busy_s() -> float:
-    """Processor time of all that move something, and not of whatever else this process does."""
-    threads = [thread.ident for thread in threading.enumerate() if thread.name == "gpurt-ucx"]
-    assert threads
-    return sum(time.clock_gettime(time.pthread_getcpuclockid(ident)) for ident in threads if ident is not None)
 
 
 def test_connections_that_say_nothing_or_nonsense_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ import os
 import pathlib
 import sys
 import threading
-import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -17,6 +16,7 @@ from typing import Any
 import device_standin
 import numpy as np
 import pytest
+from ucx_threads import busy_s, ucx_threads
 
 pytest.importorskip("ucxx", reason="ucxx is not installed", exc_type=ImportError)
 
@@ -271,8 +271,7 @@ def test_closing_ends_everything_and_leaves_nothing() -> None:
         segments = pathlib.Path("/proc/sysvipc/shm").read_text().splitlines()[1:]
         mine = [line for line in segments if line.split()[4] == str(os.getpid())]
         # Others come and go with what else this process does.
-        threads = [thread for thread in threading.enumerate() if thread.name == "gpurt-ucx"]
-        return len(os.listdir("/proc/self/fd")), len(threads), len(mine)
+        return len(os.listdir("/proc/self/fd")), len(ucx_threads()), len(mine)
 
     async def main() -> None:
         async def once() -> None:
@@ -298,13 +297,6 @@ def test_closing_ends_everything_and_leaves_nothing() -> None:
         assert held() == before
 
     run(main)
-
-
-def busy_s() -> float:
-    """Processor time of all that move something, and not of whatever else this process does."""
-    threads = [thread.ident for thread in threading.enumerate() if thread.name == "gpurt-ucx"]
-    assert threads
-    return sum(time.clock_gettime(time.pthread_getcpuclockid(ident)) for ident in threads if ident is not None)
 
 
 def test_it_is_idle_where_nothing_moves() -> None:
