@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gc
 import importlib
 import json
 import os
@@ -47,7 +48,6 @@ def _fork(seed: int, run: Any) -> tuple[int, int]:
         return child, reading
     os.close(reading)
     import faulthandler
-    import gc
 
     # When that happens depends on what was there before.
     gc.disable()
@@ -151,6 +151,8 @@ def main() -> int:
                 with contextlib.suppress(ImportError):
                     importlib.import_module(name)
 
+    # A seed looks for what is left of it, and not through all that was loaded.
+    gc.freeze()
     seeds = range(arguments.first, arguments.first + arguments.seeds)
     if verbose:
         seeds = range(arguments.seed, arguments.seed + 1)
