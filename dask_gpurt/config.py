@@ -201,6 +201,8 @@ class ShuffleSettings(_Section):
     transport: str = _key("auto", _transport, '"auto" or "dask"')
     #: ``"auto"``: messages are compressed where that pays on their link; ``"off"``: never.
     compression: str = _key("auto", _compression, '"auto" or "off"')
+    #: Bytes of what it has sent that a worker keeps in case that a peer is lost, summed over all runs; None: a lost worker costs a restart.
+    keep_sent: int | None = _key(None, lambda v: None if v is None else _size(v), 'a size such as "10 GiB", or null')
     #: Seconds without progress after which a run that waits for something is reported; None: never.
     watchdog: float | None = _key(60.0, _duration, 'a time such as "60s", or null')
 

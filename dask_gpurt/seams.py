@@ -10,6 +10,7 @@ there, with a warning that names the seam; the other parts are installed.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -135,6 +136,16 @@ SHUFFLE: tuple[Seam, ...] = (
         "distributed.shuffle:ShuffleSchedulerPlugin.transition",
         ("key", "start", "finish", "args", "stimulus_id", "kwargs"),
     ),
+    Seam(
+        "scheduler",
+        "distributed.shuffle:ShuffleSchedulerPlugin.remove_worker",
+        ("scheduler", "worker", "stimulus_id", "kwargs"),
+    ),
+    Seam("scheduler", "distributed.shuffle:ShuffleSchedulerPlugin.barrier", ("id", "run_id", "consistent")),
+    Seam("scheduler", "distributed.shuffle._core:SchedulerShuffleState.run_spec"),
+    Seam("scheduler", "distributed.shuffle._core:SchedulerShuffleState.participating_workers"),
+    Seam("scheduler", ".handlers"),
+    Seam("scheduler", ".stream_handlers"),
     Seam("scheduler", "distributed.shuffle._core:barrier_key", ("shuffle_id",)),
     Seam("scheduler", "distributed.shuffle._core:id_from_key", ("key",)),
     Seam("scheduler", "distributed.shuffle._shuffle:DataFrameShuffleSpec.create_run_on_worker"),
@@ -904,6 +915,52 @@ def hear_ended_runs(plugin: Any, hear: Callable[[str], None]) -> Callable[[], No
             hear(str(shuffle_id))
 
     return _override(plugin, "transition", transition)
+
+
+def override_shuffle_loss(plugin: Any, lose: Callable[[str, str, Callable[[], None]], None]) -> Callable[[], None]:
+    """Let ``lose`` decide what the loss of a worker means to the shuffles; returns how to undo it.
+
+    It is given the address of the worker, a stimulus, and how to have stock restart the runs that it still takes part in.
+    """
+    stock = plugin.remove_worker
+
+    def remove_worker(scheduler: Any, worker: str, *, stimulus_id: str, **kwargs: Any) -> None:
+        lose(worker, stimulus_id, lambda: stock(scheduler, worker, stimulus_id=stimulus_id, **kwargs))
+
+    return _override(plugin, "remove_worker", remove_worker)
+
+
+def override_shuffle_barrier(scheduler: Any, answer: Callable[..., Any]) -> Callable[[], None]:
+    """Let ``answer`` (stock's answer, id, run_id, consistent) answer when a barrier is reached; returns how to undo it."""
+    handlers = scheduler.handlers
+    stock = handlers["shuffle_barrier"]
+
+    async def shuffle_barrier(id: Any, run_id: int, consistent: bool) -> Any:  # noqa: A002  the worker's message
+        return await answer(stock, id, run_id, consistent)
+
+    handlers["shuffle_barrier"] = shuffle_barrier
+
+    def restore() -> None:
+        if handlers.get("shuffle_barrier") is shuffle_barrier:
+            handlers["shuffle_barrier"] = stock
+
+    return restore
+
+
+def amend_shuffle_run(state: Any, spec: Any, worker_for: dict[Any, str]) -> None:
+    """Give an active run of the scheduler another spec and other owners; it stays the same run."""
+    amended = copy.copy(state.run_spec)
+    # Frozen, and with a number that a new one would not have.
+    object.__setattr__(amended, "spec", spec)
+    object.__setattr__(amended, "worker_for", worker_for)
+    state.run_spec = amended
+
+
+def thread_key() -> Any:
+    """Return the key of the task that this thread executes."""
+    from distributed.worker import thread_state  # type: ignore[attr-defined]
+
+    return thread_state.key
 
 
 def hear_removed_workers(worker: Any, hear: Callable[[str], None]) -> Callable[[], None]:

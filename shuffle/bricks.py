@@ -20,7 +20,7 @@ from __future__ import annotations
 import ast
 import itertools
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -31,7 +31,7 @@ from dask_gpurt.shuffle.device import ArrayLibrary, DeviceBody, finish, library_
 from dask_gpurt.shuffle.shelf import Parcel
 from dask_gpurt.shuffle.wire import Header, Kind, WireError, decode, encode
 
-__all__ = ["LARGE_NBYTES", "check_parcel", "dtype_of", "dtype_token", "pack", "ready", "split", "unpack"]
+__all__ = ["LARGE_NBYTES", "check_parcel", "cut", "dtype_of", "dtype_token", "pack", "ready", "split", "unpack"]
 
 #: From this size on a shard has a body of its own; see :data:`dask_gpurt.shuffle.frames.LARGE_NBYTES`.
 LARGE_NBYTES = 2**18
@@ -104,9 +104,12 @@ def split(
     axes: SplitAxes,
     worker_for: Mapping[Index, str],
     *,
+    alone: Container[Index] = (),
     allocate: Allocate = _allocate,
 ) -> list[tuple[str, Header, Any]]:
     """Cut a chunk: for each peer headers and bodies. ``allocate`` lends the memory of those on the host.
+
+    Shards for output chunks in ``alone`` have a body each.
 
     Raises
     ------
@@ -123,7 +126,7 @@ def split(
         target, place, where = zip(*pieces, strict=True)
         shard = chunk[where]
         # Large ones stay by themselves.
-        key = (worker_for[target], target if shard.nbytes >= LARGE_NBYTES else None)
+        key = (worker_for[target], target if shard.nbytes >= LARGE_NBYTES or target in alone else None)
         bodies.setdefault(key, []).append((target, place, shard))
     parts = []
     for (address, _), shards in bodies.items():
@@ -161,6 +164,25 @@ def check_parcel(header: Header, wanted: Callable[[Hashable], bool]) -> None:
         library_named(name)
     if size * dtype.itemsize != header.body_nbytes:
         raise WireError(f"shards of {size} elements were expected, got {header.body_nbytes} bytes")
+
+
+def cut(parcel: Parcel) -> list[tuple[Index, Header, Any]]:
+    """Cut a parcel into shards by themselves: for each its output chunk, and the header and body that it is sent with."""
+    header = parcel.header
+    ndim = len(header.input_id)
+    itemsize = _element(header.extra)[1].itemsize
+    body = _bytes_of(parcel.body)
+    shards = []
+    offset = 0
+    for number, segment in enumerate(header.segments.tolist()):
+        nbytes = math.prod(segment[2 * ndim :]) * itemsize
+        one = Header(Kind.BRICK, header.input_id, header.segments[number : number + 1], nbytes, header.extra)
+        piece = body[offset : offset + nbytes]
+        if isinstance(parcel.body, DeviceBody):
+            piece = DeviceBody(parcel.body.library, piece)
+        shards.append((tuple(segment[:ndim]), one, piece))
+        offset += nbytes
+    return shards
 
 
 def ready(parcel: Parcel) -> tuple[Index, list[Any]] | None:

@@ -60,7 +60,7 @@ from dask_gpurt.shuffle.device import DeviceBody, allocate, library_named
 from dask_gpurt.shuffle.shelves import TieredReservation
 from dask_gpurt.shuffle.transport.ucx import MIN_FRAME_NBYTES, TransportError, TransportUnavailable, UCXTransport
 from dask_gpurt.shuffle.ways import Way, Ways, on_loopback
-from dask_gpurt.shuffle.wire import WireError, check_nbytes, check_sizes, pack_list
+from dask_gpurt.shuffle.wire import WireError, check_epoch, check_nbytes, check_sizes, pack_list
 from dask_gpurt.topology import Gauge, Place, Topology
 
 if TYPE_CHECKING:
@@ -314,6 +314,7 @@ class Carrier:
             self._worker.rpc(address).gpurt_shuffle_take(
                 shuffle_id=run.id,
                 run_id=run.run_id,
+                epoch=run.epoch,
                 buffers=to_serialize([b"" if view.nbytes >= MIN_FRAME_NBYTES else view for view in views]),
                 sizes=[view.nbytes if view.nbytes >= MIN_FRAME_NBYTES else 0 for view in views],
                 libraries=libraries if any(libraries) else None,
@@ -366,6 +367,7 @@ class Carrier:
         answer = await rpc.gpurt_shuffle_take(
             shuffle_id=run.id,
             run_id=run.run_id,
+            epoch=run.epoch,
             buffers=to_serialize(message.buffers),
             credit=credit,
             packed=_told(message),
@@ -415,10 +417,14 @@ class Carrier:
         credit: str | None = None,
         libraries: Sequence[str] | None = None,
         packed: Sequence[Sequence[Any]] = (),
+        epoch: int = 0,
     ) -> Any:
         """Take in a message. Handler for peers."""
+        check_epoch(epoch)
         try:
             run = await seams.shuffle_run(self._worker, shuffle_id, run_id)
+            if epoch > run.epoch:
+                await run.attend(run.reach(epoch))
             told = pack_list(packed, len(buffers))
             if sizes is None:
                 return await run.attend(self._take_by_comm(run, list(buffers), told, credit))

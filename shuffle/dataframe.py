@@ -8,8 +8,8 @@ See also: :mod:`dask_gpurt.shuffle.run`, the part that arrays share.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from dask_gpurt.seams import DataFrameShuffleSpec
@@ -64,7 +64,7 @@ class FrameRun(Run):
         self.column = column
         self.meta = meta
         self.drop_column = drop_column
-        self._plan = PartitionPlan.build(common["worker_for"])
+        self._plan = PartitionPlan.build(common["worker_for"], common.get("adopted", ()))
         #: Input partition to whether its shards arrive together.
         self._many: dict[int, bool] = {}
         self._output_meta = meta.drop(columns=[column]) if drop_column else meta
@@ -101,9 +101,15 @@ class FrameRun(Run):
             return None
         return kernels_if_ready()
 
+    def _planned(self) -> None:
+        self._plan = PartitionPlan.build(self.worker_for, self._adopted)
+
     def _identity(self, header: Header) -> Hashable:
         (number,) = header.input_id
         many = len(header.segments) > 1
+        if not many and (output := int(header.segments[0, 0])) in self._adopted:
+            # These come one by one, whatever the others do.
+            return number, output
         if self._many.setdefault(number, many) is not many:
             # The task ran twice, and did not give the same.
             raise WireError(f"input partition {number} was split in two ways")
@@ -114,6 +120,9 @@ class FrameRun(Run):
 
     def _pack(self, parcels: Sequence[Parcel]) -> dict[Hashable, list[Any]]:
         return frames.pack(parcels)
+
+    def _cut(self, parcel: Parcel) -> Sequence[tuple[Any, Header, Any]]:
+        return frames.cut(parcel)
 
     def _check(self, header: Header) -> None:
         frames.check_parcel(header, self._own.__contains__)
@@ -149,6 +158,10 @@ class TableRun(FrameRun):
     def _pack(self, parcels: Sequence[Parcel]) -> dict[Hashable, list[Any]]:
         return tables.pack(parcels)
 
+    def _cut(self, parcel: Parcel) -> Sequence[tuple[Any, Header, Any]]:
+        # Each shard has a body of its own.
+        return [(int(parcel.header.segments[0, 0]), parcel.header, parcel.body)]
+
     def _check(self, header: Header) -> None:
         tables.check_parcel(header, self._own.__contains__, self._output_meta)
 
@@ -158,12 +171,29 @@ class TableRun(FrameRun):
 
 @dataclass(frozen=True)
 class FrameSpec(DataFrameShuffleSpec):
-    """Stock's spec, with a run over our data plane."""
+    """Stock's spec, with a run over our data plane.
+
+    Parameters
+    ----------
+    keeps, epoch, adopted
+        See :class:`~dask_gpurt.shuffle.run.Run`.
+    """
+
+    keeps: bool = False
+    epoch: int = 0
+    adopted: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, spec: DataFrameShuffleSpec) -> FrameSpec:
-        """Ask for our data plane instead of stock's."""
-        return cls(**{field.name: getattr(spec, field.name) for field in fields(spec)})
+    def of(cls, spec: DataFrameShuffleSpec, *, keeps: bool = False) -> FrameSpec:
+        """Ask for our data plane instead of stock's. Nothing in the memory of a device is kept."""
+        import pandas as pd
+
+        keeps = keeps and type(spec.meta) is pd.DataFrame
+        return cls(**{field.name: getattr(spec, field.name) for field in fields(spec)}, keeps=keeps)
+
+    def repaired(self, moved: Mapping[int, str]) -> FrameSpec:
+        """Return the spec after one repair more, by which these outputs have new owners."""
+        return replace(self, epoch=self.epoch + 1, adopted=self.adopted | moved.keys())
 
     def create_run_on_worker(
         self, run_id: int, span_id: str | None, worker_for: dict[int, str], plugin: ShuffleWorkerPlugin
@@ -182,4 +212,7 @@ class FrameSpec(DataFrameShuffleSpec):
             worker_for=worker_for,
             plugin=plugin,
             part=part_of(plugin.worker),
+            keeps=self.keeps,
+            epoch=self.epoch,
+            adopted=self.adopted,
         )

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-__all__ = ["LARGE_NBYTES", "check_parcel", "join", "pack", "ready", "split"]
+__all__ = ["LARGE_NBYTES", "check_parcel", "cut", "join", "pack", "ready", "split"]
 
 #: From this size on, on average, each shard has a body of its own. Its fixed cost, some 20 µs, is little then.
 LARGE_NBYTES = 2**18
@@ -248,6 +248,26 @@ def _pack_alike(schema: Schema, parcels: Sequence[Parcel]) -> Iterator[tuple[int
             ]
         body = b"".join(pieces)
         yield partition, [_packed_header(partition, own[first:last], len(body), schema.token), body]
+
+
+def cut(parcel: Parcel) -> list[tuple[int, Header, Buffer]]:
+    """Cut a parcel into shards by themselves: for each its output partition, and the header and body that it is sent with."""
+    if len(parcel.header.segments) == 1:
+        return [(int(parcel.header.segments[0, 0]), parcel.header, parcel.body)]
+    # The body of one packed shard is laid out as that of a sent one.
+    packed = pack([parcel])
+    shards = []
+    for partition, rows in parcel.header.segments.tolist():
+        _, body = packed[partition]
+        header = Header(
+            Kind.FRAME,
+            parcel.header.input_id,
+            np.array([[partition, rows]], dtype=np.int64),
+            memoryview(body).nbytes,
+            parcel.header.extra,
+        )
+        shards.append((partition, header, body))
+    return shards
 
 
 def _rest(content: Content, rows: int) -> pa.Table:

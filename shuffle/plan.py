@@ -13,7 +13,7 @@ sort: linear in the number of rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -33,7 +33,7 @@ TABLE_SIZE_MAX = 2**20
 
 @dataclass(frozen=True)
 class Peer:
-    """A worker and the positions of the output partitions that it holds, ``start`` included, ``stop`` excluded."""
+    """A worker and positions of output partitions that it holds together, ``start`` included, ``stop`` excluded."""
 
     address: str
     start: int
@@ -100,7 +100,8 @@ class PartitionPlan:
     partitions
         Position to output partition.
     peers
-        The workers, in the order of their positions, which they share out without a gap.
+        The workers, in the order of their positions, which they share out without a gap. A worker is there once, and once more for
+        each output partition that is to be by itself.
 
     Examples
     --------
@@ -116,14 +117,22 @@ class PartitionPlan:
     peers: tuple[Peer, ...]
 
     @classmethod
-    def build(cls, worker_for: Mapping[int, str]) -> PartitionPlan:
-        """Order the output partitions of ``worker_for`` (output partition to worker's address)."""
-        ordered = sorted(worker_for, key=lambda partition: (worker_for[partition], partition))
+    def build(cls, worker_for: Mapping[int, str], alone: Container[int] = ()) -> PartitionPlan:
+        """Order the output partitions of ``worker_for`` (output partition to worker's address).
+
+        Those in ``alone`` are each by itself, whatever else their worker holds.
+
+        Examples
+        --------
+        >>> PartitionPlan.build({0: "a", 1: "a", 2: "a"}, alone={1}).peers
+        (Peer(address='a', start=0, stop=2), Peer(address='a', start=2, stop=3))
+        """
+        ordered = sorted(worker_for, key=lambda partition: (worker_for[partition], partition in alone, partition))
         peers: list[Peer] = []
         for position, partition in enumerate(ordered):
             address = worker_for[partition]
             start = position
-            if peers and peers[-1].address == address:
+            if partition not in alone and peers and peers[-1].address == address:
                 start = peers.pop().start
             peers.append(Peer(address, start, position + 1))
         return cls(np.array(ordered, dtype=np.int64), tuple(peers))

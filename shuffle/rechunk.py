@@ -7,8 +7,8 @@ See also: :mod:`dask_gpurt.shuffle.run`, the part that data frames share.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,7 +51,9 @@ class BrickRun(Run):
         known = type(data) is np.ndarray or library_of(data) is not None
         if not known or bricks.dtype_token(data.dtype) is None:
             raise Declined(f"chunk {partition_id} is a {type(data).__name__} of {getattr(data, 'dtype', 'no dtype')}")
-        shards = bricks.split(data, partition_id, self._axes, self.worker_for, allocate=self._allocate)
+        shards = bricks.split(
+            data, partition_id, self._axes, self.worker_for, alone=self._adopted, allocate=self._allocate
+        )
         return self._sort_out(shards)
 
     def _identity(self, header: Header) -> Hashable:
@@ -66,6 +68,9 @@ class BrickRun(Run):
     def _pack(self, parcels: Sequence[Parcel]) -> dict[Hashable, list[Any]]:
         return bricks.pack(parcels)
 
+    def _cut(self, parcel: Parcel) -> Sequence[tuple[Any, Header, Any]]:
+        return bricks.cut(parcel)
+
     def _check(self, header: Header) -> None:
         bricks.check_parcel(header, self._own.__contains__)
 
@@ -77,12 +82,26 @@ class BrickRun(Run):
 
 @dataclass(frozen=True)
 class BrickSpec(ArrayRechunkSpec):
-    """Stock's spec, with a run over our data plane."""
+    """Stock's spec, with a run over our data plane.
+
+    Parameters
+    ----------
+    keeps, epoch, adopted
+        See :class:`~dask_gpurt.shuffle.run.Run`.
+    """
+
+    keeps: bool = False
+    epoch: int = 0
+    adopted: frozenset[Index] = frozenset()
 
     @classmethod
-    def of(cls, spec: ArrayRechunkSpec) -> BrickSpec:
+    def of(cls, spec: ArrayRechunkSpec, *, keeps: bool = False) -> BrickSpec:
         """Ask for our data plane instead of stock's."""
-        return cls(**{field.name: getattr(spec, field.name) for field in fields(spec)})
+        return cls(**{field.name: getattr(spec, field.name) for field in fields(spec)}, keeps=keeps)
+
+    def repaired(self, moved: Mapping[Index, str]) -> BrickSpec:
+        """Return the spec after one repair more, by which these outputs have new owners."""
+        return replace(self, epoch=self.epoch + 1, adopted=self.adopted | moved.keys())
 
     def create_run_on_worker(
         self, run_id: int, span_id: str | None, worker_for: dict[Index, str], plugin: ShuffleWorkerPlugin
@@ -97,4 +116,7 @@ class BrickSpec(ArrayRechunkSpec):
             worker_for=worker_for,
             plugin=plugin,
             part=part_of(plugin.worker),
+            keeps=self.keeps,
+            epoch=self.epoch,
+            adopted=self.adopted,
         )

@@ -18,6 +18,11 @@ Theory of operation
     shuffle is restarted, together with the others that the same task reads. So stock's rule holds that shards can be
     read again, without keeping all of them to the end.
 
+    Where the settings say so, what was sent is *kept* until the barrier (:mod:`dask_gpurt.shuffle.kept`). When a worker is lost before, the
+    run goes on without it (:mod:`dask_gpurt.shuffle.repair`): its outputs have new owners, and everything that is, or was, on
+    its way to it is cut by output and led to them. Messages for a lost worker go through the outbox as any other does, and are
+    led away where they would be delivered, so that the same limits hold for them.
+
     What our plane does not support is found out when data is seen. Then the run is *declined*: the scheduler
     restarts the shuffle, and the next run is stock's.
 
@@ -25,7 +30,8 @@ Theory of operation
 phase     what the worker does                   ends by
 ========  =====================================  ===========================================================
 TRANSFER  splits inputs, sends their shards,     inputs done (the barrier) -> UNPACK;
-          takes in those of peers                declined, or a worker lost -> CLOSED
+          takes in those of peers                a worker lost -> TRANSFER (repaired) or CLOSED;
+                                                 declined -> CLOSED
 UNPACK    hands out its output partitions        done (or shards needed again) -> CLOSED
 CLOSED    nothing, and has no data               restarted (as another run) -> TRANSFER
 ========  =====================================  ===========================================================
@@ -42,7 +48,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Generator, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Generator, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -61,6 +67,7 @@ from dask_gpurt.memory.store import Reservation
 from dask_gpurt.seams import P2PConsistencyError, P2POutOfDiskError, ShuffleClosedError, ShuffleRun
 from dask_gpurt.shuffle.account import Account
 from dask_gpurt.shuffle.carrier import nbytes_of
+from dask_gpurt.shuffle.kept import Kept
 from dask_gpurt.shuffle.outbox import Outbox
 from dask_gpurt.shuffle.shelf import Parcel
 from dask_gpurt.shuffle.shelves import Shelves, TieredReservation
@@ -120,6 +127,12 @@ class Run(ShuffleRun[Any, Any]):
         distributed's plugin, which owns the run.
     part
         Our part of the worker: the store, the limits and the counters.
+    keeps
+        Whether what is sent is kept, as far as there is room, in case that a worker is lost.
+    epoch
+        How often the run has been repaired.
+    adopted
+        Output partitions that lost workers had.
     """
 
     def __init__(  # the base's own makes the buffers that this class replaces
@@ -131,6 +144,9 @@ class Run(ShuffleRun[Any, Any]):
         worker_for: Mapping[Any, str],
         plugin: ShuffleWorkerPlugin,
         part: ShuffleWorker,
+        keeps: bool = False,
+        epoch: int = 0,
+        adopted: Collection[Any] = (),
     ) -> None:
         worker = plugin.worker
         self.id = id  # type: ignore[assignment]
@@ -158,6 +174,7 @@ class Run(ShuffleRun[Any, Any]):
         self._worker = worker
         own = [partition for partition, address in worker_for.items() if address == self.local_address]
         self._outbox = Outbox(self._deliver, part.window)
+        self._ranks = {partition: rank for rank, partition in enumerate(own)}
         self._shelf = Shelves(
             part.store,
             part.device_store,
@@ -165,10 +182,21 @@ class Run(ShuffleRun[Any, Any]):
             pack=self._pack,
             offload=self._offload_pack,
             name=f"{id}-{run_id}",
-            ranks={partition: rank for rank, partition in enumerate(own)},
+            ranks=self._ranks,
             meter=self._moved,
         )
         self._own = frozenset(own)
+        # What a repair needs: see there.
+        self.epoch = epoch
+        self._adopted = frozenset(adopted)
+        self._reached = asyncio.Event()
+        self._kept = Kept(part.store, part.allowance, name=f"{id}-{run_id}") if keeps else None
+        #: Input partition to the task that has added it.
+        self._added: dict[Any, Key] = {}
+        #: Workers that were lost, and by worker what is being delivered.
+        self._lost: set[str] = set()
+        self._delivering: defaultdict[str, set[asyncio.Task[None]]] = defaultdict(set)
+        self._repairing: set[asyncio.Task[None]] = set()
         #: Identity of a parcel to what is done when it is in.
         self._arrivals: dict[Hashable, asyncio.Future[None]] = {}
         #: Output partition to the task that asked for it, and its buffers.
@@ -225,6 +253,13 @@ class Run(ShuffleRun[Any, Any]):
     def _join(self, partition_id: Any, buffers: list[Any]) -> Any:
         """Make an output partition of its shards."""
 
+    @abc.abstractmethod
+    def _cut(self, parcel: Parcel) -> Sequence[tuple[Any, Header, Any]]:
+        """Cut a parcel into shards by themselves: for each its output partition, its header and its body."""
+
+    def _planned(self) -> None:
+        """Take in that outputs have new owners."""
+
     def _sort_out(self, shards: Sequence[tuple[str, Header, Any]]) -> Shards:
         messages: dict[str, list[list[Any]]] = {}
         own = []
@@ -275,6 +310,8 @@ class Run(ShuffleRun[Any, Any]):
             nbytes = sum(sent) + sum(parcel.nbytes for parcel in own)
             self._hand_over(messages, own, nbytes)
         self._inputs += 1
+        if self._kept is not None:
+            self._added[partition_id] = seams.thread_key()
         return self.run_id
 
     def _hand_over(self, messages: dict[str, list[list[Any]]], own: list[Parcel], nbytes: int) -> None:
@@ -322,6 +359,47 @@ class Run(ShuffleRun[Any, Any]):
             raise
 
     async def _deliver(self, address: str, buffers: list[Any]) -> None:
+        if self._kept is None:
+            await self._exchange(address, buffers)
+            return
+        if address not in self._lost:
+            exchange = asyncio.create_task(self._exchange(address, buffers))
+            self._delivering[address].add(exchange)
+            try:
+                await exchange
+            except (asyncio.CancelledError, OSError):
+                task = asyncio.current_task()
+                if address not in self._lost or (task is not None and task.cancelling()):
+                    raise
+            finally:
+                self._delivering[address].discard(exchange)
+            nbytes = nbytes_of(buffers)
+            if address not in self._lost and await self._kept.keep(
+                address, buffers, nbytes, wanted=lambda: address not in self._lost
+            ):
+                return
+        await self._lead_away(buffers)
+
+    async def _lead_away(self, buffers: list[Any]) -> None:
+        """Deliver what was meant for a lost worker to those who have its outputs now."""
+        parcels = [
+            Parcel(decode(head, body), body, nbytes_of([body]))
+            for head, body in zip(buffers[::2], buffers[1::2], strict=True)
+        ]
+        cut = await self.offload(self._cut_all, parcels)
+        del parcels
+        messages, own = self._sort_out([(self.worker_for[output], header, body) for output, header, body in cut])
+        del cut
+        if own:
+            await self._take_in(own)
+        for address, queue in messages.items():
+            for message in queue:
+                await self._deliver(address, message)
+
+    def _cut_all(self, parcels: Sequence[Parcel]) -> list[tuple[Any, Header, Any]]:
+        return [shard for parcel in parcels for shard in self._cut(parcel)]
+
+    async def _exchange(self, address: str, buffers: list[Any]) -> None:
         # One for all attempts: what was reserved for one of them is there for the next.
         credit = f"{self.local_address}-{next(self._numbers)}"
         nbytes = nbytes_of(buffers)
@@ -357,12 +435,64 @@ class Run(ShuffleRun[Any, Any]):
             # All inputs were added, so that no thread adds to these any more.
             for ahead in list(self._ahead.values()):
                 await asyncio.shield(asyncio.wrap_future(ahead))
+            for repair in list(self._repairing):
+                await asyncio.shield(repair)
             await self._outbox.flush()
         except Exception as error:
             self.raise_if_closed()
             self._exception = error
             raise
+        if self._kept is not None:
+            # From now on a worker that is lost costs a restart.
+            self._kept.forget()
+            self._added.clear()
         self.account.transferred_s = time.time()
+
+    # Repair
+
+    def repair(self, epoch: int, lost: str, moved: Iterable[tuple[Any, str]]) -> None:
+        """Go on without a worker, whose outputs others have now. The scheduler's word; see :mod:`dask_gpurt.shuffle.repair`."""
+        if self.closed or epoch <= self.epoch:
+            # It ends anyway, or began after that.
+            self.part.repaired(self, epoch, [])
+            return
+        owners = dict(moved)
+        self.epoch = epoch
+        self.worker_for = {**self.worker_for, **owners}
+        self._adopted |= owners.keys()
+        own = [output for output, address in owners.items() if address == self.local_address]
+        self._own |= frozenset(own)
+        self._ranks.update(zip(own, itertools.count(len(self._ranks)), strict=False))
+        self._planned()
+        self._lost.add(lost)
+        self._reached.set()
+        self._reached = asyncio.Event()
+        for credit in [credit for credit in self._credits if credit.rpartition("-")[0] == lost]:
+            self._credits.pop(credit).add_done_callback(_give_back)
+        for exchange in self._delivering.pop(lost, ()):
+            exchange.cancel()
+        task = asyncio.create_task(self._repair(epoch, lost, dict(self._added)), name="gpurt-shuffle-repair")
+        self._repairing.add(task)
+        task.add_done_callback(self._repairing.discard)
+
+    async def _repair(self, epoch: int, lost: str, added: dict[Any, Key]) -> None:
+        """Send again what was kept, and vouch for the inputs of which that is all."""
+        vouched: list[Key] = []
+        try:
+            if self._kept is not None:
+                async for buffers, nbytes in self._kept.take(lost):
+                    await self._post(lost, buffers, nbytes)
+                missing = self._kept.missing(lost)
+                vouched = [key for partition, key in added.items() if _numbers(partition) not in missing]
+        except Exception as error:  # noqa: BLE001  the outbox keeps it, and tells whoever waits for the end of the transfer
+            logger.debug("%s was not repaired: %s", self, error)
+        finally:
+            self.part.repaired(self, epoch, vouched)
+
+    async def reach(self, epoch: int) -> None:
+        """Wait until this worker has heard of a repair that a peer knows of."""
+        while epoch > self.epoch:
+            await self._reached.wait()
 
     async def barrier(self, run_ids: Sequence[int]) -> int:
         """Wait for all workers to have what was sent to them, or for the end of this run.
@@ -436,6 +566,8 @@ class Run(ShuffleRun[Any, Any]):
         granted = self._credits[credit] = asyncio.get_running_loop().create_future()
         try:
             granted.set_result(await self.reserve(nbytes))
+            if credit.rpartition("-")[0] in self._lost:
+                _give_back(self._credits.pop(credit, granted))
         except BaseException as error:
             self._credits.pop(credit, None)
             granted.set_exception(error if isinstance(error, Exception) else ShuffleClosedError(str(self)))
@@ -615,7 +747,7 @@ class Run(ShuffleRun[Any, Any]):
             await self._closed_event.wait()
             return
         self.closed = True
-        for task in self._attended:
+        for task in (*self._attended, *self._repairing):
             task.cancel()
         try:
             await self._outbox.close()
@@ -626,6 +758,8 @@ class Run(ShuffleRun[Any, Any]):
                 if granted.done():
                     granted.result().release()
             self._credits.clear()
+            if self._kept is not None:
+                self._kept.forget()
             self._handed.clear()
             self.account.ended_s = time.time()
             await self.part.ended(self)
@@ -633,6 +767,8 @@ class Run(ShuffleRun[Any, Any]):
 
     async def move(self) -> None:
         """Take the data over to the store that the part has now."""
+        if self._kept is not None:
+            self._kept.forget()
         await self._shelf.move(self.part.store, self.part.device_store)
 
     def heartbeat(self) -> dict[str, Any]:
@@ -683,6 +819,8 @@ class Run(ShuffleRun[Any, Any]):
             "received_nbytes": self.total_recvd,
             "parcels": len(self._arrivals),
             "attended": len(self._attended),
+            "epoch": self.epoch,
+            "kept_nbytes": 0 if self._kept is None else self._kept.nbytes,
             "credits_granted": self._granted,
             "credits_nbytes": sum(granted),
             "credits_wanted": len(self._credits) - len(granted),
@@ -734,3 +872,13 @@ class Run(ShuffleRun[Any, Any]):
     def deserialize(self, buffer: Any) -> Any:
         """Stock's memory buffer is not used."""
         raise NotImplementedError(type(buffer))
+
+
+def _numbers(partition: Any) -> tuple[int, ...]:
+    """Give an input partition the form that it has in headers."""
+    return tuple(partition) if isinstance(partition, tuple) else (int(partition),)
+
+
+def _give_back(granted: asyncio.Future[Reservation]) -> None:
+    if not granted.cancelled() and granted.exception() is None:
+        granted.result().release()

@@ -41,6 +41,7 @@ from dask_gpurt.handlers import weak
 from dask_gpurt.shuffle import dataframe, rechunk
 from dask_gpurt.shuffle.assigner import Assigner
 from dask_gpurt.shuffle.links import LinkBoard
+from dask_gpurt.shuffle.repair import Repairs
 from dask_gpurt.topology import Topology
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class ShuffleScheduler:
         self.settings = settings
         self.links = LinkBoard(scheduler, Topology() if topology is None else topology)
         self.assigner = Assigner(scheduler, self.links.topology)
+        self.repairs = Repairs(scheduler, self._able)
         self._capable: set[str] = set()
         # Ordered, for the oldest to be dropped.
         self._declined: dict[str, str] = {}
@@ -97,6 +99,7 @@ class ShuffleScheduler:
             self.links.start(),
             seams.hear_ended_runs(plugin, self._ended),
         ]
+        self.repairs.start()
         self.scheduler.handlers["gpurt_shuffle_decline"] = weak(self.decline)
         self.scheduler.handlers["gpurt_shuffle_open"] = weak(self.assigner.open)
 
@@ -105,6 +108,7 @@ class ShuffleScheduler:
         for restore in self._restore:
             restore()
         self._restore.clear()
+        self.repairs.stop()
         self.scheduler.handlers.pop("gpurt_shuffle_decline", None)
         self.scheduler.handlers.pop("gpurt_shuffle_open", None)
         self.assigner.stop()
@@ -129,11 +133,15 @@ class ShuffleScheduler:
         self._capable.discard(address)
         self.links.remove_worker(address)
 
+    def _able(self, workers: set[str]) -> bool:
+        return self._capable.issuperset(workers)
+
     def choose(self, spec: Any) -> Any:
         """Answer stock's spec for a new run with ours, where we can."""
         if str(spec.id) in self._declined or not self._capable.issuperset(self.scheduler.workers) or not supports(spec):
             return spec
-        return rechunk.BrickSpec.of(spec) if rechunk.supports(spec) else dataframe.FrameSpec.of(spec)
+        ours: Any = rechunk.BrickSpec if rechunk.supports(spec) else dataframe.FrameSpec
+        return ours.of(spec, keeps=self.settings.keep_sent is not None)
 
     def decline(self, id: str, run_id: int, reason: str) -> bool:  # noqa: A002  the worker's message
         """Restart a shuffle on stock's data plane. Handler for workers; the answer says whether it was still active."""

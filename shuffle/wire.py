@@ -33,10 +33,12 @@ __all__ = [
     "Header",
     "Kind",
     "WireError",
+    "check_epoch",
     "check_nbytes",
     "check_sizes",
     "decode",
     "encode",
+    "input_id",
     "pack_list",
 ]
 
@@ -52,6 +54,8 @@ MAX_COLUMNS = 3 * MAX_NDIM
 MAX_SEGMENTS = 2**24
 #: Bytes of a message: far more than a worker has memory for, and far less than what makes a number overflow.
 MESSAGE_NBYTES_MAX = 2**42
+#: Repairs of a run: a worker is lost in each.
+EPOCH_MAX = 2**20
 #: Bytes of ``extra``, which holds the description of a dtype.
 MAX_EXTRA_NBYTES = 2**16
 
@@ -167,6 +171,18 @@ def decode(buffer: Buffer, body: Buffer | DeviceBuffer) -> Header:
     return Header(Kind(kind), input_id, segments.reshape(rows, columns), body_nbytes, bytes(view[segments_end:]))
 
 
+def input_id(buffer: Buffer) -> tuple[int, ...]:
+    """Read the input id of an encoded header of our own.
+
+    Examples
+    --------
+    >>> input_id(encode(Header(Kind.BRICK, (3, 4), np.zeros((1, 6), np.int64), 0)))
+    (3, 4)
+    """
+    ndim = _PREFIX.unpack_from(buffer)[3]
+    return struct.unpack_from(f"<{ndim}q", buffer, _PREFIX.size)
+
+
 def check_nbytes(nbytes: object) -> int:
     """Check what a peer says is the size of a message, and return it.
 
@@ -178,6 +194,18 @@ def check_nbytes(nbytes: object) -> int:
     if type(nbytes) is not int or not 0 <= nbytes <= MESSAGE_NBYTES_MAX:
         raise WireError(f"a message has no {nbytes!r:.40} bytes")
     return nbytes
+
+
+def check_epoch(epoch: object) -> None:
+    """Check what a peer says is the number of repairs that it knows of.
+
+    Raises
+    ------
+    WireError
+        If that cannot be so.
+    """
+    if type(epoch) is not int or not 0 <= epoch <= EPOCH_MAX:
+        raise WireError(f"a run is not repaired {epoch!r:.40} times")
 
 
 def check_sizes(sizes: object, libraries: object, buffers: int) -> None:

@@ -11,13 +11,14 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tornado.ioloop import PeriodicCallback
 
 from dask_gpurt import seams
 from dask_gpurt.config import ShuffleSettings
+from dask_gpurt.handlers import weak
 from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.store import BufferStore, DictBufferStore
 from dask_gpurt.secret import Secret
@@ -25,12 +26,15 @@ from dask_gpurt.shuffle import hashing
 from dask_gpurt.shuffle.account import Account
 from dask_gpurt.shuffle.carrier import Carrier
 from dask_gpurt.shuffle.credits import ByteWindow
+from dask_gpurt.shuffle.kept import Allowance
 from dask_gpurt.shuffle.links import LinkReporter
+from dask_gpurt.shuffle.repair import REPAIR, REPAIRED
 from dask_gpurt.shuffle.sampler import Sampler
 from dask_gpurt.shuffle.shortcut import Shortcut
 from dask_gpurt.shuffle.watchdog import Watchdog, describe, interval_s
 
 if TYPE_CHECKING:
+    from dask.typing import Key
     from distributed import Worker
 
     from dask_gpurt.shuffle.run import Run
@@ -91,6 +95,7 @@ class ShuffleWorker:
         self.device_store = DictBufferStore() if device_store is None else device_store
         self.pool = BlockPool(IDLE_NBYTES) if pool is None else pool
         self.window = ByteWindow(settings.send_limit)
+        self.allowance = Allowance(settings.keep_sent or 0)
         self.carrier = Carrier(
             worker,
             self,
@@ -106,7 +111,10 @@ class ShuffleWorker:
         self.compiles = limit is None or limit >= COMPILER_MEMORY_LIMIT
         self._started = False
         self._stopped = False
+        self._repair: Callable[..., Any] | None = None
         self._runs: dict[tuple[str, int], Run] = {}
+        #: What the scheduler has said of runs that are not here, of the last of them.
+        self._repairs: dict[tuple[str, int], list[tuple[int, str, Any]]] = {}
         #: Of runs that ended lately, oldest first: their last states, and what they did.
         self.ended_runs: deque[tuple[dict[str, Any], Account]] = deque(maxlen=ENDED_MAX)
         self._watchdog = None if settings.watchdog is None else Watchdog(settings.watchdog)
@@ -134,6 +142,7 @@ class ShuffleWorker:
         self._started = True
         # Where Dask stops them when the worker closes.
         self.carrier.start()
+        self.worker.stream_handlers[REPAIR] = self._repair = weak(self.repair, late_is_no_error=True)
         self.sampler.start()
         self._shortcut.start()
         self._reporter.start()
@@ -161,7 +170,13 @@ class ShuffleWorker:
             await run.move()
         self._stopped = True
         if not self._runs:
-            await self.carrier.close()
+            await self._leave()
+
+    async def _leave(self) -> None:
+        """Answer nobody any longer."""
+        if self.worker.stream_handlers.get(REPAIR) is self._repair:
+            del self.worker.stream_handlers[REPAIR]
+        await self.carrier.close()
 
     def trim(self) -> None:
         """Have memory given back that is only kept for later, where memory is short."""
@@ -209,13 +224,39 @@ class ShuffleWorker:
         self._shortcut.attach()
         self._reporter.attach()
         self.carrier.prepare()
+        for repair in self._repairs.pop((str(run.id), run.run_id), ()):
+            run.repair(*repair)
+
+    def repair(self, shuffle_id: str, run_id: int, epoch: int, lost: str, moved: Any) -> None:
+        """Have a run go on without a worker. Handler for the scheduler."""
+        found = self._runs.get((shuffle_id, run_id))
+        if found is not None:
+            found.repair(epoch, lost, moved)
+            return
+        # It has ended, or its spec, as it was before that, is still on its way here.
+        self._repairs.setdefault((shuffle_id, run_id), []).append((epoch, lost, moved))
+        while len(self._repairs) > ENDED_MAX:
+            del self._repairs[next(iter(self._repairs))]
+        self._vouch(shuffle_id, run_id, epoch, [])
+
+    def repaired(self, run: Run, epoch: int, keys: Sequence[Key]) -> None:
+        """Tell the scheduler that a run has done its part of a repair, and for which inputs."""
+        self._vouch(str(run.id), run.run_id, epoch, keys)
+
+    def _vouch(self, shuffle_id: str, run_id: int, epoch: int, keys: Sequence[Key]) -> None:
+        # A worker whose stream is closed is lost itself.
+        stream = self.worker.batched_stream
+        if not stream.closed():
+            stream.send(
+                {"op": REPAIRED, "shuffle_id": shuffle_id, "run_id": run_id, "epoch": epoch, "keys": list(keys)}
+            )
 
     async def ended(self, run: Run) -> None:
         """Forget a run, but for what it did."""
         self._runs.pop((str(run.id), run.run_id), None)
         self.ended_runs.append((self._state(run), run.account))
         if self._stopped and not self._runs:
-            await self.carrier.close()
+            await self._leave()
 
     def runs_of(self, ids: Collection[str]) -> list[Run]:
         """The active runs of these shuffles."""

@@ -109,6 +109,10 @@ class Books:
         pending_nbytes = sum(run._outbox.pending_nbytes for run in part._runs.values())
         if part.window.used_nbytes != pending_nbytes:
             raise BrokenError(f"{name}: {part.window!r}, and outboxes have {pending_nbytes}")
+        kept_nbytes = sum(run._kept.nbytes for run in part._runs.values() if run._kept is not None)
+        # What is just being kept has its part of the allowance already.
+        if not kept_nbytes <= part.allowance.used_nbytes <= max(part.allowance.limit_nbytes, 0):
+            raise BrokenError(f"{name}: {part.allowance!r}, and runs keep {kept_nbytes}")
 
 
 def rest(world: World) -> list[str]:
@@ -132,6 +136,8 @@ def rest(world: World) -> list[str]:
         if parts.shuffle is not None:
             if parts.shuffle.window.used_nbytes or parts.shuffle.window.waiting:
                 left.append(f"{name}: {parts.shuffle.window!r}")
+            if parts.shuffle.allowance.used_nbytes:
+                left.append(f"{name}: {parts.shuffle.allowance!r}")
             if parts.shuffle._runs:
                 left.append(f"{name} has runs {list(parts.shuffle._runs)}")
     return left

@@ -123,6 +123,12 @@ class World:
     def _host(self, name: str) -> None:
         self.hosts[name] = Host(name, random.Random(f"{name}-{self.seed}-{self.deaths}"))
 
+    @property
+    def repairs(self) -> int:
+        """How often a shuffle has gone on without a worker."""
+        plugin: Any = self.scheduler.plugins.get("gpurt") if self.scheduler is not None else None
+        return plugin.shuffle.repairs.count if plugin is not None and plugin.shuffle is not None else 0
+
     async def begin(self) -> None:
         """Start scheduler, workers and client, and install dask-gpurt."""
         self._host("scheduler")

@@ -131,6 +131,33 @@ def _forgotten_holder() -> None:
     patched.hold = held
 
 
+def _lost_repair() -> None:
+    """What was sent to a worker that is lost is not sent again, though it was kept."""
+    from dask_gpurt.shuffle.run import Run
+
+    patched: Any = Run
+    post = Run._post
+
+    async def posted(self: Any, address: str, buffers: Any, nbytes: int) -> None:
+        if address not in self._lost:
+            await post(self, address, buffers, nbytes)
+
+    patched._post = posted
+
+
+def _trusted_inputs() -> None:
+    """An input whose shards could not be kept is vouched for."""
+    from dask_gpurt.shuffle.kept import Kept
+
+    patched: Any = Kept
+
+    def missing(self: Any, address: str) -> set[tuple[int, ...]]:
+        self._missing.pop(address, None)
+        return set()
+
+    patched.missing = missing
+
+
 #: Name of a bug to what plants it.
 BUGS: dict[str, Callable[[], None]] = {
     "lost-message": _lost_message,
@@ -142,6 +169,8 @@ BUGS: dict[str, Callable[[], None]] = {
     "boundless-disk": _boundless_disk,
     "unheard-loss": _unheard_loss,
     "deaf-run": _deaf_run,
+    "lost-repair": _lost_repair,
+    "trusted-inputs": _trusted_inputs,
 }
 
 

@@ -73,6 +73,8 @@ class _Life:
             gpurt={
                 "shuffle.transport": "dask",
                 "shuffle.send-limit": drawn.choice([2_000, 50_000, 2**20]),
+                # Drawn apart, so that the seed is what it was in all else.
+                "shuffle.keep-sent": random.Random(f"keep-{seed}").choice([None, 5_000, 2**24, 2**24]),
                 "memory.disk-limit": drawn.choice([None, None, 150_000]),
                 "memory.encryption": drawn.random() < 0.1,
             },
@@ -211,6 +213,7 @@ def simulate(
         "looks": life.books.looks,
         "deaths": life.world.deaths,
         "jobs": len(life.jobs),
+        "repairs": life.world.repairs,
     }
     outcome.virtual_s = loop.now
     outcome.real_s = real_time() - began

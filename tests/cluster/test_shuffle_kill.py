@@ -45,10 +45,11 @@ KINDS = ["shuffle", "merge", "rechunk"]
 PHASES = ["first-transfer", "transfers", "unanswered", "barrier", "first-unpack", "unpacks"]
 #: The worker that the trap is in, one that it has to do with at that moment, both.
 VICTIMS = ["self", "peer", "both"]
-#: Transport, and bytes that a worker may hold (None: all in memory).
-PLACES = list(itertools.product(["auto", "dask"], [None, "6 MiB"]))
+#: Transport, bytes that a worker may hold (None: all in memory), and what it may keep of what it has sent (None: nothing, so that a
+#: lost worker costs a restart).
+PLACES = list(itertools.product(["auto", "dask"], [None, "6 MiB"], [None, "1 GiB"]))
 #: The very same objects wherever they are meant: then pytest keeps the cluster.
-IN_MEMORY, ON_DISK = PLACES[0], PLACES[-1]
+IN_MEMORY, ON_DISK, KEPT_IN_MEMORY, KEPT_ON_DISK = PLACES[0], PLACES[6], PLACES[1], PLACES[7]
 
 WORKERS = 3
 DEADLINE_S = 60
@@ -281,6 +282,7 @@ async def left_behind(dask_worker: Any) -> dict[str, Any]:
             "runs": [repr(run) for run in part._runs.values()],
             "stock's runs": [repr(run) for run in dask_worker.extensions["shuffle"].shuffle_runs._runs],
             "under way": part.window.used_nbytes,
+            "kept": part.allowance.used_nbytes,
             "books": {
                 name: n for name, n in figures.items() if n and name.endswith(("_held_nbytes", "_reserved_nbytes"))
             },
@@ -349,9 +351,10 @@ async def all_capable(dask_scheduler: Any) -> None:
 
 @pytest.fixture(scope="module")
 def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    transport, limit = request.param
+    transport, limit, kept = request.param
     folder = tmp_path_factory.mktemp("scratch")
-    config = {"shuffle.transport": transport} | ({} if limit is None else {"memory.host-limit": limit})
+    config = {"shuffle.transport": transport, "shuffle.keep-sent": kept}
+    config |= {} if limit is None else {"memory.host-limit": limit}
     with (
         # A cluster gives up a nanny whose worker was lost so long ago and, killed again, is not there at that moment.
         dask.config.set({"distributed.deploy.lost-worker-timeout": "1 hour"}),
@@ -377,7 +380,8 @@ def check_kill(site: Site, folder: pathlib.Path, kind: str, phase: str, victim: 
 def name_of(value: Any) -> str | None:
     if isinstance(value, str):
         return None
-    return "-".join("memory" if part is None else "disk" if "MiB" in part else part for part in value)
+    transport, limit, kept = value
+    return "-".join([transport, "memory" if limit is None else "disk", *(["kept"] if kept else [])])
 
 
 REPRESENTATIVE = [
@@ -387,6 +391,9 @@ REPRESENTATIVE = [
     (ON_DISK, "merge", "unpacks", "peer"),
     (ON_DISK, "shuffle", "barrier", "both"),
     (ON_DISK, "rechunk", "transfers", "peer"),
+    (KEPT_IN_MEMORY, "shuffle", "first-transfer", "both"),
+    (KEPT_ON_DISK, "merge", "unanswered", "peer"),
+    (KEPT_ON_DISK, "rechunk", "barrier", "self"),
 ]
 
 
@@ -403,6 +410,60 @@ def test_workers_are_killed(site: Site, tmp_path: pathlib.Path, kind: str, phase
 @pytest.mark.parametrize("site", PLACES, ids=name_of, indirect=True)
 def test_all_cases(site: Site, tmp_path: pathlib.Path, kind: str, phase: str, victim: str) -> None:
     check_kill(site, tmp_path, kind, phase, victim)
+
+
+def count_restarts(dask_scheduler: Any) -> None:
+    """Count the restarts of shuffles from now on."""
+    plugin = dask_scheduler.plugins["shuffle"]
+    stock = plugin._restart_shuffle
+    dask_scheduler.restarts = 0
+
+    def restart(*args: Any, **kwargs: Any) -> None:
+        dask_scheduler.restarts += 1
+        stock(*args, **kwargs)
+
+    plugin._restart_shuffle = restart
+
+
+def restarts(dask_scheduler: Any) -> int:
+    """How many there were; they are not counted any longer."""
+    del dask_scheduler.plugins["shuffle"]._restart_shuffle
+    return int(dask_scheduler.restarts)
+
+
+def transfers(dask_scheduler: Any) -> int:
+    """How many inputs of shuffles have been split, ever."""
+    prefixes = dask_scheduler.task_prefixes
+    return sum(prefix.state_counts["memory"] for name, prefix in prefixes.items() if "-transfer" in name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("site", [KEPT_IN_MEMORY, KEPT_ON_DISK], ids=name_of, indirect=True)
+def test_a_lost_worker_costs_its_own_partitions_only(site: Site, tmp_path: pathlib.Path, kind: str) -> None:
+    client = site.client
+    trap = Trap(tmp_path, "self", site.whole(), signal.SIGKILL)
+    client.run(lay, trap, "transfers")
+    client.run_on_scheduler(count_restarts)
+    before = client.run_on_scheduler(transfers)
+    seen = [len(client.get_events(topic)) for topic in ("all", "gpurt")]
+    SHUFFLES[kind].check(site.outputs(SHUFFLES[kind]))
+    assert trap.sprung()
+    happened, repaired = (client.get_events(topic)[n:] for topic, n in zip(("all", "gpurt"), seen, strict=True))
+    lost = [
+        key
+        for _, event in happened
+        if event["action"] == "remove-worker"
+        for key in event["lost-computed-tasks"]
+        if "-transfer" in str(key)
+    ]
+    repairs = [event for _, event in repaired if event["action"] == "shuffle-repaired"]
+    assert repairs
+    assert [event["inputs-again"] for event in repairs] == [0] * len(repairs)
+    assert client.run_on_scheduler(restarts) == 0
+    inputs = PARTITIONS * len(SHUFFLES[kind].sources())
+    assert client.run_on_scheduler(transfers) - before == inputs + len(lost)
+    client.run(clear)
+    site.clean()
 
 
 def strand_first_barrier(dask_scheduler: Any) -> None:

@@ -98,6 +98,12 @@ class ToyRun(Run):
     def _identity(self, header: Header) -> Hashable:
         return header.input_id, header.segments.tobytes()
 
+    def _cut(self, parcel: Parcel) -> list[tuple[int, Header, bytes]]:
+        return [
+            (segment[0], *parcel_of(parcel.header.input_id[0], [(segment[0], segment[1], segment[2])]))
+            for segment, _ in shards_of(parcel.header, parcel.body)
+        ]
+
     def _check(self, header: Header) -> None:
         if header.segments.shape[1] != 3:
             raise WireError("not of this shuffle")

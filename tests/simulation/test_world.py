@@ -28,6 +28,8 @@ PLANTED = {
     "boundless-disk": "over its limit",
     "unheard-loss": "have not ended",
     "deaf-run": "have not ended",
+    "lost-repair": "is wrong|Error",
+    "trusted-inputs": "is wrong|Error",
 }
 #: Those that take few seeds to be found run always.
 QUICK = ("lost-message", "kept-shards", "forgotten-holder", "boundless-disk", "deaf-run")

@@ -67,6 +67,8 @@ def a_run() -> Iterator[tuple[GatedRun, Callable[[], None]]]:
             closed=False,
             _exception=None,
             _ahead={},
+            _kept=None,
+            _repairing=set(),
             account=Account(0.0),
             _outbox=Flushed(run),
             _loop=SimpleNamespace(asyncio_loop=loop),
