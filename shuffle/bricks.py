@@ -29,7 +29,7 @@ import numpy as np
 from dask_gpurt.memory.store import Buffer, buffer_nbytes
 from dask_gpurt.shuffle.device import ArrayLibrary, DeviceBody, finish, library_named, library_of
 from dask_gpurt.shuffle.shelf import Parcel
-from dask_gpurt.shuffle.wire import Header, Kind, WireError, decode, encode
+from dask_gpurt.shuffle.wire import Header, Kind, NotHeldError, WireError, decode, encode
 
 __all__ = ["LARGE_NBYTES", "check_parcel", "cut", "dtype_of", "dtype_token", "pack", "ready", "split", "unpack"]
 
@@ -157,7 +157,7 @@ def check_parcel(header: Header, wanted: Callable[[Hashable], bool]) -> None:
     size = 0
     for segment in header.segments.tolist():
         if not wanted(tuple(segment[:ndim])):
-            raise WireError(f"output chunk {tuple(segment[:ndim])} is not held here")
+            raise NotHeldError(f"output chunk {tuple(segment[:ndim])} is not held here")
         size += math.prod(segment[2 * ndim :])
     name, dtype = _element(header.extra)
     if name:

@@ -45,6 +45,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import dask.config
+from distributed.comm.core import CommClosedError
 from distributed.core import ErrorMessage, OKMessage, error_message
 from distributed.metrics import context_meter
 from distributed.protocol.serialize import to_serialize
@@ -328,7 +329,7 @@ class Carrier:
             if not call.done() and sending.exception() is not None:
                 # The peer need not have noticed, and would wait for ever.
                 await self._worker.rpc(address).gpurt_shuffle_abandon(tag=tag, peer=self._transport.address)
-            reply = await call
+            reply = _answered(await call, address)
             if reply["status"] == "transport-error":
                 failed = sending.done() and not sending.cancelled() and sending.exception() is not None
                 raise TransportError(str(sending.exception()) if failed else reply["reason"])
@@ -357,20 +358,26 @@ class Carrier:
         nbytes = nbytes_of(message.buffers)
         if nbytes + message.raw_nbytes > EAGER_NBYTES:
             started = asyncio.get_running_loop().time()
-            reply: Reply = await rpc.gpurt_shuffle_credit(
-                shuffle_id=run.id, run_id=run.run_id, credit=credit, nbytes=nbytes + message.raw_nbytes
+            reply = _answered(
+                await rpc.gpurt_shuffle_credit(
+                    shuffle_id=run.id, run_id=run.run_id, credit=credit, nbytes=nbytes + message.raw_nbytes
+                ),
+                address,
             )
             self._note_wait(run, asyncio.get_running_loop().time() - started)
             if reply["status"] != "OK":
-                return reply
+                return reply  # type: ignore[no-any-return]
         begun = way.gauge.begin(time.perf_counter())
-        answer = await rpc.gpurt_shuffle_take(
-            shuffle_id=run.id,
-            run_id=run.run_id,
-            epoch=run.epoch,
-            buffers=to_serialize(message.buffers),
-            credit=credit,
-            packed=_told(message),
+        answer = _answered(
+            await rpc.gpurt_shuffle_take(
+                shuffle_id=run.id,
+                run_id=run.run_id,
+                epoch=run.epoch,
+                buffers=to_serialize(message.buffers),
+                credit=credit,
+                packed=_told(message),
+            ),
+            address,
         )
         if answer["status"] == "OK":
             carried_nbytes, elapsed_s = way.gauge.end(begun, nbytes, time.perf_counter())
@@ -427,17 +434,17 @@ class Carrier:
                 await run.attend(run.reach(epoch))
             told = pack_list(packed, len(buffers))
             if sizes is None:
-                return await run.attend(self._take_by_comm(run, list(buffers), told, credit))
+                return await run.attend(self._take_by_comm(run, list(buffers), told, credit, epoch))
             if told and libraries is not None:
                 raise WireError("a message from the memory of a device has no compressed buffers")
-            return await run.attend(self._take_by_ucx(run, list(buffers), told, sizes, libraries, tag, peer))
+            return await run.attend(self._take_by_ucx(run, list(buffers), told, sizes, libraries, tag, peer, epoch))
         except TransportError as error:
             return {"status": "transport-error", "reason": str(error)}
         except (P2PConsistencyError, ShuffleClosedError) as error:
             return error_message(error)
 
     async def _take_by_comm(
-        self, run: Run, buffers: list[Buffer], packed: Sequence[Packed], credit: str | None
+        self, run: Run, buffers: list[Buffer], packed: Sequence[Packed], credit: str | None, epoch: int
     ) -> dict[str, Any]:
         began_s = time.perf_counter()
         run.meter("receive-comm", nbytes_of(buffers), "bytes")
@@ -448,7 +455,7 @@ class Carrier:
             reservation = await run.reserve(nbytes_of(buffers) + _raw_nbytes(packed))
         if reservation is not None:
             await self._unpack(run, buffers, packed, reservation)
-        reply: Any = await run.receive(buffers, reservation)
+        reply: Any = await run.receive(buffers, reservation, epoch)
         return {**reply, "handled_s": time.perf_counter() - began_s}
 
     async def _take_by_ucx(  # noqa: PLR0917  a message of a peer
@@ -460,6 +467,7 @@ class Carrier:
         libraries: Sequence[str] | None,
         tag: int,
         peer: bytes,
+        epoch: int,
     ) -> dict[str, Any]:
         if self._transport is None:
             raise TransportError("this worker has no UCX any more")
@@ -507,7 +515,7 @@ class Carrier:
         finally:
             self._receiving.pop(identity, None)
         await self._unpack(run, buffers, packed, reservation)
-        reply: Any = await run.receive(buffers, reservation)
+        reply: Any = await run.receive(buffers, reservation, epoch)
         return {**reply, "waited_s": waited_s, "carried_nbytes": carried_nbytes, "carried_s": carried_s}
 
     async def _unpack(
@@ -568,6 +576,16 @@ class Carrier:
         receiving = self._receiving.get(identity)
         if receiving is not None:
             receiving.cancel()
+
+
+def _answered(reply: Any, address: str) -> Any:
+    """Return a peer's answer. Dask answers nothing for a worker that has not the handler any more, or not yet.
+
+    It may be closing, which is not known here yet: as if the connection had broken.
+    """
+    if reply is None:
+        raise CommClosedError(f"{address} has no part in shuffles")
+    return reply
 
 
 def _told(message: Compressed) -> list[tuple[int, str, int, int]]:

@@ -43,7 +43,7 @@ from dask_gpurt.shuffle.plan import PartitionPlan
 from dask_gpurt.shuffle.scatter import Cut, gather
 from dask_gpurt.shuffle.schema import INDEX, Content, Form, Schema
 from dask_gpurt.shuffle.shelf import Parcel
-from dask_gpurt.shuffle.wire import Header, Kind, WireError, decode, encode
+from dask_gpurt.shuffle.wire import Header, Kind, NotHeldError, WireError, decode, encode
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -167,7 +167,7 @@ def check_parcel(header: Header, wanted: Callable[[Hashable], bool]) -> None:
         raise WireError(f"a shard of {int(header.segments[:, 1].max())} rows")
     for partition in header.segments[:, 0].tolist():
         if not wanted(partition):
-            raise WireError(f"output partition {partition} is not held here")
+            raise NotHeldError(f"output partition {partition} is not held here")
     Schema.parse(header.extra).check_size(header.body_nbytes, int(header.segments[:, 1].sum()))
 
 

@@ -55,6 +55,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import dask.config
 from dask.typing import Key
 from dask.utils import parse_timedelta
+from distributed.comm.core import CommClosedError
 from distributed.core import ErrorMessage, OKMessage, clean_exception, error_message
 from distributed.exceptions import Reschedule
 from distributed.metrics import context_meter, thread_time
@@ -71,7 +72,7 @@ from dask_gpurt.shuffle.kept import Kept
 from dask_gpurt.shuffle.outbox import Outbox
 from dask_gpurt.shuffle.shelf import Parcel
 from dask_gpurt.shuffle.shelves import Shelves, TieredReservation
-from dask_gpurt.shuffle.wire import Header, WireError, decode, encode
+from dask_gpurt.shuffle.wire import Header, NotHeldError, WireError, decode, encode
 
 if TYPE_CHECKING:
     from distributed.shuffle import ShuffleWorkerPlugin
@@ -406,17 +407,27 @@ class Run(ShuffleRun[Any, Any]):
 
         async def attempt() -> OKMessage | ErrorMessage:
             self.raise_if_closed()
-            return await self.part.carrier.deliver(self, address, buffers, credit)
+            reply = await self.part.carrier.deliver(self, address, buffers, credit)
+            if self._kept is not None and reply["status"] == "error":
+                _, error, _ = clean_exception(**reply)
+                if isinstance(error, (P2PConsistencyError, ShuffleClosedError)) and await self._is_current():
+                    # The peer is closing: it is asked again, until that is known here.
+                    raise CommClosedError(f"{address} has left {self}") from error
+            return reply
 
         # The meter leaves out what is metered inside by another name: waiting for the credit, compressing.
         with self._noted(self._unanswered, address, nbytes), self.metered():
             with context_meter.meter("send"):
                 started = time.perf_counter()
-                reply = await retry(
+                reply: Any = await retry(
                     attempt, count=self.RETRY_COUNT, delay_min=self.RETRY_DELAY_MIN, delay_max=self.RETRY_DELAY_MAX
                 )
                 self._sending_s += time.perf_counter() - started
             context_meter.digest_metric("send", 1, "count")
+        if reply["status"] == "moved":
+            # The word of it is on its way here, and ends this.
+            await self.reach(reply["epoch"])
+            raise P2PConsistencyError(f"{address} does not hold what {self} has for it")
         if reply["status"] == "error":
             _, error, traceback = clean_exception(**reply)
             assert error is not None
@@ -582,9 +593,12 @@ class Run(ShuffleRun[Any, Any]):
         return self._credits.pop(credit).result()
 
     async def receive(
-        self, data: Sequence[Any], reservation: Reservation | TieredReservation | None = None
+        self, data: Sequence[Any], reservation: Reservation | TieredReservation | None = None, epoch: int = 0
     ) -> OKMessage | ErrorMessage:
-        """Take in what a peer has sent: headers and bodies alternate. The reservation pays for it."""
+        """Take in what a peer has sent: headers and bodies alternate. The reservation pays for it.
+
+        ``epoch`` is how many repairs the peer knew of.
+        """
         try:
             self.raise_if_closed()
             if len(data) % 2:
@@ -602,6 +616,11 @@ class Run(ShuffleRun[Any, Any]):
         except (P2PConsistencyError, P2POutOfDiskError, SpillError) as error:
             # Answered, not raised: a sender tries again after an OSError, which the last two are.
             return error_message(error)
+        except NotHeldError:
+            if epoch >= self.epoch:
+                raise
+            # The sender means the worker that was lost, whose address this one has now, and has not heard of it.
+            return {"status": "moved", "epoch": self.epoch}  # type: ignore[return-value]
         finally:
             if reservation is not None:
                 reservation.release()

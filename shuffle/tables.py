@@ -30,7 +30,7 @@ from dask_gpurt.shuffle import packed
 from dask_gpurt.shuffle.device import Allocate, ArrayLibrary, DeviceBody, finish, library_named
 from dask_gpurt.shuffle.libraries import Registry
 from dask_gpurt.shuffle.shelf import Parcel
-from dask_gpurt.shuffle.wire import MAX_EXTRA_NBYTES, Header, Kind, WireError, decode, encode
+from dask_gpurt.shuffle.wire import MAX_EXTRA_NBYTES, Header, Kind, NotHeldError, WireError, decode, encode
 
 __all__ = [
     "CudfLibrary",
@@ -285,7 +285,7 @@ def check_parcel(header: Header, wanted: Callable[[Hashable], bool], meta: Any) 
         raise WireError(f"a shard of a table was expected, got {header.kind!r} for {header.input_id}")
     partition, rows = header.segments[0].tolist()
     if not wanted(partition):
-        raise WireError(f"output partition {partition} is not held here")
+        raise NotHeldError(f"output partition {partition} is not held here")
     name, description = _parse(header.extra)
     library = frames_named(name)
     if not library.owns(meta):

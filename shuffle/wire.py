@@ -32,6 +32,7 @@ __all__ = [
     "MESSAGE_NBYTES_MAX",
     "Header",
     "Kind",
+    "NotHeldError",
     "WireError",
     "check_epoch",
     "check_nbytes",
@@ -62,6 +63,10 @@ MAX_EXTRA_NBYTES = 2**16
 
 class WireError(GpurtError, ValueError):
     """A header or a body is not what its format says."""
+
+
+class NotHeldError(WireError):
+    """A shard is for an output partition that another worker makes."""
 
 
 class Kind(enum.IntEnum):

@@ -108,10 +108,10 @@ def _deaf_run() -> None:
     patched: Any = Run
     receive = Run.receive
 
-    async def received(self: Any, data: Any, reservation: Any = None) -> Any:
+    async def received(self: Any, *args: Any) -> Any:
         if self.total_recvd > 20_000:
             await asyncio.Event().wait()
-        return await receive(self, data, reservation)
+        return await receive(self, *args)
 
     patched.receive = received
 

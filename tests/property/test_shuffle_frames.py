@@ -151,15 +151,32 @@ def ours(
     drop: bool,
     together: int,
     kernels: Kernels | None = None,
+    repaired: bool = False,
 ) -> dict[int, pd.DataFrame]:
-    """Shuffle as our runs do: split, send, pack ``together`` parcels at a time, unpack."""
+    """Shuffle as our runs do: split, send, pack ``together`` parcels at a time, unpack.
+
+    If it is ``repaired``, every other parcel is cut by output on its way, and the others' outputs with odd numbers were taken over.
+    """
     meta = parts[0].iloc[:0]
     if drop:
         meta = meta.drop(columns=[PARTITION])
     plan = PartitionPlan.build(worker_for)
     arrived: dict[str, list[Parcel]] = defaultdict(list)
+    taken_over = PartitionPlan.build(worker_for, {partition for partition in worker_for if partition % 2})
     for number, part in enumerate(parts):
-        for address, sent, view in frames.split(part, number, PARTITION, plan, meta, kernels=kernels):
+        shards: list[tuple[str, Header, Any]] = []
+        for address, sent, view in frames.split(
+            part, number, PARTITION, taken_over if repaired and number % 2 else plan, meta, kernels=kernels
+        ):
+            if not repaired or number % 2:
+                shards.append((address, sent, view))
+                continue
+            for partition, header, body in frames.cut(Parcel(sent, view, sent.body_nbytes)):
+                assert header.segments[:, 0].tolist() == [partition]
+                shards.append((worker_for[partition], header, body))
+        if repaired and number % 2:
+            assert all(len(sent.segments) == 1 for _, sent, _ in shards if sent.segments[0, 0] % 2)
+        for address, sent, view in shards:
             body = bytes(view)
             header = decode(encode(sent), body)
             frames.check_parcel(
@@ -261,8 +278,8 @@ def test_any_frame_is_shuffled_as_stock_does(  # noqa: PLR0917  Hypothesis passe
 
 
 def check_exactly(parts: list[pd.DataFrame], worker_for: dict[int, str], *, drop: bool, together: int) -> None:
-    for kernels in (None, compiled()):
-        found = ours(parts, worker_for, drop=drop, together=together, kernels=kernels)
+    for kernels, repaired in ((None, False), (compiled(), False), (None, True)):
+        found = ours(parts, worker_for, drop=drop, together=together, kernels=kernels, repaired=repaired)
         assert found.keys() == worker_for.keys() & set().union(*(part[PARTITION] for part in parts))
         for partition, frame in found.items():
             rows = pd.concat([part[part[PARTITION] == partition] for part in parts])

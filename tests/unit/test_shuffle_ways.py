@@ -117,4 +117,4 @@ def test_nothing_is_reserved_for_a_size_that_is_none(sizes: list[Any]) -> None:
     buffers = [b""] * len(sizes)
     # The run is not asked for memory.
     with pytest.raises(WireError, match="a size that was announced is none"):
-        asyncio.run(receiver._take_by_ucx(SimpleNamespace(), buffers, (), sizes, None, 1, b"peer"))  # type: ignore[arg-type]
+        asyncio.run(receiver._take_by_ucx(SimpleNamespace(), buffers, (), sizes, None, 1, b"peer", 0))  # type: ignore[arg-type]
