@@ -46,6 +46,7 @@ from dask_gpurt.shuffle import carrier as carrier_module
 from dask_gpurt.shuffle import outbox as outbox_module
 from dask_gpurt.shuffle import run as run_module
 from dask_gpurt.shuffle import shelf as shelf_module
+from dask_gpurt.shuffle.repair import new_owners
 from dask_gpurt.shuffle.run import Run, Shards
 from dask_gpurt.shuffle.shelf import Parcel
 from dask_gpurt.shuffle.ways import Way, Ways
@@ -87,8 +88,8 @@ class ToyRun(Run):
         small: dict[str, Input] = {}
         shards = []
         for shard in data:
-            address = WORKER_FOR[shard[0]]
-            if shard[2] >= LARGE_NBYTES:
+            address = self.worker_for[shard[0]]
+            if shard[2] >= LARGE_NBYTES or shard[0] in self._adopted:
                 shards.append((address, *parcel_of(partition_id, [shard])))
             else:
                 small.setdefault(address, []).append(shard)
@@ -205,7 +206,9 @@ class Call:
         elif (error := handled.exception()) is not None:
             self.answer.set_exception(error)
         else:
-            self.answer.set_result(handled.result())
+            answer = handled.result()
+            # As it is on the other side of a network.
+            self.answer.set_result({name: getattr(value, "data", value) for name, value in answer.items()})
 
 
 class Endpoint:
@@ -221,6 +224,8 @@ class Endpoint:
         self.store = GatedStore(self.mover)
         self.network = network
         self.barriers = 0
+        #: What this worker has told the scheduler.
+        self.told: list[dict[str, Any]] = []
         #: Bytes of messages that are being taken in.
         self.taking_nbytes = 0
         self.tasks: dict[Any, Any] = {}
@@ -228,8 +233,9 @@ class Endpoint:
             address=address,
             rpc=self.rpc,
             digest_metric=lambda *_: None,
-            scheduler=SimpleNamespace(shuffle_barrier=self.shuffle_barrier),
+            scheduler=SimpleNamespace(shuffle_barrier=self.shuffle_barrier, shuffle_get=self.shuffle_get),
             loop=None,
+            batched_stream=SimpleNamespace(closed=lambda: False, send=self.told.append),
             status=Status.running,
             memory_manager=SimpleNamespace(memory_limit=None),
             security=SimpleNamespace(require_encryption=False),
@@ -239,10 +245,13 @@ class Endpoint:
         self.part = ShuffleWorker(worker, ShuffleSettings(transport="dask", send_limit=SEND_LIMIT), self.store)
         self.open(1)
 
-    def open(self, run_id: int) -> None:
+    def open(self, run_id: int, *, keeps: bool = False) -> None:
         self.tasks.clear()
+        self.told.clear()
         plugin: Any = SimpleNamespace(worker=self.part.worker, _executor=Inline())
-        self.run = ToyRun(id="toy", run_id=run_id, span_id=None, worker_for=WORKER_FOR, plugin=plugin, part=self.part)
+        self.run = ToyRun(
+            id="toy", run_id=run_id, span_id=None, worker_for=WORKER_FOR, plugin=plugin, part=self.part, keeps=keeps
+        )
 
     def rpc(self, address: str) -> Any:
         def call(handler: str) -> Callable[..., Coroutine[Any, Any, Any]]:
@@ -260,6 +269,9 @@ class Endpoint:
 
     async def shuffle_barrier(self, **_: Any) -> None:
         self.barriers += 1
+
+    async def shuffle_get(self, **_: Any) -> dict[str, Any]:
+        return {"status": "OK", "run_spec": SimpleNamespace(run_id=self.run.run_id)}
 
     async def get_with_run_id(self, shuffle_id: str, run_id: int) -> ToyRun:
         if (shuffle_id, run_id) != (self.run.id, self.run.run_id) or self.run.closed:
@@ -308,6 +320,7 @@ class Endpoint:
         assert not self.run._attended
         assert not self.run._unanswered
         assert not self.taking_nbytes
+        assert not self.part.allowance.used_nbytes
 
     async def close(self) -> None:
         await self.mover.close()
@@ -316,6 +329,9 @@ class Endpoint:
 
 class ShuffleModel(RuleBasedStateMachine):
     """Runs on three endpoints, one after the other, and what they should come to."""
+
+    #: Whether what is sent is kept.
+    keeps = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -334,8 +350,19 @@ class ShuffleModel(RuleBasedStateMachine):
         for address in ENDPOINTS:
             folder = self.stack.enter_context(tempfile.TemporaryDirectory())
             self.do(self.equip(address, folder))
+        #: Who makes which output; workers that were lost.
+        self.worker_for = dict(WORKER_FOR)
+        self.dead: set[str] = set()
         self.run_id = 1
-        self.begin()
+        ShuffleModel.begin(self)
+
+    @property
+    def living(self) -> list[Endpoint]:
+        return [endpoint for address, endpoint in self.endpoints.items() if address not in self.dead]
+
+    def alive(self, address: str) -> Endpoint:
+        """This endpoint, or one that is there for it."""
+        return self.living[0] if address in self.dead else self.endpoints[address]
 
     def begin(self) -> None:
         self.inputs: dict[int, Input] = {}
@@ -391,7 +418,7 @@ class ShuffleModel(RuleBasedStateMachine):
         self.do(self.start_adding(address, which % len(self.inputs)))
 
     async def start_adding(self, address: str, number: int) -> None:
-        run = self.endpoints[address].run
+        run = self.alive(address).run
         self.adding.append(asyncio.ensure_future(run._dispatch(*run._split(self.inputs[number], number))))
 
     @precondition(lambda self: self.network)
@@ -421,6 +448,9 @@ class ShuffleModel(RuleBasedStateMachine):
 
     async def handle(self, call: Call, *, times: int = 1, answered: bool = True) -> None:
         self.network.remove(call)
+        if call.target in self.dead:
+            call.reply(None)
+            return
         for _ in range(times):
             handling = asyncio.ensure_future(self.endpoints[call.target].handle(call))
             self.handling.add(handling)
@@ -466,16 +496,16 @@ class ShuffleModel(RuleBasedStateMachine):
     @rule()
     def bar(self) -> None:
         async def start() -> None:
-            self.flushing = [asyncio.ensure_future(e.run.inputs_done()) for e in self.endpoints.values()]
+            self.flushing = [asyncio.ensure_future(e.run.inputs_done()) for e in self.living]
 
         self.do(start())
 
     @precondition(lambda self: self.unpacking)
     @rule(output=st.integers(0, OUTPUTS - 1), times=st.integers(1, 2))
     def unpack(self, output: int, times: int) -> None:
-        endpoint = self.endpoints[WORKER_FOR[output]]
+        endpoint = self.endpoints[self.worker_for[output]]
         # Others whose task has its result by now are let go.
-        for other in [other for other in self.handed if WORKER_FOR[other] == endpoint.address and other != output]:
+        for other in [other for other in self.handed if self.worker_for[other] == endpoint.address and other != output]:
             if endpoint.tasks[other].state == "memory":
                 self.handed.discard(other)
                 self.gone.add(other)
@@ -504,7 +534,7 @@ class ShuffleModel(RuleBasedStateMachine):
     @rule(which=st.integers(0, 99))
     def have_the_result(self, which: int) -> None:
         output = sorted(self.handed)[which % len(self.handed)]
-        self.endpoints[WORKER_FOR[output]].tasks[output].state = "memory"
+        self.endpoints[self.worker_for[output]].tasks[output].state = "memory"
 
     @rule(turns=st.integers(0, 12))
     def close_while_everything_arrives(self, turns: int) -> None:
@@ -527,9 +557,11 @@ class ShuffleModel(RuleBasedStateMachine):
         await self.settle()
         assert not self.network
         self.run_id += 1
+        self.dead.clear()
+        self.worker_for = dict(WORKER_FOR)
         for endpoint in self.endpoints.values():
             endpoint.check_empty()
-            endpoint.open(self.run_id)
+            endpoint.open(self.run_id, keeps=self.keeps)
         self.begin()
 
     # What is always so
@@ -603,3 +635,141 @@ class CompressedModel(ShuffleModel):
 
 TestCompressedModel = CompressedModel.TestCase
 TestCompressedModel.settings = settings(TestShuffleModel.settings, max_examples=60)
+
+
+class RepairModel(ShuffleModel):
+    """The same, where workers are lost while inputs are added, and the others go on, hearing of it whenever they do.
+
+    The model is the scheduler: it deals outputs by :func:`new_owners`, and has inputs added again as :class:`Repairs` does, which has tests
+    of its own.
+    """
+
+    keeps = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.do(self.close_all())
+
+    def begin(self) -> None:
+        super().begin()
+        self.epoch = 0
+        #: By endpoint, what the scheduler has said and it has not heard.
+        self.words: dict[str, list[tuple[int, str, list[tuple[int, str]]]]] = {address: [] for address in ENDPOINTS}
+        #: Input to those that have added it.
+        self.adders: dict[int, set[str]] = {}
+        #: By epoch: who has not told yet, what had been done, and what of that nobody vouches for.
+        self.awaited: dict[int, set[str]] = {}
+        self.unvouched: dict[int, set[int]] = {}
+        self.may_keep(10**6)
+
+    async def start_adding(self, address: str, number: int) -> None:
+        endpoint = self.alive(address)
+        await super().start_adding(endpoint.address, number)
+        # The task of an input may end before its shards have been handed over.
+        endpoint.run._added[number] = number
+        self.adders.setdefault(number, set()).add(endpoint.address)
+
+    @rule(nbytes=st.sampled_from([0, 300, 10**6]))
+    def may_keep(self, nbytes: int) -> None:
+        for endpoint in self.endpoints.values():
+            endpoint.part.allowance.limit_nbytes = nbytes
+
+    @precondition(lambda self: not self.barred and self.inputs and len(self.dead) < 2)
+    @rule(address=st.sampled_from(ENDPOINTS), known=st.integers(0, 2**12 - 1))
+    def lose(self, address: str, known: int) -> None:
+        """A worker is lost; of the inputs that it has added, others have the results of those in ``known``."""
+        living = [endpoint.address for endpoint in self.living if endpoint.address != address]
+        moved = new_owners(self.worker_for, address, living, {})
+        if address in self.dead or moved is None:
+            return
+        self.dead.add(address)
+        self.epoch += 1
+        self.worker_for |= moved
+        for each in living:
+            self.words[each].append((self.epoch, address, list(moved.items())))
+        self.words[address].clear()
+        for awaited in self.awaited.values():
+            awaited.discard(address)
+        self.awaited[self.epoch] = set(living)
+        kept = {n for n, adders in self.adders.items() if adders != {address} or known >> n & 1}
+        self.unvouched[self.epoch] = kept
+        self.do(self.bury(address, sorted(self.adders.keys() - kept)))
+
+    async def bury(self, address: str, again: Sequence[int]) -> None:
+        endpoint = self.endpoints[address]
+        endpoint.store.gate.set()
+        mine = self.endpoints[address].run
+        await mine.close()
+        for call in [call for call in self.network if call.target == address]:
+            await self.handle(call)
+        for adders in self.adders.values():
+            adders.discard(address)
+        # What failed with the dead is nobody's any more.
+        self.adding = [task for task in self.adding if not (task.done() and task.exception() is not None)]
+        for number in again:
+            await self.start_adding(self.living[0].address, number)
+
+    @precondition(lambda self: any(self.words.values()))
+    @rule(which=st.integers(0, 99))
+    def hear(self, which: int) -> None:
+        hearing = [address for address in ENDPOINTS if self.words[address]]
+        self.do(self.tell(hearing[which % len(hearing)]))
+
+    async def tell(self, address: str) -> None:
+        self.endpoints[address].run.repair(*self.words[address].pop(0))
+
+    def listen(self) -> None:
+        """Take in what workers have told, and have added again what nobody vouches for."""
+        for endpoint in self.living:
+            while endpoint.told:
+                word = endpoint.told.pop(0)
+                self.unvouched[word["epoch"]].difference_update(word["keys"])
+                self.awaited[word["epoch"]].discard(endpoint.address)
+        for epoch in [epoch for epoch, awaited in self.awaited.items() if not awaited]:
+            del self.awaited[epoch]
+            for number in sorted(self.unvouched.pop(epoch)):
+                self.do(self.start_adding(self.living[-1].address, number))
+
+    @precondition(
+        lambda self: (
+            not self.barred
+            and all(task.done() for task in self.adding)
+            and not self.awaited
+            and not any(self.words.values())
+        )
+    )
+    @rule()
+    def bar(self) -> None:
+        super().bar()
+
+    @invariant()
+    def books_are_right(self) -> None:
+        super().books_are_right()
+        self.listen()
+        for endpoint in self.living:
+            kept = endpoint.run._kept
+            assert kept is not None
+            assert 0 <= kept.nbytes <= endpoint.part.allowance.used_nbytes
+
+    def finish(self) -> None:
+        if not self.barred and self.inputs and not self.dead:
+            # In most examples nobody was lost: in each of them somebody is, sooner or later.
+            self.lose(ENDPOINTS[self.numbers % 3], known=7 * self.numbers)
+        for address in ENDPOINTS:
+            while self.words[address]:
+                self.do(self.tell(address))
+        for endpoint in self.endpoints.values():
+            endpoint.store.gate.set()
+            self.the_other_run_ends(endpoint.address)
+        for _ in range(20):
+            self.do(self.deliver_all())
+            self.listen()
+            if not self.awaited and not self.network:
+                break
+        assert not self.awaited
+        self.do(self.deliver_all())
+        super().finish()
+
+
+TestRepairModel = RepairModel.TestCase
+TestRepairModel.settings = settings(TestShuffleModel.settings, max_examples=150)
