@@ -24,8 +24,11 @@ Theory of operation
        task that it ended before it heard of the repair is known to have ended by then, and every later one is split by
        the new owners, or its messages are led to them.
     4. When all have told, the inputs that had been done when the worker was lost, and nobody vouches for, are done again: those of
-       the lost worker whose results others had, too, and those whose shards could not be kept.
-    5. The barrier is not answered before that. If it is under way by then and inputs have to be done again, Dask takes it back, and
+       the lost worker whose results others had, too, and those whose shards could not be kept. So are those of which a worker says that
+       it has *missed* some shards, which may have been done since.
+    5. An input of which shards were missed, and whose task has not ended yet, as far as the scheduler knows, cannot be done again: its
+       worker would take that for the same. Then the shuffle is restarted when its barrier is reached.
+    6. The barrier is not answered before that. If it is under way by then and inputs have to be done again, Dask takes it back, and
        the shuffle is restarted.
 
     A message of the new epoch may arrive before its receiver has heard of it; it says its epoch, and is waited with.
@@ -115,6 +118,8 @@ class _Repair:
     done: set[Any]
     #: Those of them that somebody vouches for.
     vouched: set[Any]
+    #: Tasks of inputs of which somebody could not keep all shards for the lost worker.
+    missed: set[Any]
 
 
 class Repairs:
@@ -135,6 +140,8 @@ class Repairs:
         self._open: dict[str, list[_Repair]] = {}
         #: Set, and replaced, whenever one of them ends.
         self._ended = asyncio.Event()
+        #: Run to the inputs that it cannot have all shards of.
+        self._late: dict[int, set[Any]] = {}
         self._restore: list[Callable[[], None]] = []
         #: Repairs ever begun.
         self.count = 0
@@ -165,6 +172,8 @@ class Repairs:
         """Have runs repaired that have lost a worker; ``stock`` restarts those that it finds the worker in."""
         for repair in [repair for repairs in self._open.values() for repair in repairs]:
             repair.awaited.discard(worker)
+        runs = {state.run_id for state in self._active()}
+        self._late = {run_id: late for run_id, late in self._late.items() if run_id in runs}
         begun = [state for state in self._active() if self._repairable(state, worker)]
         for state in begun:
             state.participating_workers.discard(worker)
@@ -211,6 +220,7 @@ class Repairs:
             awaited=told,
             done={task.key for task in barrier.dependencies if task.state == "memory"},
             vouched=set(),
+            missed=set(),
         )
         self._open.setdefault(repair.shuffle_id, []).append(repair)
         self.count += 1
@@ -238,12 +248,15 @@ class Repairs:
 
     # Ending
 
-    def repaired(self, worker: str, shuffle_id: str, run_id: int, epoch: int, keys: Iterable[Any]) -> None:
-        """Note that a worker has done its part. Handler for workers."""
+    def repaired(
+        self, worker: str, shuffle_id: str, run_id: int, epoch: int, *, keys: Iterable[Any], missed: Iterable[Any]
+    ) -> None:
+        """Note that a worker has done its part, for which inputs, and for which it could not. Handler for workers."""
         for repair in self._open.get(shuffle_id, ()):
             if (repair.run_id, repair.epoch) == (run_id, epoch) and worker in repair.awaited:
                 repair.awaited.discard(worker)
                 repair.vouched.update(keys)
+                repair.missed.update(missed)
                 self._see_to(repair, f"gpurt-shuffle-repaired-{time.time()}")
                 return
 
@@ -260,7 +273,10 @@ class Repairs:
         again: list[Any] = []
         if self._current(repair.shuffle_id, repair.run_id) is not None:
             tasks = self.scheduler.tasks
-            again = [key for key in repair.done - repair.vouched if key in tasks and tasks[key].state == "memory"]
+            wanted = {key for key in (repair.done - repair.vouched) | repair.missed if key in tasks}
+            again = [key for key in wanted if tasks[key].state == "memory"]
+            if late := {key for key in repair.missed & wanted if tasks[key].state == "processing"}:
+                self._late.setdefault(repair.run_id, set()).update(late)
             if again:
                 self.scheduler.transitions(dict.fromkeys(again, "released"), stimulus_id=stimulus_id)
                 self.scheduler.stimulus_queue_slots_maybe_opened(stimulus_id=stimulus_id)
@@ -281,4 +297,7 @@ class Repairs:
         # Whoever says that something is wrong is not kept waiting for more of it.
         while consistent and any(repair.run_id == run_id for repair in self._open.get(id, ())):
             await self._ended.wait()
+        if late := self._late.pop(run_id, None):
+            logger.info("Shuffle %s begins anew: %d inputs ended while a worker was lost", id, len(late))
+            consistent = False
         return await stock(id=id, run_id=run_id, consistent=consistent)

@@ -192,8 +192,9 @@ class Run(ShuffleRun[Any, Any]):
         self._adopted = frozenset(adopted)
         self._reached = asyncio.Event()
         self._kept = Kept(part.store, part.allowance, name=f"{id}-{run_id}") if keeps else None
-        #: Input partition to the task that has added it.
-        self._added: dict[Any, Key] = {}
+        #: Input partition to the task that adds, or has added, it; and those that were added as a whole.
+        self._adders: dict[Any, Key] = {}
+        self._added: set[Any] = set()
         #: Workers that were lost, and by worker what is being delivered.
         self._lost: set[str] = set()
         self._delivering: defaultdict[str, set[asyncio.Task[None]]] = defaultdict(set)
@@ -287,6 +288,8 @@ class Run(ShuffleRun[Any, Any]):
         if self.transferred:
             raise RuntimeError(f"Cannot add more partitions to {self}")
         self.validate_data(data)
+        if self._kept is not None:
+            self._adders[partition_id] = seams.thread_key()
         with self._noted(self._tasks, "input", partition_id), seams.capture_shuffle_metrics(self, "foreground"):
             started = time.perf_counter()
             with (
@@ -312,7 +315,7 @@ class Run(ShuffleRun[Any, Any]):
             self._hand_over(messages, own, nbytes)
         self._inputs += 1
         if self._kept is not None:
-            self._added[partition_id] = seams.thread_key()
+            self._added.add(partition_id)
         return self.run_id
 
     def _hand_over(self, messages: dict[str, list[list[Any]]], own: list[Parcel], nbytes: int) -> None:
@@ -456,6 +459,7 @@ class Run(ShuffleRun[Any, Any]):
         if self._kept is not None:
             # From now on a worker that is lost costs a restart.
             self._kept.forget()
+            self._adders.clear()
             self._added.clear()
         self.account.transferred_s = time.time()
 
@@ -465,7 +469,7 @@ class Run(ShuffleRun[Any, Any]):
         """Go on without a worker, whose outputs others have now. The scheduler's word; see :mod:`dask_gpurt.shuffle.repair`."""
         if self.closed or epoch <= self.epoch:
             # It ends anyway, or began after that.
-            self.part.repaired(self, epoch, [])
+            self.part.repaired(self, epoch, [], [])
             return
         owners = dict(moved)
         self.epoch = epoch
@@ -482,23 +486,26 @@ class Run(ShuffleRun[Any, Any]):
             self._credits.pop(credit).add_done_callback(_give_back)
         for exchange in self._delivering.pop(lost, ()):
             exchange.cancel()
-        task = asyncio.create_task(self._repair(epoch, lost, dict(self._added)), name="gpurt-shuffle-repair")
+        task = asyncio.create_task(self._repair(epoch, lost, frozenset(self._added)), name="gpurt-shuffle-repair")
         self._repairing.add(task)
         task.add_done_callback(self._repairing.discard)
 
-    async def _repair(self, epoch: int, lost: str, added: dict[Any, Key]) -> None:
-        """Send again what was kept, and vouch for the inputs of which that is all."""
+    async def _repair(self, epoch: int, lost: str, added: frozenset[Any]) -> None:
+        """Send again what was kept, vouch for the inputs of which that is all, and say of which it is not."""
         vouched: list[Key] = []
+        missed = list(self._adders.values())
         try:
             if self._kept is not None:
                 async for buffers, nbytes in self._kept.take(lost):
                     await self._post(lost, buffers, nbytes)
                 missing = self._kept.missing(lost)
-                vouched = [key for partition, key in added.items() if _numbers(partition) not in missing]
+                adders = dict(self._adders)
+                missed = [key for partition, key in adders.items() if _numbers(partition) in missing]
+                vouched = [adders[partition] for partition in added if _numbers(partition) not in missing]
         except Exception as error:  # noqa: BLE001  the outbox keeps it, and tells whoever waits for the end of the transfer
             logger.debug("%s was not repaired: %s", self, error)
         finally:
-            self.part.repaired(self, epoch, vouched)
+            self.part.repaired(self, epoch, vouched, missed)
 
     async def reach(self, epoch: int) -> None:
         """Wait until this worker has heard of a repair that a peer knows of."""

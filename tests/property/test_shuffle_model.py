@@ -657,6 +657,10 @@ class RepairModel(ShuffleModel):
         self.words: dict[str, list[tuple[int, str, list[tuple[int, str]]]]] = {address: [] for address in ENDPOINTS}
         #: Input to those that have added it.
         self.adders: dict[int, set[str]] = {}
+        #: Input to those whose task has ended.
+        self.done: dict[int, set[str]] = {}
+        #: Inputs to be added once more when their task has ended.
+        self.late: set[int] = set()
         #: By epoch: who has not told yet, what had been done, and what of that nobody vouches for.
         self.awaited: dict[int, set[str]] = {}
         self.unvouched: dict[int, set[int]] = {}
@@ -664,10 +668,21 @@ class RepairModel(ShuffleModel):
 
     async def start_adding(self, address: str, number: int) -> None:
         endpoint = self.alive(address)
+        run = endpoint.run
+        run._adders[number] = number
         await super().start_adding(endpoint.address, number)
-        # The task of an input may end before its shards have been handed over.
-        endpoint.run._added[number] = number
         self.adders.setdefault(number, set()).add(endpoint.address)
+
+        def ended(_: object = None) -> None:
+            run._added.add(number)
+            if run is endpoint.run:
+                self.done.setdefault(number, set()).add(endpoint.address)
+
+        # The task of a small input may end before its shards have been handed over.
+        if sum(nbytes for _, _, nbytes in self.inputs[number]) < LARGE_NBYTES:
+            ended()
+        else:
+            self.adding[-1].add_done_callback(ended)
 
     @rule(nbytes=st.sampled_from([0, 300, 10**6]))
     def may_keep(self, nbytes: int) -> None:
@@ -691,9 +706,10 @@ class RepairModel(ShuffleModel):
         for awaited in self.awaited.values():
             awaited.discard(address)
         self.awaited[self.epoch] = set(living)
-        kept = {n for n, adders in self.adders.items() if adders != {address} or known >> n & 1}
-        self.unvouched[self.epoch] = kept
-        self.do(self.bury(address, sorted(self.adders.keys() - kept)))
+        done = {n for n, workers in self.done.items() if workers - self.dead or (workers and known >> n & 1)}
+        self.unvouched[self.epoch] = done
+        alone = {n for n, adders in self.adders.items() if adders <= self.dead}
+        self.do(self.bury(address, sorted(alone - done)))
 
     async def bury(self, address: str, again: Sequence[int]) -> None:
         endpoint = self.endpoints[address]
@@ -702,8 +718,6 @@ class RepairModel(ShuffleModel):
         await mine.close()
         for call in [call for call in self.network if call.target == address]:
             await self.handle(call)
-        for adders in self.adders.values():
-            adders.discard(address)
         # What failed with the dead is nobody's any more.
         self.adding = [task for task in self.adding if not (task.done() and task.exception() is not None)]
         for number in again:
@@ -724,7 +738,12 @@ class RepairModel(ShuffleModel):
             while endpoint.told:
                 word = endpoint.told.pop(0)
                 self.unvouched[word["epoch"]].difference_update(word["keys"])
+                # A restart would do the same, and more.
+                self.late.update(word["missed"])
                 self.awaited[word["epoch"]].discard(endpoint.address)
+        for number in [number for number in self.late if self.done.get(number)]:
+            self.late.discard(number)
+            self.do(self.start_adding(self.living[-1].address, number))
         for epoch in [epoch for epoch, awaited in self.awaited.items() if not awaited]:
             del self.awaited[epoch]
             for number in sorted(self.unvouched.pop(epoch)):
@@ -735,6 +754,7 @@ class RepairModel(ShuffleModel):
             not self.barred
             and all(task.done() for task in self.adding)
             and not self.awaited
+            and not self.late
             and not any(self.words.values())
         )
     )
@@ -764,9 +784,10 @@ class RepairModel(ShuffleModel):
         for _ in range(20):
             self.do(self.deliver_all())
             self.listen()
-            if not self.awaited and not self.network:
+            if not self.awaited and not self.late and not self.network:
                 break
         assert not self.awaited
+        assert not self.late
         self.do(self.deliver_all())
         super().finish()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -238,9 +239,9 @@ class FakeScheduler:
 
     def log_event(self, topic: str, what: dict[str, Any]) -> None: ...
 
-    def vouch(self, worker: str, *inputs: int, epoch: int = 1, run_id: int = 7) -> None:
-        keys = [("in", number) for number in inputs]
-        self.stream_handlers[REPAIRED](worker=worker, shuffle_id="x", run_id=run_id, epoch=epoch, keys=keys)
+    def vouch(self, worker: str, *inputs: int, epoch: int = 1, run_id: int = 7, missed: Sequence[int] = ()) -> None:
+        told = {"keys": [("in", number) for number in inputs], "missed": [("in", number) for number in missed]}
+        self.stream_handlers[REPAIRED](worker=worker, shuffle_id="x", run_id=run_id, epoch=epoch, **told)
 
 
 def begun(able: bool = True) -> tuple[FakeScheduler, Repairs]:
@@ -290,6 +291,30 @@ def test_the_barrier_waits_for_repairs_unless_something_is_wrong() -> None:
         assert scheduler.answers == [("x", 7, False), ("x", 7, True)]
         assert scheduler.released == []
         assert "0 under way" in repr(repairs)
+
+    asyncio.run(main())
+
+
+def test_an_input_that_is_done_when_its_worker_says_that_shards_are_missing_is_done_again() -> None:
+    scheduler, _ = begun()
+    scheduler.lose("a")
+    scheduler.tasks["in", 3].state = "memory"
+    scheduler.vouch("b", 0, 1, 2, missed=[3])
+    scheduler.vouch("c")
+    assert scheduler.released == [("in", 3)]
+
+
+@pytest.mark.parametrize("missed", [[3], []])
+def test_one_that_is_not_done_then_makes_the_barrier_a_restart(missed: list[int]) -> None:
+    async def main() -> None:
+        scheduler, _ = begun()
+        scheduler.lose("a")
+        scheduler.vouch("b", 0, 1, 2, missed=missed)
+        scheduler.vouch("c")
+        assert scheduler.released == []
+        for _ in range(2):
+            await scheduler.handlers["shuffle_barrier"](id="x", run_id=7, consistent=True)
+        assert scheduler.answers == [("x", 7, not missed), ("x", 7, True)]
 
     asyncio.run(main())
 
