@@ -61,6 +61,11 @@ class Browser:
                 "--no-sandbox",
                 "--disable-gpu",
                 "--no-first-run",
+                # It asks nobody but the page.
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-quic",
+                "--disable-sync",
                 "--remote-debugging-address=127.0.0.1",
                 "--remote-debugging-port=0",
                 f"--user-data-dir={self._profile.name}",

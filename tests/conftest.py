@@ -30,6 +30,7 @@ collect_ignore = [
     "device_exchange.py",
     "device_standin.py",
     "emulated_cuda",
+    "kubernetes_schemas.py",
     "mutations.py",
     "placement_nodes.py",
     "rmm_standin.py",
@@ -37,6 +38,8 @@ collect_ignore = [
     "screenshots.py",
 ]
 
+
+NO_BROWSER = "there is no Chromium on this machine (Debian, Ubuntu: apt install chromium)"
 
 # How long an example takes says more about what else the machine does; each test has its own limit (pytest-timeout).
 settings.register_profile("dask-gpurt", deadline=None)
@@ -62,10 +65,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if wanting and not _gpus():
         for item in wanting:
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine (nvidia-smi lists none)"))
-    if chromium() is None:
-        for item in items:
-            if item.get_closest_marker("browser"):
-                item.add_marker(pytest.mark.skip(reason="no Chromium on this machine"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what wants a browser where there is none; where CI is set, that is a failure: a green run has to mean that it was looked."""
+    if item.get_closest_marker("browser") and chromium() is None:
+        if os.environ.get("CI", "").lower() not in ("", "0", "false"):
+            pytest.fail(f"{NO_BROWSER}; where CI is set, that is no reason to skip", pytrace=False)
+        pytest.skip(NO_BROWSER)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    unseen = [report for report in terminalreporter.getreports("skipped") if NO_BROWSER in str(report.longrepr)]
+    if unseen:
+        terminalreporter.section("not tested", sep="=", yellow=True, bold=True)
+        terminalreporter.line(f"{len(unseen)} tests of the dashboard and of reports: {NO_BROWSER}", yellow=True)
 
 
 @pytest.fixture
