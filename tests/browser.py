@@ -69,7 +69,6 @@ class Browser:
                 "--remote-debugging-address=127.0.0.1",
                 "--remote-debugging-port=0",
                 f"--user-data-dir={self._profile.name}",
-                f"--window-size={self._size[0]},{self._size[1]}",
                 "about:blank",
             ],
             stderr=subprocess.PIPE,
@@ -91,6 +90,11 @@ class Browser:
             await self._call(f"{domain}.enable")
         features = [{"name": "prefers-color-scheme", "value": self._scheme}]
         await self._call("Emulation.setEmulatedMedia", features=features)
+        # A window has a frame, and is not made as small as a panel may be.
+        width, height = self._size
+        await self._call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+        )
         return self
 
     async def __aexit__(

@@ -36,6 +36,7 @@ collect_ignore = [
     "rmm_standin.py",
     "s3_server.py",
     "screenshots.py",
+    "simulated_workers.py",
 ]
 
 

@@ -8,28 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import io
-import math
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any
 
 import dask.array as da
-import numpy as np
 from browser import Browser
 from clusters import local_cluster
 from distributed import Client, wait
-from distributed.metrics import time
 from PIL import Image
+from simulated_workers import Simulated
 
 import dask_gpurt
 from dask_gpurt.demo.frames import Tables
-from dask_gpurt.observe.board import LENGTH, ClusterReport, Placing, WorkerState
-from dask_gpurt.observe.journal import Journal
-from dask_gpurt.observe.reports import RunReport, TierReport, WorkerReport
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
-GIB = 2**30
 #: Of the pictures, in pixels.
 WIDTH = 1024
 
@@ -83,88 +76,6 @@ def page(client: Client) -> str:
     return str(client.dashboard_link).replace("/status", "/gpurt")
 
 
-class Simulated:
-    """The figures of 200 workers in 25 hosts, in the middle of a large job."""
-
-    def __init__(self, observer: Any) -> None:
-        self.random = np.random.default_rng(0)
-        self.names = {f"tcp://10.0.{i // 8}.{i % 8}:9000": f"node{i // 8}-{i % 8}" for i in range(200)}
-        self.moved_s = 0.0
-        observer.look = lambda: self.at(time())
-        observer.journals = self.journals
-        observer.names = lambda: self.names
-        now_s = time()
-        for age in range(LENGTH, 0, -1):
-            observer.board.observe(now_s - age, self.at(now_s - age))
-
-    def at(self, now_s: float) -> ClusterReport:
-        """Say what is known at a time."""
-        workers = []
-        for number, (address, name) in enumerate(self.names.items()):
-            wave = math.sin(now_s / 30 + number / 40)
-            device, host = (0.75 + 0.2 * wave) * 70 * GIB, (0.5 + 0.3 * wave) * 96 * GIB
-            spilled = max(0.0, 40 * GIB * math.sin(now_s / 60 + number // 8))
-            elapsed_s = now_s % 10_000
-            report = WorkerReport(
-                tiers={
-                    "device": TierReport(int(device), 2 * GIB, 80 * GIB),
-                    "host": TierReport(int(host), GIB, 96 * GIB),
-                    "disk": TierReport(int(spilled), 0, None),
-                    "object": TierReport(int(spilled / 4), 0, None),
-                },
-                moves={
-                    ("device", "host"): int(elapsed_s * 2e8),
-                    ("host", "device"): int(elapsed_s * 1.8e8),
-                    ("host", "disk"): int(elapsed_s * 5e7),
-                },
-                sent={
-                    "ucx": int(elapsed_s * 8e8),
-                    "comm": int(elapsed_s * 2e6),
-                    "inputs": int(elapsed_s * 3e7),
-                    "local": 0,
-                },
-                received_nbytes=int(elapsed_s * 8e8),
-                shuffles=4,
-                runs=tuple(
-                    RunReport(
-                        f"{run}f3a9c21",
-                        run,
-                        "transfer" if run == 4 else "unpack",
-                        False,
-                        12,
-                        run,
-                        20,
-                        10**10,
-                        10**8,
-                        10**10,
-                        2,
-                        0.4,
-                        run,
-                    )
-                    for run in (3, 4)
-                ),
-            )
-            loop_s = 0.02 + 0.3 * (number == 77) + float(self.random.exponential(0.004))
-            workers.append(WorkerState(address, name, now_s, loop_s, report))
-        reasons = {"planned": 48_210, "most-bytes": 11_922, "only-holder": 9_120, "idle": 312, "steal-allowed": 87}
-        latest = [Placing(f"('read-parquet-{i}', {i})", "planned", f"node{i}-{i % 8}") for i in range(12)]
-        return ClusterReport(workers, 0.03, reasons, 0, 12_400, 3_100, latest)
-
-    async def journals(self) -> dict[str, Journal]:
-        """Say who has sent what: everybody to all, more within a host, and one too much."""
-        found = {}
-        for number, address in enumerate(self.names):
-            sent = {}
-            for other, peer in enumerate(self.names):
-                if other != number:
-                    near = number // 8 == other // 8
-                    nbytes = int(self.random.uniform(0.8, 1.2) * (3 if near else 1) * (2 if other == 77 else 1) * 4e8)
-                    sent[peer, "ucx"] = nbytes
-                    sent[peer, "inputs"] = nbytes // 20
-            found[address] = Journal(sent=sent)
-        return found
-
-
 async def simulated(client: Client) -> None:
     """Take a picture of the page of 200 workers."""
     async with Browser("dark", (1400, 1500)) as browser:
@@ -177,7 +88,7 @@ def main() -> None:
     """Take all pictures."""
     with local_cluster(1, processes=False) as cluster, Client(cluster) as client:
         dask_gpurt.install(client)
-        Simulated(cluster.scheduler.plugins["gpurt"].observer)
+        Simulated(cluster.scheduler.plugins["gpurt"].observer, count=200)
         asyncio.run(simulated(client))
     with (
         local_cluster(2, memory_limit="2 GiB") as cluster,

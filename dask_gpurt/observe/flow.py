@@ -38,11 +38,11 @@ NAMED_MAX = 16
 
 #: Middle of the box of a tier, and of all other workers, in the picture of what flows, and half of its width and height.
 _PLACES = {
-    "device": (0.0, 4.27, 0.42, 0.3),
-    "host": (0.0, 2.6, 0.42, 0.72),
-    "disk": (0.0, 0.93, 0.28, 0.3),
-    "object": (0.0, -0.27, 0.42, 0.3),
-    "peers": (2.5, 2.6, 0.42, 0.72),
+    "device": (0.0, 4.5, 0.42, 0.36),
+    "host": (0.0, 2.6, 0.42, 0.86),
+    "disk": (0.0, 0.7, 0.28, 0.36),
+    "object": (0.0, -0.62, 0.42, 0.36),
+    "peers": (2.5, 2.6, 0.42, 0.86),
 }
 #: What may flow: its name on the board, from, to, and how far beside the line between the middles.
 _FLOWS: tuple[tuple[str, str, str, float], ...] = (
@@ -53,9 +53,9 @@ _FLOWS: tuple[tuple[str, str, str, float], ...] = (
     ("disk>object", "disk", "object", -0.14),
     ("object>host", "object", "host", 0.36),
     ("host>object", "host", "object", -0.36),
-    ("ucx", "host", "peers", 0.32),
-    ("comm", "host", "peers", -0.12),
-    ("inputs", "host", "peers", -0.56),
+    ("ucx", "host", "peers", 0.44),
+    ("comm", "host", "peers", -0.15),
+    ("inputs", "host", "peers", -0.74),
 )
 
 
@@ -69,7 +69,7 @@ class FlowPanel:
         self.boxes = ColumnDataSource({name: [] for name in ("x", "y", "width", "height", "label", "detail", "colour")})
         columns = ("x0", "y0", "x1", "y1", "width", "colour", "angle", "what", "rate", "count")
         self.arrows = ColumnDataSource({name: [] for name in columns})
-        self.labels = ColumnDataSource({"x": [], "y": [], "text": [], "align": [], "colour": []})
+        self.labels = ColumnDataSource({"x": [], "y": [], "text": [], "align": [], "colour": [], "above": []})
         plot = self.root = plain_figure(
             self.title, x_range=Range1d(start=-1.3, end=3.0), y_range=Range1d(start=0, end=1)
         )
@@ -106,6 +106,7 @@ class FlowPanel:
             "y",
             "text",
             source=self.labels,
+            y_offset="above",
             text_align="align",
             text_baseline="middle",
             text_font_size="11px",
@@ -148,7 +149,8 @@ class FlowPanel:
             for arrow, flow in zip(arrows, shown, strict=True)
         ]
         self.labels.data = {
-            name: [label[i] for label in labels] for i, name in enumerate(("x", "y", "text", "align", "colour"))
+            name: [label[i] for label in labels]
+            for i, name in enumerate(("x", "y", "text", "align", "colour", "above"))
         }
         moving = sum(rates[flow[0]] for flow in shown)
         self.root.title.text = f"{self.title}: {format_bytes(int(moving))}/s" if moving else f"{self.title}: nothing"
@@ -169,15 +171,16 @@ def _label(
     rate: float,
     count: int,
     shift: float,
-) -> tuple[float, float, str, str, str]:
+) -> tuple[float, float, str, str, str, int]:
     x0, y0, x1, y1 = arrow
     name, _, target, beside = flow
     # Where nothing moves, what has moved.
     said = f"{format_bytes(int(rate))}/s" if rate else format_bytes(count)
     colour = FLOWING if rate else STILL
     if target == "peers":
-        return (x0 + x1) / 2, y0 + 0.22, f"{PATHS[name]}: {said}", "center", colour
-    return shift if beside > 0 else -shift, (y0 + y1) / 2, said, "left" if beside > 0 else "right", colour
+        # In pixels: the text and the arrow have as many, whatever the size of the panel.
+        return (x0 + x1) / 2, y0, f"{PATHS[name]}: {said}", "center", colour, -10
+    return shift if beside > 0 else -shift, (y0 + y1) / 2, said, "left" if beside > 0 else "right", colour, 0
 
 
 def _width(rate: float) -> float:
@@ -209,6 +212,7 @@ class MovesPanel:
             legend_label=["moved down", "moved up", "sent", "shards received"],
         )
         bytes_axis(plot.xaxis[0])
+        plot.xaxis.axis_label = "bytes/s"
         plot.x_range.start = 0
         plot.ygrid.visible = False
         plot.add_layout(plot.legend[0], "above")
@@ -224,9 +228,8 @@ class MovesPanel:
         self.root.y_range.factors = names
         self.source.data = {"worker": names, **{kind: [rates[kind] for _, rates in busiest] for kind in self._KINDS}}
         moving = len(board.busiest(len(board.reports)))
-        rest = f", the {len(names)} busiest" if moving > len(names) else ""
-        of = f"{moving} of {len(board.reports)} move data{rest}; bytes/s"
-        self.root.title.text = f"{self.title}: {of}" if moving else f"{self.title}: none moves data"
+        said = f"{moving} of {len(board.reports)} move data" if moving else "none moves data"
+        self.root.title.text = f"{self.title}: {said}"
 
 
 class MatrixPanel:

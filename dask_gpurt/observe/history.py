@@ -65,8 +65,10 @@ class TiersPanel:
             for glyph in self._glyphs[tier]:
                 glyph.visible = tier in tiers
         self.source.data = data
-        now = (f"{tier.upper()} {size(data[tier][-1], data[f'{tier}_limit'][-1])}" for tier in tiers)
-        self.root.title.text = " · ".join(now) if tiers else f"{self.title}: no worker tells yet"
+        now = [f"{tier.upper()} {size(data[tier][-1], data[f'{tier}_limit'][-1])}" for tier in tiers]
+        # More than two are too much for a line of a small panel.
+        lines = (" · ".join(now[place : place + 2]) for place in range(0, len(now), 2))
+        self.root.title.text = "\n".join(lines) if tiers else f"{self.title}: no worker tells yet"
 
 
 class WorkersPanel:
@@ -119,7 +121,8 @@ class WorkersPanel:
             found, rows = board.names(tier), board.by_worker(tier)
             limit = board.worker_limit(tier)
             high = limit or float(np.nanmax(rows, initial=1.0))
-            plot.title.text = f"{tier.upper()} by worker" + (f" (of {format_bytes(limit)})" if limit else "")
+            room = limit and len(board.tiers) <= 2
+            plot.title.text = f"{tier.upper()} by worker" + (f" (of {format_bytes(limit)})" if room else "")
             mapper.high = high
             if names.data["name"] != found:
                 names.data = {"name": found}
@@ -155,5 +158,12 @@ class HealthPanel:
         slowest = board.slowest()
         said = f"scheduler {format_time(board.cluster.loop_s)}"
         if slowest is not None:
-            said += f", slowest {short(slowest.name)} {format_time(slowest.loop_s)}"
+            said += f", worker {short(slowest.name)} {format_time(slowest.loop_s)}"
         self.root.title.text = f"{self.title}: {said}"
+
+    def summarize(self, board: Board) -> None:
+        """Say what was worst, which is what one wants to know afterwards."""
+        worst = {name: float(np.nanmax(board.loops_s[name], initial=0.0)) for name in ("scheduler", "worst")}
+        self.root.title.text = (
+            f"{self.title}: at worst scheduler {format_time(worst['scheduler'])}, a worker {format_time(worst['worst'])}"
+        )

@@ -100,7 +100,7 @@ class ShuffleRun:
     stuck: Sequence[str]
     #: When the first worker began.
     begun_s: float
-    #: When the last one had sent everything, and when it ended on the last one; None: it has not on some worker.
+    #: When the last one had sent everything, and when it ended on the last one; None as long as it has not on some worker.
     transferred_s: float | None
     ended_s: float | None
     #: Input partitions that were split; output partitions that were handed out, of how many.

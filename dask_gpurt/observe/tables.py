@@ -113,8 +113,10 @@ class PlacementPanel:
         if cluster.reasons is None:
             self.root.title.text = f"{self.title}: stock Dask"
         else:
-            errors = f", {cluster.errors} errors" if cluster.errors else ""
-            self.root.title.text = f"{self.title}: {cluster.planned:,} planned, {cluster.waiting:,} wait{errors}"
+            said = f"{self.title}: {sum(cluster.reasons.values()):,} decisions"
+            if cluster.planned:
+                said += f"\n{cluster.planned:,} planned ahead, {cluster.waiting:,} wait"
+            self.root.title.text = said + (f", {cluster.errors:,} errors" if cluster.errors else "")
 
 
 class DecisionsPanel:

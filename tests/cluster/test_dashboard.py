@@ -22,6 +22,7 @@ import pytest
 from browser import Browser
 from clusters import beat, local_cluster
 from distributed import Client, LocalCluster, wait
+from simulated_workers import Simulated
 
 import dask_gpurt
 from dask_gpurt.observe.board import Board
@@ -34,6 +35,18 @@ PANELS = ("tiers", "flow", "workers", "moves", "event_loop", "shuffles", "placem
 TEXT = """[...document.querySelectorAll('[data-root-id]')].map(root => root.firstElementChild)
     .find(view => view.shadowRoot.textContent.includes('{title}')).shadowRoot.querySelector('.bk-clearfix').textContent"""
 ROOT = "Bokeh.documents[0].get_model_by_name('{name}')"
+#: Whether all that a page has is drawn, and has room: a plot is no mere stripe, its title is not cut off, text is there.
+DRAWN = """(() => {
+    const pen = document.createElement("canvas").getContext("2d");
+    pen.font = "bold 13px Helvetica, Arial, sans-serif";
+    const roots = Bokeh.documents[0].roots();
+    const plots = roots.flatMap(root => root.children ?? [root]).filter(root => root.title && root.visible);
+    const texts = [...document.querySelectorAll("[data-root-id]")].map(root => root.firstElementChild.shadowRoot.textContent);
+    return roots.length > 0 && plots.every(plot => plot.inner_width > 60 && plot.inner_height > 60
+            && plot.title.text.split("\\n").every(line => pen.measureText(line).width < plot.inner_width + 22))
+        && roots.filter(root => root.text !== undefined).every(root => texts.some(text => text.includes("run") || text.includes("task")))
+        && document.documentElement.scrollWidth <= window.innerWidth;
+})()"""
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +199,81 @@ def test_the_page_shows_what_happens(client: Client, scheme: str) -> None:
             del held
 
     asyncio.run(look())
+
+
+@pytest.fixture(scope="module")
+def simulated() -> Iterator[Client]:
+    """What looks like a cluster of 200 workers to the pages."""
+    with local_cluster(1, processes=False) as cluster, Client(cluster) as client:
+        dask_gpurt.install(client)
+        Simulated(cluster.scheduler.plugins["gpurt"].observer, count=200)
+        yield client
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_200_workers_have_room(simulated: Client, scheme: str) -> None:
+    async def look() -> None:
+        async with Browser(scheme) as browser:
+            await browser.open(simulated.dashboard_link.replace("/status", "/gpurt"))
+            await browser.wait_for(f"{ROOT.format(name='matrix')}.title.text.includes('TiB')")
+            assert await browser.wait_for(DRAWN)
+            host = f"{ROOT.format(name='workers')}.children[1]"
+            assert await browser.wait_for(f"{host}.renderers[0].data_source.data.rows[0] === 200")
+            # Two hundred names would be no more than a grey bar; the busiest few have theirs.
+            assert await browser.wait_for(f"{host}.left[0].major_label_overrides.size === 0")
+            assert await browser.wait_for(f"{ROOT.format(name='moves')}.y_range.factors.length === 12")
+            # The history is that of three minutes, whoever begins to look.
+            used = f"{ROOT.format(name='tiers')}.renderers[0].data_source.data.host"
+            assert await browser.wait_for(f"{used}.every(Number.isFinite)")
+            assert not browser.errors
+
+    asyncio.run(look())
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_panel_of_jupyterlab_is_small(simulated: Client, scheme: str) -> None:
+    """Its extension shows whatever ``/individual-plots.json`` names, each in a frame of its own."""
+    mine = {
+        name: path for name, path in json.loads(fetch(simulated, "/individual-plots.json")).items() if "gpurt" in path
+    }
+    assert {path.removeprefix("/individual-gpurt-").replace("-", "_") for path in mine.values()} == {*PANELS, "matrix"}
+    assert all(name.startswith("Individual Gpurt ") for name in mine)
+
+    async def look() -> None:
+        async with Browser(scheme, size=(460, 320)) as browser:
+            for path in mine.values():
+                await browser.open(simulated.dashboard_link.replace("/status", path))
+                assert await browser.wait_for(DRAWN), path
+                assert not browser.errors
+            # The check is one: it sees a title that does not fit.
+            await browser.open(simulated.dashboard_link.replace("/status", "/individual-gpurt-placement"))
+            assert await browser.wait_for(DRAWN)
+            await browser.wait_for(f"{ROOT.format(name='placement')}.title.text = 'much too long '.repeat(9)")
+            assert await browser.wait_for(f"!{DRAWN}")
+
+    asyncio.run(look())
+
+
+@pytest.mark.browser
+def test_dasks_own_pages_tell_of_tiers(client: Client) -> None:
+    dask_gpurt.install(client, config=LITTLE)
+    held = some_work()
+    client.run(beat)
+
+    async def look() -> None:
+        async with Browser() as browser:
+            await browser.open(client.dashboard_link.replace("/status", "/workers"))
+            cells = """[...Bokeh.documents[0].roots()].flatMap(root => [...root.select({type: "ColumnDataSource"})])
+                .map(source => source.data["gpurt host"]).filter(Boolean).map(String).join()"""
+            await browser.wait_for(f"({cells}).includes('of 100.00 MiB')")
+            await browser.open(client.dashboard_link)
+            await browser.wait_for("JSON.stringify(Bokeh.documents[0].to_json()).includes('spilled to disk')")
+            assert not browser.errors
+
+    asyncio.run(look())
+    del held
 
 
 @pytest.mark.browser
