@@ -54,7 +54,7 @@ docs: $(DOCS_STAMP)
 	$(SPHINX) --builder html docs build/docs
 	@echo 'build/docs/index.html'
 
-# Asks every server that is linked to.
+# Asks every server that is linked to. What can be told of links without a network is among the tests.
 docs-links: $(DOCS_STAMP)
 	$(SPHINX) --builder linkcheck docs build/docs-links
 

@@ -81,7 +81,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     unseen = [report for report in terminalreporter.getreports("skipped") if NO_BROWSER in str(report.longrepr)]
     if unseen:
         terminalreporter.section("not tested", sep="=", yellow=True, bold=True)
-        terminalreporter.line(f"{len(unseen)} tests of the dashboard and of reports: {NO_BROWSER}", yellow=True)
+        terminalreporter.line(f"{len(unseen)} of the dashboard and of reports in a browser: {NO_BROWSER}", yellow=True)
 
 
 @pytest.fixture

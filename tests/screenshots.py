@@ -25,6 +25,12 @@ from dask_gpurt.demo.frames import Tables
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 #: Of the pictures, in pixels.
 WIDTH = 1024
+#: Whether there is something to see: data goes to disk, and both workers are at it. Then the page stands still for its picture.
+MOVING = """(() => {
+    const [flow, moves] = ["flow", "moves"].map(name => Bokeh.documents[0].get_model_by_name(name));
+    const {what, rate} = flow.renderers[0].data_source.data;
+    return rate[what.indexOf("host to disk")] > 0 && rate[what.indexOf("disk to host")] > 0 && moves.y_range.factors.length === 2;
+})()"""
 
 
 def work(full: threading.Event) -> None:
@@ -62,7 +68,7 @@ async def real(client: Client, path: Path) -> None:
         await browser.open(page(client))
         working = asyncio.create_task(asyncio.to_thread(recorded, path, full))
         await asyncio.to_thread(full.wait)
-        await browser.wait_for("Bokeh.documents[0].get_model_by_name('flow').title.text.includes('/s')")
+        await browser.wait_for(f"({MOVING}) && ((Bokeh.documents[0].apply_json_patch = () => {{}}), true)")
         await picture(browser, "dashboard-light.png")
         await working
     async with Browser("light", (1300, 2300)) as browser:

@@ -121,8 +121,8 @@ class WorkersPanel:
             found, rows = board.names(tier), board.by_worker(tier)
             limit = board.worker_limit(tier)
             high = limit or float(np.nanmax(rows, initial=1.0))
-            room = limit and len(board.tiers) <= 2
-            plot.title.text = f"{tier.upper()} by worker" + (f" (of {format_bytes(limit)})" if room else "")
+            said = f" (of {format_bytes(limit)})" if limit and len(board.tiers) <= 2 else ""
+            plot.title.text = f"{tier.upper()} by worker{said}"
             mapper.high = high
             if names.data["name"] != found:
                 names.data = {"name": found}
@@ -164,6 +164,4 @@ class HealthPanel:
     def summarize(self, board: Board) -> None:
         """Say what was worst, which is what one wants to know afterwards."""
         worst = {name: float(np.nanmax(board.loops_s[name], initial=0.0)) for name in ("scheduler", "worst")}
-        self.root.title.text = (
-            f"{self.title}: at worst scheduler {format_time(worst['scheduler'])}, a worker {format_time(worst['worst'])}"
-        )
+        self.root.title.text = f"{self.title}: at worst scheduler {format_time(worst['scheduler'])}, a worker {format_time(worst['worst'])}"

@@ -9,6 +9,7 @@ import re
 import types
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import dask.config
 import kubernetes_schemas
@@ -57,6 +58,43 @@ def test_a_broken_link_is_found(tmp_path: pathlib.Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# One thing\n[a](#one-thing) [b](#other) [c](none.md) [d](page.md#one-thing) `[e](code.md)`\n")
     assert list(_broken_links(page)) == ["#other", "none.md"]
+
+
+#: Hosts of what the pages lead to elsewhere. A new one is added here by somebody who has seen that it is meant.
+HOSTS = {
+    *("dask.org", "docs.dask.org", "distributed.dask.org", "jobqueue.dask.org", "kubernetes.dask.org"),
+    *("filesystem-spec.readthedocs.io", "github.com", "keepachangelog.com", "peps.python.org", "prometheus.github.io"),
+    "semver.org",
+}
+REPOSITORIES = {"dask/dask", "dask/distributed", "dask/dask-labextension", "rapidsai/dask-cuda"}
+
+
+def _wrong_addresses(page: pathlib.Path) -> Iterator[str]:
+    """What can be told of an address without a network, for which ``make docs-links`` is there."""
+    for text, address in re.findall(r"\[([^\]]*)\]\((https?://[^)\s]+)\)", _text(page)):
+        parts = urlsplit(address)
+        if parts.scheme != "https" or parts.netloc not in HOSTS:
+            yield address
+        elif parts.netloc == "github.com":
+            repository, _, number = parts.path.strip("/").partition("/issues/")
+            said = re.fullmatch(r"(?:(\S+) )?#(\d+)", text)
+            named = said is None or not said[1] or repository.endswith(f"/{said[1]}")
+            if repository not in REPOSITORIES or not named or (said[2] if said else "") != number:
+                yield address
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_addresses_elsewhere_are_sound_as_far_as_can_be_told(page: pathlib.Path) -> None:
+    assert not list(_wrong_addresses(page))
+
+
+def test_a_wrong_address_is_found(tmp_path: pathlib.Path) -> None:
+    page = tmp_path / "page.md"
+    issues = "https://github.com/dask/distributed/issues"
+    good = f"[#1]({issues}/1) [distributed #2]({issues}/2) [Dask](https://dask.org)"
+    wrong = [f"[#3]({issues}/4)", f"[dask-cuda #5]({issues}/5)", "[a](http://dask.org)", "[b](https://dask.example)"]
+    page.write_text(f"{good} {' '.join(wrong)}\n")
+    assert list(_wrong_addresses(page)) == [link.partition("(")[2][:-1] for link in wrong]
 
 
 @pytest.mark.parametrize("path", pages(), ids=lambda path: path.name)
