@@ -299,12 +299,13 @@ _scheduler = click.option(
 
 @contextlib.contextmanager
 def _connected(scheduler: str, timeout: float) -> Iterator[Client]:
-    from distributed import Client
+    from dask_gpurt.errors import GpurtError
+    from dask_gpurt.terminal import connect
 
     try:
-        client = Client(scheduler, timeout=timeout, set_as_default=False)
-    except OSError as error:
-        raise click.ClickException(f"no answer from {scheduler}: {error}") from error
+        client = connect(scheduler, timeout)
+    except GpurtError as error:
+        raise click.ClickException(str(error)) from error
     with client:
         yield client
 
@@ -355,8 +356,10 @@ def explain(keys: tuple[str, ...], scheduler: str, timeout: float) -> None:
     The exit status is 1 if the scheduler knows none of the tasks.
     """
     from dask_gpurt.explainer import explain as ask
+    from dask_gpurt.terminal import progress
 
-    with _connected(scheduler, timeout) as client:
+    with _connected(scheduler, timeout) as client, progress() as say:
+        say(f"Asking {scheduler}")
         answer = ask(client, [_key(text) for text in keys])
     click.echo(str(answer))
     if not any(task.state != "unknown" or task.decisions for task in answer.tasks):

@@ -29,6 +29,7 @@ from dask_gpurt.demo.show import Display
 from dask_gpurt.doctor.cluster import installed_settings
 from dask_gpurt.errors import GpurtError
 from dask_gpurt.installer import install_settings, uninstall
+from dask_gpurt.terminal import connect
 
 __all__ = ["JOBS", "LOCAL", "SPILL_MAX_NBYTES", "Lent", "Options", "Size", "jobs", "run"]
 
@@ -114,11 +115,7 @@ def run(options: Options, console: Console | None = None) -> bool:
 @contextlib.contextmanager
 def lent(scheduler: str, connect_s: float) -> Iterator[Lent]:
     """Connect to a cluster, and leave it as it was found."""
-    try:
-        host = Client(scheduler, timeout=connect_s, set_as_default=False)
-    except OSError as error:
-        raise GpurtError(f"no answer from {scheduler}: {error}") from error
-    with host:
+    with connect(scheduler, connect_s) as host:
         before = installed_settings(host)
         try:
             yield Lent(host)

@@ -61,17 +61,18 @@ def render(recording: Recording, title: str) -> str:
     """
     assert recording.elapsed_s is not None, "finished"
     span = Span.recorded(recording.elapsed_s, len(recording.times_s))
-    event_loops = HealthPanel(span)
+    event_loops, placement = HealthPanel(span), PlacementPanel()
     panels: list[tuple[str, Panel]] = [
         ("", TiersPanel(span)),
         ("broad", WorkersPanel(span)),
         ("high", MatrixPanel()),
-        ("", PlacementPanel()),
+        ("", placement),
         ("", event_loops),
     ]
     for _, panel in panels:
         panel.update(recording.board)
     event_loops.summarize(recording.board)
+    placement.summarize(recording.board)
     between = {path: (text, colour) for (path, text), colour in zip(PATHS.items(), _PATH_COLOURS, strict=True)}
     moves = {name: _move(name) for name in sorted(recording.moved) if ">" in name}
     plots = {

@@ -113,10 +113,15 @@ class PlacementPanel:
         if cluster.reasons is None:
             self.root.title.text = f"{self.title}: stock Dask"
         else:
-            said = f"{self.title}: {sum(cluster.reasons.values()):,} decisions"
-            if cluster.planned:
-                said += f"\n{cluster.planned:,} planned ahead, {cluster.waiting:,} wait"
-            self.root.title.text = said + (f", {cluster.errors:,} errors" if cluster.errors else "")
+            self.summarize(board)
+            # Two lines, whatever there is to say: the plot stays where it is.
+            self.root.title.text += f"\n{cluster.planned:,} planned ahead, {cluster.waiting:,} wait"
+
+    def summarize(self, board: Board) -> None:
+        """Say what there was, which is what is left to say afterwards."""
+        cluster = board.cluster
+        errors = f", {cluster.errors:,} errors" if cluster.errors else ""
+        self.root.title.text = f"{self.title}: {sum((cluster.reasons or {}).values()):,} decisions{errors}"
 
 
 class DecisionsPanel:

@@ -114,6 +114,9 @@ def test_the_most_frequent_reason_is_on_top() -> None:
     panel = PlacementPanel()
     panel.update(board(2))
     assert panel.root.y_range.factors == ["urgent", "planned"]
+    assert panel.root.title.text == "Placement: 9 decisions\n5 planned ahead, 3 wait"
+    panel.summarize(board(2))
+    assert "\n" not in panel.root.title.text
     panel.update(Board())
     assert "stock Dask" in panel.root.title.text
 
