@@ -17,6 +17,7 @@ from distributed.protocol.pickle import dumps
 
 from dask_gpurt.handlers import weak
 from dask_gpurt.installation import PartStatus
+from dask_gpurt.observe.reports import WorkerReport
 from dask_gpurt.observe.scheduler import SchedulerObserver
 from dask_gpurt.plugins.parts import Parts
 from dask_gpurt.plugins.worker import GpurtWorkerPlugin
@@ -61,6 +62,7 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
         self.settings = settings
         self.parts: dict[str, PartStatus] = {}
         self.workers: dict[str, dict[str, PartStatus]] = {}
+        self._first_tiers: dict[str, Mapping[str, TierReport]] = {}
         self.topology = Topology()
         self.placement: Placement | None = None
         self.prober: Prober | None = None
@@ -137,10 +139,13 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
         if self.observer is not None:
             self.observer.stop()
 
-    async def worker_ready(self, worker: str, parts: dict[str, dict[str, Any]]) -> dict[str, bool]:
+    async def worker_ready(
+        self, worker: str, parts: dict[str, dict[str, Any]], observed: dict[str, Any]
+    ) -> dict[str, bool]:
         """Take the report of a worker whose parts have started; say which parts of it the scheduler serves."""
         statuses = {part: PartStatus(bool(p["installed"]), str(p["remark"])) for part, p in parts.items()}
         self.workers[worker] = statuses
+        self._first_tiers[worker] = WorkerReport.from_message(observed).tiers
         if self._scheduler is not None:
             # Under the topic "gpurt" of Dask's events: whoever waits for a worker to be ready needs no polling.
             self._scheduler.log_event(NAME, {"action": "worker-ready", "worker": worker, "parts": parts})
@@ -153,12 +158,13 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
         return {"memory": self.horizon is not None}
 
     def tiers(self) -> dict[str, Mapping[str, TierReport]]:
-        """Return what lies in the tiers of each worker, as its last heartbeat said."""
-        return {} if self.observer is None else self.observer.tiers()
+        """Return what lies in the tiers of each worker, as its last heartbeat said; before the first one, as it was when it began."""
+        return {} if self.observer is None else {**self._first_tiers, **self.observer.tiers()}
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:  # noqa: ARG002
         """Forget a worker that left; a worker that returns on the same address reports anew."""
         self.workers.pop(worker, None)
+        self._first_tiers.pop(worker, None)
         if self.prober is not None:
             self.prober.remove_worker(worker)
         if self.shuffle is not None:

@@ -17,7 +17,7 @@ from distributed.diagnostics.plugin import WorkerPlugin
 
 from dask_gpurt.installation import PartStatus
 from dask_gpurt.memory.store import BufferStore, DictBufferStore
-from dask_gpurt.observe.worker import WorkerObserver
+from dask_gpurt.observe.worker import WorkerObserver, report
 from dask_gpurt.plugins.parts import Parts
 from dask_gpurt.secret import Secret
 from dask_gpurt.topology import Topology
@@ -143,7 +143,10 @@ class GpurtWorkerPlugin(WorkerPlugin):
         self._memory = runtime.memory
         if self.report:
             served = await worker.scheduler.gpurt_worker_ready(
-                worker=worker.address, parts={part: status.to_message() for part, status in runtime.parts.items()}
+                worker=worker.address,
+                parts={part: status.to_message() for part, status in runtime.parts.items()},
+                # The next heartbeat may be seconds away, and whoever installs is told at once.
+                observed=report(worker, runtime).to_message(),
             )
             if runtime.memory is not None and served["memory"]:
                 runtime.memory.may_watch()

@@ -68,6 +68,9 @@ def test_all_parts_are_installed_and_taken_away_without_a_trace(client: Client) 
     assert isinstance(answer, Installation)
     assert all(answer.installed(part) for part in PARTS), str(answer)
     assert len(answer.workers) == 2
+    # At once, and not only of those whose heartbeat happens to have come.
+    assert set(answer.tiers) == set(answer.workers)
+    assert all("host" in tiers for tiers in answer.tiers.values())
     assert fingerprints(client) != before
     after = dask_gpurt.uninstall(client)
     assert not any(after.installed(part) for part in PARTS)
