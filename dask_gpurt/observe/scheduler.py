@@ -136,11 +136,13 @@ class SchedulerObserver:
     async def _journal(self, address: str) -> tuple[str, Journal | None]:
         try:
             asked = getattr(self._scheduler.rpc(address), JOURNAL)()
-            return address, Journal.from_message(await asyncio.wait_for(asked, ANSWER_S))
+            message = await asyncio.wait_for(asked, ANSWER_S)
         except (OSError, RuntimeError) as error:
             # It is gone, or dask-gpurt is on its way out there.
             logger.info("dask-gpurt: %s does not tell what it has sent: %r", address, error)
             return address, None
+        # A worker that has no such handler answers, and says nothing: dask-gpurt has just gone there.
+        return address, None if message is None else Journal.from_message(message)
 
     def look(self) -> ClusterReport:
         """Put together what the scheduler knows at the moment."""

@@ -26,6 +26,7 @@ from dask_gpurt import cli, reporter
 from dask_gpurt.errors import GpurtError, InstallError
 from dask_gpurt.observe import recorder
 from dask_gpurt.observe.recording import Recording
+from dask_gpurt.observe.worker import JOURNAL
 
 # The servers cannot import this module.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -217,6 +218,20 @@ def test_shuffles_are_known_while_they_run_and_after(client: Client) -> None:
     assert "8 of 8" in str(after)
     assert "8 of 8" in after._repr_html_()
     del held
+
+
+def test_a_worker_from_which_it_is_just_taken_away_is_left_out(client: Client) -> None:
+    """Between the uninstallation of one worker and the next, whoever has the page open asks on."""
+    gone, there = client.scheduler_info()["workers"]
+
+    def lose(dask_worker: Any) -> None:
+        del dask_worker.handlers[JOURNAL]
+
+    async def asked(dask_scheduler: Any) -> Any:
+        return await dask_scheduler.plugins["gpurt"].observer.journals()
+
+    client.run(lose, workers=[gone])
+    assert set(client.run_on_scheduler(asked)) == {there}
 
 
 def test_the_command_records_for_some_seconds(cluster: LocalCluster, client: Client, tmp_path: Path) -> None:
