@@ -52,6 +52,10 @@ SUBJECTS = {
         "Scale factor 1, from Parquet. Most of the time is reading.",
         plots=(Plot("tpch", "Wall time, stock ÷ dask-gpurt", "wall_s", "stock"),),
     ),
+    "tpch-10": Subject(
+        "All queries of TPC-H, ten times as large",
+        "Scale factor 10, on two workers of 4 GiB; one run of each query.",
+    ),
     "shuffle": Subject(
         "Shuffle of dataframes",
         "*memcpy* is one copy of the data by one core, *p2p-memory* stock's p2p without its files; what the cases are stands in"
@@ -220,11 +224,22 @@ def _quantity(metric: str, value: float | None) -> str:
     if value is None:
         return ""
     if metric.endswith("_nbytes") or metric in {"bytes", "between-nodes", "peak", "spilled"}:
-        for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("kiB", 2**10)):
+        for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("kiB", 2**10)):
             if value >= size:
-                return f"{value / size:.3g} {unit}"
+                return f"{_digits(value / size)} {unit}"
         return f"{value:.0f} B"
     unit = {"gb_per_s": " GB/s", "us_per_task": " µs"}.get(
         metric, " s" if metric.endswith("_s") or metric == "makespan" else ""
     )
-    return f"{value:.0f}" if not unit else f"{value:.3g}{unit}"
+    return f"{value:.0f}" if not unit else f"{_digits(value)}{unit}"
+
+
+def _digits(value: float) -> str:
+    """Write three digits, and never an exponent.
+
+    Examples
+    --------
+    >>> _digits(0.0995), _digits(62.64), _digits(1020.3)
+    ('0.0995', '62.6', '1020')
+    """
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"

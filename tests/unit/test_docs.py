@@ -17,10 +17,11 @@ import pytest
 import yaml
 from distributed.scheduler import SchedulerState
 
+import dask_gpurt.errors
 from dask_gpurt.memory.spiller import State
 from dask_gpurt.plugins import placement
 from dask_gpurt.shuffle import run
-from docs import configuration, plots, states
+from docs import configuration, figures, plots, states
 from docs.generated import DIAGRAMS, pages
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -102,7 +103,7 @@ def test_what_is_generated_is_up_to_date(path: pathlib.Path) -> None:
     assert path.read_text(encoding="utf-8") == pages()[path], "run: python -m docs"
 
 
-@pytest.mark.parametrize("module", [configuration, plots, states], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [configuration, figures, plots, states], ids=lambda module: module.__name__)
 def test_the_examples_in_the_generator(module: types.ModuleType) -> None:
     outcome = doctest.testmod(module)
     assert outcome.attempted
@@ -134,6 +135,13 @@ def test_the_arrows_of_a_diagram_are_those_of_its_table() -> None:
     prose = "=====  ====\nlow    z\n=====  ====\n\nNo state at all, though it begins with a capital.\n\n"
     drawn = states.diagram("Places", prose + table)
     assert re.findall(r">([^<>]+)</text>", drawn) == ["go", "back", "lost", "HERE", "THERE", "gone"]
+
+
+def test_every_public_name_is_on_the_page_of_the_api() -> None:
+    page = (DOCS / "api.md").read_text()
+    documented = re.findall(r"(?m)^\.\. auto(?:function|class|exception):: (?:dask_gpurt\.)?(?:errors\.)?(\w+)", page)
+    errors = set(vars(dask_gpurt.errors)) if ".. automodule:: dask_gpurt.errors" in page else set()
+    assert set(dask_gpurt.__all__) - {"__version__"} <= {*documented, *errors}
 
 
 def _constants() -> Iterator[str]:
