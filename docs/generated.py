@@ -8,7 +8,7 @@ from pathlib import Path
 from dask_gpurt.memory import spiller
 from dask_gpurt.plugins import placement
 from dask_gpurt.shuffle import run
-from docs import configuration, figures, notebooks, states
+from docs import commands, configuration, figures, notebooks, states
 
 __all__ = ["DIAGRAMS", "FOLDER", "pages"]
 
@@ -27,6 +27,7 @@ def pages() -> dict[Path, str]:
     package, results = FOLDER.parent / "dask_gpurt", FOLDER.parent / "benchmarks" / "results"
     defaults, schema = (package / name for name in ("gpurt.yaml", "gpurt-schema.yaml"))
     written = {FOLDER / "configuration.md": configuration.page(defaults.read_text("utf-8"), schema.read_text("utf-8"))}
+    written[FOLDER / "commands.md"] = commands.page()
     page, plots = figures.page(results)
     written[FOLDER / "benchmarks.md"] = page
     for name, (title, module) in DIAGRAMS.items():

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import ast
 import doctest
+import importlib
+import inspect
 import pathlib
 import re
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
 import dask.config
+import distributed
 import kubernetes_schemas
 import pytest
 import yaml
 from distributed.scheduler import SchedulerState
 
 import dask_gpurt.errors
+from dask_gpurt.cli import gpurt
 from dask_gpurt.memory.spiller import State
 from dask_gpurt.plugins import placement
 from dask_gpurt.shuffle import run
@@ -144,6 +149,16 @@ def test_every_public_name_is_on_the_page_of_the_api() -> None:
     assert set(dask_gpurt.__all__) - {"__version__"} <= {*documented, *errors}
 
 
+def test_every_subcommand_is_on_the_page_of_the_command_line() -> None:
+    page = (DOCS / "commands.md").read_text()
+    assert re.findall(r"(?m)^## dask gpurt (\w+)$", page) == sorted(gpurt.commands)
+    options = {
+        option for command in gpurt.commands.values() for of in command.params for option in of.opts if option[0] == "-"
+    }
+    assert len(options) > 10
+    assert not [option for option in options if option not in page]
+
+
 def _constants() -> Iterator[str]:
     """All texts in the package, with those that stand side by side put together as Python does."""
     for folder in ("dask_gpurt", "plugins", "shuffle"):
@@ -161,6 +176,52 @@ def test_every_message_that_is_quoted_exists() -> None:
     said = "\0".join(_constants())
     parts = [part for message in quoted for part in message.split("…") if len(part) > 3]
     assert not [part for part in parts if part not in said and part.strip(" .:;,") not in said]
+
+
+def test_the_clusters_on_the_page_of_deployments_take_what_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The examples are run, but for the clusters: these want a GPU, three machines, or Slurm."""
+    page = (DOCS / "deployment.md").read_text()
+    blocks = re.findall(r"(?ms)^```python\n(.*?)^```", page)
+    made: list[str] = []
+
+    class Recorded:
+        def __init__(self, kind: Any, known: Any) -> None:
+            self.kind, self.known = kind, known
+
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            inspect.signature(self.kind).bind(*args, **options)
+            known = {name for of in (self.kind, *self.known) for name in inspect.signature(of).parameters}
+            assert set(options) <= known
+            assert set(options.get("worker_options", {})) <= set(inspect.signature(distributed.Nanny).parameters)
+            made.append(self.kind.__name__)
+            return self
+
+        def adapt(self, **options: Any) -> None:
+            inspect.signature(self.kind.adapt).bind(self, **options)
+            assert set(options) <= set(inspect.signature(self.kind.adapt).parameters)
+            made.append("adapt")
+
+    names = {
+        "LocalCluster": "distributed",
+        "LocalCUDACluster": "dask_cuda",
+        "SSHCluster": "distributed",
+        "SLURMCluster": "dask_jobqueue",
+    }
+    kinds = {name: getattr(importlib.import_module(module), name) for name, module in names.items()}
+    for name, kind in kinds.items():
+        # What a local cluster does not know itself it hands to its workers.
+        known = [distributed.Nanny] if name == "LocalCluster" else []
+        monkeypatch.setattr(sys.modules[names[name]], name, Recorded(kind, known))
+    monkeypatch.setattr(distributed, "Client", lambda cluster: cluster)
+
+    def install(client: Recorded) -> Any:
+        made.append("install")
+        return client.kind
+
+    shared: dict[str, Any] = {"dask_gpurt": types.SimpleNamespace(install=install)}
+    for block in blocks:
+        exec(compile(block, "deployment.md", "exec"), shared)
+    assert made == ["LocalCluster", "LocalCUDACluster", "SSHCluster", "install", "SLURMCluster", "adapt"]
 
 
 def _manifests() -> dict[str, dict[str, Any]]:
