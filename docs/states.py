@@ -87,8 +87,12 @@ def diagram(title: str, documentation: str) -> str:
         f"<defs>{arrow.format('on', _ON)}{arrow.format('back', _BACK)}</defs>",
         f'<rect width="{total}" height="{height}" rx="6" fill="#ffffff"/>',
     ]
-    for move, span in zip(ways, spans, strict=True):
-        lines += _arc(places[move.source], places[move.target], span, middle, move.how)
+    arcs = [
+        _arc(places[move.source], places[move.target], span, middle, move.how)
+        for move, span in zip(ways, spans, strict=True)
+    ]
+    # All words above all arrows.
+    lines += [path for path, _ in arcs] + [text for _, text in arcs]
     for name, x in places.items():
         border = "#1b1f24" if name in states else "#8c959f"
         lines += [
@@ -107,7 +111,8 @@ def _levels(span: int) -> float:
     return math.pow(abs(span), 0.8) - 0.4
 
 
-def _arc(start: int, end: int, span: int, middle: int, how: str) -> list[str]:
+def _arc(start: int, end: int, span: int, middle: int, how: str) -> tuple[str, str]:
+    """Draw an arrow, and say what leads along it."""
     up = -1 if span > 0 else 1
     edge = middle + up * _HEIGHT // 2
     top = edge + up * _RISE * _levels(span)
@@ -117,7 +122,7 @@ def _arc(start: int, end: int, span: int, middle: int, how: str) -> list[str]:
     # The middle of a cubic lies three quarters of the way to its two handles.
     handle = round(edge + (top - edge) * 4 / 3, 1)
     label = round(top + (-5 if up < 0 else 14), 1)
-    return [
+    return (
         f'<path d="M{begin} {edge}C{begin} {handle} {finish} {handle} {finish} {edge}" fill="none" stroke="{colour}" stroke-width="1.5" marker-end="url(#{head})"/>',
         f'<text x="{(begin + finish) / 2}" y="{label}" text-anchor="middle" fill="#1b1f24" {_HALO}>{escape(how)}</text>',
-    ]
+    )
