@@ -1,4 +1,4 @@
-# Two commands are for everybody: `make demo` and `make test`. The rest is for who works on the code.
+# For everybody: `make demo`, `make test` and `make docs`. The rest is for who works on the code.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
