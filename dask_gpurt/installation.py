@@ -129,16 +129,18 @@ class Installation:
         return f"<div><strong>{title}</strong><table><tbody>{rows}</tbody></table>{self._tiers_html()}</div>"
 
     def _tiers_html(self) -> str:
-        if not self.tiers:
-            return ""
         names = list(dict.fromkeys(tier for tiers in self.tiers.values() for tier in tiers))
+        if not names:
+            return ""
+        told = sum(map(bool, self.tiers.values()))
+        who = "all workers" if told >= len(self.workers) else f"{told} of {len(self.workers)} workers"
         heads = "".join(f"<th style='text-align:left'>{html.escape(name.upper())}</th>" for name in names)
         together = {name: total([tiers[name] for tiers in self.tiers.values() if name in tiers]) for name in names}
         shown = sorted(self.tiers.items())[:LISTED_MAX]
         more = len(self.tiers) - len(shown)
         rows = "".join(_tiers_row(address, names, tiers) for address, tiers in shown)
         return (
-            f"<table><thead><tr><th></th>{heads}</tr></thead><tbody>{_tiers_row('all workers', names, together)}</tbody></table>"
+            f"<table><thead><tr><th></th>{heads}</tr></thead><tbody>{_tiers_row(who, names, together)}</tbody></table>"
             f"<details><summary>Tiers of each worker</summary><table><tbody>{rows}</tbody></table>"
             f"{f'<p>and {more} more</p>' if more else ''}</details>"
         )

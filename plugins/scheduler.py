@@ -159,7 +159,11 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
 
     def tiers(self) -> dict[str, Mapping[str, TierReport]]:
         """Return what lies in the tiers of each worker, as its last heartbeat said; before the first one, as it was when it began."""
-        return {} if self.observer is None else {**self._first_tiers, **self.observer.tiers()}
+        if self.observer is None or self._scheduler is None:
+            return {}
+        # One that is gone may have been quicker to leave than to be ready.
+        first = {worker: tiers for worker, tiers in self._first_tiers.items() if worker in self._scheduler.workers}
+        return {**first, **self.observer.tiers()}
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:  # noqa: ARG002
         """Forget a worker that left; a worker that returns on the same address reports anew."""

@@ -76,3 +76,12 @@ def test_the_html_is_well_formed_and_sets_no_colour_of_text_or_page() -> None:
     text = Installation("1.0", {"shuffle": READY}, {"a": {"memory": STOCK}}, tiers)._repr_html_()
     ET.fromstring(text)
     assert re.findall(r"(?<![-\w])color:", text) == []
+
+
+def test_a_sum_says_of_how_many_workers_it_is() -> None:
+    workers = {"a": {"memory": READY}, "b": {"memory": STOCK}}
+    host = {"host": TierReport(1, 0, 2)}
+    assert ">1 of 2 workers</th>" in Installation("1.0", {}, workers, {"a": host, "b": {}})._repr_html_()
+    assert ">all workers</th>" in Installation("1.0", {}, workers, {"a": host, "b": host})._repr_html_()
+    # Without the memory part there are no tiers, and no table of them.
+    assert "Tiers" not in Installation("1.0", {}, workers, {"a": {}, "b": {}})._repr_html_()
