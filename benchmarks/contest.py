@@ -33,7 +33,7 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,6 +50,7 @@ from dask_gpurt.config import PARTS
 from dask_gpurt.demo.cluster import GPURT, STOCK, ClusterSpec, Side, open_client
 
 __all__ = [
+    "KEEPING",
     "OURS",
     "P2P",
     "P2P_MEMORY",
@@ -132,6 +133,8 @@ OURS = Contender("dask-gpurt", "p2p", side=GPURT)
 P2P = Contender("p2p", "p2p")
 TASKS = Contender("tasks", "tasks")
 P2P_MEMORY = Contender("p2p-memory", "p2p", shards_in_memory=True)
+#: Ours, which keeps what it sends, in case that a worker is lost.
+KEEPING = Contender("keeping", "p2p", side=Side("keeping", PARTS, (("shuffle.keep-sent", "4 GiB"),)))
 
 
 class Workload(Protocol):
@@ -231,7 +234,8 @@ def contest(case: Case) -> Iterator[Line]:
     runs: dict[Contender, list[Run]] = {contender: [] for contender in contenders}
     bounds_s: list[float] = []
     spec = ClusterSpec(workers=2, threads=1, memory_limit_nbytes=case.memory_limit_nbytes)
-    with clusters(spec) as clients:
+    sides = dict.fromkeys([STOCK, *(contender.side for contender in contenders)])
+    with clusters(spec, sides) as clients:
         for contender in contenders:
             _warm_up(case.small, contender, clients[contender.side.name])
         inputs = {name: case.workload.load(client) for name, client in clients.items()}
@@ -281,7 +285,7 @@ def _lines(case: Case, runs: dict[Contender, list[Run]], bounds_s: Sequence[floa
 
 
 @contextlib.contextmanager
-def clusters(spec: ClusterSpec) -> Iterator[dict[str, Client]]:
+def clusters(spec: ClusterSpec, sides: Iterable[Side] = (STOCK, GPURT)) -> Iterator[dict[str, Client]]:
     """Start a cluster for each side; return a client of each by the side's name.
 
     Raises
@@ -290,11 +294,14 @@ def clusters(spec: ClusterSpec) -> Iterator[dict[str, Client]]:
         If not all of dask-gpurt is installed on its side.
     """
     with contextlib.ExitStack() as stack:
-        clients = {side.name: stack.enter_context(open_client(spec)) for side in (STOCK, GPURT)}
-        GPURT.install(clients[GPURT.name])
-        installation = status(clients[GPURT.name])
-        if not all(map(installation.installed, PARTS)):
-            raise BrokenRunError(f"not all of it is installed:\n{installation}")
+        clients = {}
+        for side in sides:
+            client = clients[side.name] = stack.enter_context(open_client(spec))
+            side.install(client)
+            if side.parts:
+                installation = status(client)
+                if not all(map(installation.installed, PARTS)):
+                    raise BrokenRunError(f"not all of it is installed:\n{installation}")
         yield clients
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from benchmarks.contest import P2P, P2P_MEMORY, TASKS, Case, runner
+from benchmarks.contest import KEEPING, P2P, P2P_MEMORY, TASKS, Case, runner
 from benchmarks.frame import Subject
 from benchmarks.gpu import DEVICE_COPY, MEMORY_LIMIT_NBYTES, CudfShuffle, packing, where_there_is_a_gpu
 from benchmarks.tables import Shuffle, SummedShuffle
@@ -86,6 +86,18 @@ def hot_key(*, quick: bool) -> Case:
     )
 
 
+def kept_16(*, quick: bool) -> Case:
+    """Shuffle 1 GB of numbers as ``numeric-16``, and once more by workers that keep what they send; quick: a quarter of it."""
+    return Case(
+        name="kept-16",
+        workload=Shuffle.of_numeric(parts=16, rows=ROWS // 4 if quick else ROWS),
+        small=Shuffle.of_numeric(parts=16, rows=ROWS // 16),
+        peers=(KEEPING,),
+        rounds=3 if quick else 7,
+        peaks_against=(KEEPING,),
+    )
+
+
 def gpu_shuffle(*, quick: bool) -> Case:
     """Shuffle 8 GB of numbers in cuDF frames of 512 MB between two workers on one GPU; quick: an eighth of it."""
     return Case(
@@ -106,6 +118,7 @@ CASES: Mapping[str, Callable[..., Case]] = {
     "many-500": many_500,
     "beyond-memory": beyond_memory,
     "hot-key": hot_key,
+    "kept-16": kept_16,
 }
 
 SUBJECT = Subject.of_cases(

@@ -28,10 +28,11 @@ __all__ = ["GPURT", "STOCK", "ClusterSpec", "Side", "count_gpus", "open_client",
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two that are compared: Dask with these parts of dask-gpurt, or with none."""
+    """One of those that are compared: Dask with these parts of dask-gpurt and these of its settings, or with none."""
 
     name: str
     parts: tuple[str, ...] = ()
+    settings: tuple[tuple[str, object], ...] = ()
 
     def install(self, client: Client) -> None:
         """Install the parts; nothing is touched where there are none."""
@@ -39,7 +40,13 @@ class Side:
             from dask_gpurt import install
 
             chosen = {part: part in self.parts for part in PARTS}
-            install(client, placement=chosen["placement"], shuffle=chosen["shuffle"], memory=chosen["memory"])
+            install(
+                client,
+                placement=chosen["placement"],
+                shuffle=chosen["shuffle"],
+                memory=chosen["memory"],
+                config=dict(self.settings),
+            )
 
 
 STOCK = Side("stock")

@@ -258,6 +258,7 @@ def test_the_cases_are_those_of_the_table(quick: bool, monkeypatch: pytest.Monke
         "many-500": ["p2p", "tasks"],
         "beyond-memory": ["p2p"],
         "hot-key": ["p2p"],
+        "kept-16": ["keeping"],
     }
     assert quick or all(case.name == name for name, case in cases.items())
     assert all(case.rounds in ((1, 3) if quick else (3, 5, 7)) for case in cases.values())
