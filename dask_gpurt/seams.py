@@ -118,6 +118,8 @@ PLACEMENT: tuple[Seam, ...] = (
         "distributed.stealing:WorkStealing._get_thief",
         ("scheduler", "ts", "potential_thieves", "occupancies"),
     ),
+    Seam("scheduler", "distributed.stealing:WorkStealing.move_task_request", ("ts", "victim", "thief")),
+    Seam("scheduler", "distributed.stealing:WorkStealing.in_flight"),
 )
 
 #: Names the shuffle uses.
@@ -368,6 +370,20 @@ def restore_choice(scheduler: Any) -> None:
     stealing = scheduler.extensions.get("stealing")
     if stealing is not None:
         vars(stealing).pop("_get_thief", None)
+
+
+def steals(scheduler: Any) -> bool:
+    """Whether idle workers of ``scheduler`` steal work: users can switch that off, at any time."""
+    return "stealing" in scheduler.extensions and "stealing" in scheduler.periodic_callbacks
+
+
+def steal(scheduler: Any, ts: Any, victim: Any, thief: Any) -> bool:
+    """Ask ``victim`` for a task that it has not begun, for ``thief``; False if that was asked for already, or it cannot be asked."""
+    stealing = scheduler.extensions["stealing"]
+    if ts in stealing.in_flight:
+        return False
+    stealing.move_task_request(ts, victim, thief)
+    return ts in stealing.in_flight
 
 
 def add_to_processing(scheduler: Any) -> Callable[[Any, Any, str], Answer]:

@@ -69,6 +69,7 @@ from dask_gpurt.plugins.decisions import Decisions, Lately, explain_family
 from dask_gpurt.plugins.families import Family
 from dask_gpurt.plugins.prices import Prices, neighbourhoods
 from dask_gpurt.plugins.queues import Queues
+from dask_gpurt.plugins.sharing import Sharing
 from dask_gpurt.plugins.view import Backlog, Candidate, Share, Tail
 from dask_gpurt.topology import Topology
 
@@ -184,6 +185,16 @@ class Placement:
         self._unplanned: Lately[str] = Lately()
         #: Key to the address of the worker from which stealing it was refused last.
         self._refused: Lately[str] = Lately()
+        self._sharing = Sharing(
+            scheduler,
+            self._plan,
+            self._output_nbytes,
+            self.prices,
+            duration_of=_expected_s,
+            may_move=lambda ts: not _is_unusual(ts),
+        )
+        #: Whether crossings may be among the planned tasks.
+        self._crossings = False
         self._hooks = _Hooks(self)
 
     # --- life ---------------------------------------------------------------------------------------------------------
@@ -388,6 +399,7 @@ class Placement:
         ends: dict[Any, Any],
     ) -> Iterator[Family]:
         crossing, crossed, homes = crossings.by_crossing(others, roots, meets, shares)
+        self._crossings = self._crossings or bool(crossing)
         yield from crossing
         yield from crossed
         dealt = {key for family in crossed for key in family.keys}
@@ -706,6 +718,12 @@ class Placement:
             self._dispatch(stimulus_id)
         else:
             self._stock.slots_opened(stimulus_id=stimulus_id)
+        if self._crossings:
+            self._crossings = bool(self._plan)
+            try:
+                self._share_out()
+            except Exception as error:  # noqa: BLE001 - what waits on busy workers waits on, as in stock Dask
+                self._failed("idle workers could not be helped", error)
 
     def _dispatch(self, stimulus_id: str) -> None:
         """Send queued tasks to the workers that have free slots."""
@@ -852,6 +870,16 @@ class Placement:
         if taken:
             self._counts["relieved"] += taken
         return taken > 0
+
+    def _share_out(self) -> None:
+        """Let workers that have nothing to do take crossings that wait on busy ones."""
+        if not self._sharing.is_due(time()):
+            return
+        for ts, family, thief, compared in self._sharing.turn(self._idle_workers()):
+            if family.home is not thief:
+                self._queues.move(family, thief, "relieved", self._priority_of)
+                self._counts["relieved"] += 1
+            self._decided(ts, thief, "steal-allowed", family, compared)
 
     def _get_thief(self, scheduler: Any, ts: TaskState, potential_thieves: Any, *, occupancies: Any) -> Any:
         """Stand in for ``WorkStealing._get_thief``: no thief where staying pays, by the price of what would have to be moved."""

@@ -1,7 +1,7 @@
 """Whether taking a planned task from its worker pays, and how much of a backlog to take.
 
 Covers: :func:`pays`, for one task, which Dask's own stealing is asked to respect; :func:`relief`, for the families that
-still wait in the scheduler for a worker that is busy while another one is idle.
+still wait in the scheduler for a worker that is busy while another one is idle; :func:`shared_out`, for the crossings that wait on it.
 Does not cover: tasks that were not planned: Dask's own stealing decides there.
 
 Theory of operation
@@ -13,6 +13,10 @@ taken: nobody knows yet that the wait is worth anything. It becomes known as soo
 finished, or has been seen running for a while.
 
 Families are taken from the end of the backlog, the part that its worker reaches last, and as wholes.
+
+Crossings (see :mod:`dask_gpurt.plugins.crossings`) are sent to their workers long before these reach them, and fetch their inputs wherever they
+are. So of them, an idle worker takes what a busy one has not begun as soon as the wait is longer than the moves and a few
+messages: :data:`MESSAGES_S`. A group that does not pay, as much of it is made already, is passed over.
 """
 
 from __future__ import annotations
@@ -22,13 +26,15 @@ from collections.abc import Iterable
 from dask_gpurt.plugins.policy import STAY_PUT
 from dask_gpurt.plugins.view import Backlog, Tail
 
-__all__ = ["STEAL_LATENCY_S", "pays", "relief"]
+__all__ = ["MESSAGES_S", "STEAL_LATENCY_S", "pays", "relief", "shared_out"]
 
 #: What a steal costs in time, whatever it takes; the figure that Dask's own stealing reckons with.
 STEAL_LATENCY_S = 0.1
+#: What a steal costs that leaves nothing behind: a question to the victim, its answer, and a task to the thief, some 2 ms each.
+MESSAGES_S = 0.005
 
 
-def pays(wait_s: float, nbytes: int, bandwidth: float) -> bool:
+def pays(wait_s: float, nbytes: int, bandwidth: float, latency_s: float = STEAL_LATENCY_S) -> bool:
     """Say whether being spared ``wait_s`` is worth moving ``nbytes`` later.
 
     Examples
@@ -38,7 +44,7 @@ def pays(wait_s: float, nbytes: int, bandwidth: float) -> bool:
     >>> pays(1.0, 100_000_000, bandwidth=100e6)
     False
     """
-    return wait_s > STAY_PUT * nbytes / bandwidth + STEAL_LATENCY_S
+    return wait_s > STAY_PUT * nbytes / bandwidth + latency_s
 
 
 def relief(victim: Backlog, thief: Backlog, tails: Iterable[Tail], bandwidth: float) -> int:
@@ -68,4 +74,32 @@ def relief(victim: Backlog, thief: Backlog, tails: Iterable[Tail], bandwidth: fl
         victim = Backlog(victim.ntasks - tail.ntasks, victim.nthreads, victim.duration_s)
         thief = after
         taken += 1
+    return taken
+
+
+def shared_out(victim: Backlog, thief: Backlog, tails: Iterable[Tail], bandwidth: float) -> list[int]:
+    """List the groups of crossings that ``thief`` should take over from the end of ``victim``'s backlog, by their position in ``tails``.
+
+    Parameters
+    ----------
+    victim, thief
+        What each of the two has to do.
+    tails
+        Groups that the victim has not begun, the one it reaches last first.
+    bandwidth
+        Bytes per second between workers.
+
+    Examples
+    --------
+    >>> busy, idle = Backlog(12, 1, 0.01), Backlog(0, 1, 0.01)
+    >>> shared_out(busy, idle, [Tail(2, 0), Tail(2, 10**9), Tail(3, 0), Tail(2, 0)], bandwidth=1e9)
+    [0, 2]
+    """
+    taken: list[int] = []
+    for position, tail in enumerate(tails):
+        left = Backlog(victim.ntasks - tail.ntasks, victim.nthreads, victim.duration_s)
+        after = Backlog(thief.ntasks + tail.ntasks, thief.nthreads, thief.duration_s)
+        if after.wait_s <= left.wait_s and pays(victim.wait_s - thief.wait_s, tail.nbytes, bandwidth, MESSAGES_S):
+            taken.append(position)
+            victim, thief = left, after
     return taken

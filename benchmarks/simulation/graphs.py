@@ -357,7 +357,10 @@ def workload(name: str) -> Workload:
     """Return a graph, with sizes and durations."""
     user = Recorder(name, SCALE, ROWS_SCALE)
     with (
-        dask.config.set({"dataframe.convert-string": False, "dataframe.shuffle.method": "tasks"}),
+        dask.config.set(
+            # Names of delayed tasks come of what they do, and are no new ones each time: their order is a part of what a seed says.
+            {"dataframe.convert-string": False, "dataframe.shuffle.method": "tasks", "delayed_pure": True}
+        ),
         warnings.catch_warnings(),
     ):
         # A product of blocks has more of them, and Dask warns of that.

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import operator
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,12 +18,12 @@ import dask
 import pytest
 from dask.base import annotate
 from dask.delayed import Delayed, delayed
-from distributed import Client, Scheduler, Status, Worker, wait
+from distributed import Client, Scheduler, Status, Worker, get_worker, wait
 
 from dask_gpurt import seams
 from dask_gpurt.config import PlacementSettings
 from dask_gpurt.errors import SeamError
-from dask_gpurt.plugins import policy
+from dask_gpurt.plugins import policy, stealing
 from dask_gpurt.plugins.placement import Placement
 
 N_LEAVES = 32
@@ -255,6 +256,118 @@ def test_stealing_respects_a_plan_until_leaving_it_pays() -> None:
         assert await future == EXPECTED
 
     run(test, 2, {"distributed.scheduler.worker-saturation": float("inf")})
+
+
+#: Side of two matrices of numbers, and how many are multiplied for each number of the product.
+SIDE, DEPTH = 6, 2
+#: Name of the worker whose products wait for the gate.
+HELD_UP = "held-up"
+
+
+def multiplied(left: int, right: int) -> int:
+    if get_worker().name == HELD_UP:
+        assert GATES["gate"].wait(30)
+    time.sleep(0.002)  # so much work, by which a wait is judged
+    return left * right
+
+
+def product() -> Delayed:
+    """Multiply two matrices: each number of them is taken by many tasks, whose results meet in the product's."""
+    left = {(i, k): delayed(int)(i + k, dask_key_name=("left", i, k)) for i in range(SIDE) for k in range(DEPTH)}
+    right = {(k, j): delayed(int)(k - j, dask_key_name=("right", k, j)) for k in range(DEPTH) for j in range(SIDE)}
+    blocks = []
+    for i in range(SIDE):
+        for j in range(SIDE):
+            parts = [
+                delayed(multiplied)(left[i, k], right[k, j], dask_key_name=("part", i, j, k)) for k in range(DEPTH)
+            ]
+            blocks.append(delayed(sum)(parts, dask_key_name=("block", i, j)))
+    made: Delayed = delayed(list)(blocks, dask_key_name="product")
+    return made
+
+
+PRODUCT = [sum((i + k) * (k - j) for k in range(DEPTH)) for i in range(SIDE) for j in range(SIDE)]
+
+
+async def worked(built: House, worker: Worker, number: int) -> None:
+    """Let tasks be done that have nothing to do with all others: whenever one is, the scheduler looks who is idle."""
+    await built.client.gather(built.client.map(abs, range(-number, 0), workers=[worker.address], pure=False))
+
+
+def test_an_idle_worker_takes_products_that_wait_on_a_busy_one() -> None:
+    async def test(built: House) -> None:
+        await built.add_worker(name=HELD_UP)
+        idle = await built.add_worker()
+        future = built.client.compute(product(), optimize_graph=False)
+        decisions = built.placement.metrics
+
+        async def taken() -> None:
+            while not decisions()["decisions"].get("steal-allowed"):
+                await worked(built, idle, 4)
+
+        await asyncio.wait_for(taken(), 20)
+        assert decisions()["decisions"]["relieved"] > 0
+        told = built.placement.explain(
+            [("part", i, j, k) for i in range(SIDE) for j in range(SIDE) for k in range(DEPTH)]
+        )
+        stolen = [task for task in told if task.reason == "steal-allowed"]
+        for task in stolen:
+            decision = task.decisions[0]
+            assert decision.worker == idle.address
+            assert {alternative.worker for alternative in decision.alternatives} == {
+                worker.address for worker in built.workers
+            }
+        # The one that its worker has begun stays there; of the others, what was made of them may be all that is left.
+        states = built.scheduler.tasks
+        await built.until(
+            lambda: sum(states[task.key].state in ("memory", "released") for task in stolen) >= len(stolen) - 1
+        )
+        assert built.scheduler.workers[built.workers[0].address].processing
+        built.scheduler.validate_state()
+        built.gate.set()
+        assert await future == PRODUCT
+        assert decisions()["errors"] == 0
+
+    run(test, 0)
+
+
+def test_nothing_is_taken_where_stealing_is_off() -> None:
+    async def test(built: House) -> None:
+        await built.add_worker(name=HELD_UP)
+        idle = await built.add_worker()
+        future = built.client.compute(product(), optimize_graph=False)
+        await built.until(lambda: built.placement.metrics()["decisions"].get("planned", 0) > SIDE * SIDE)
+        await built.until(lambda: not built.scheduler.workers[idle.address].processing)
+        await worked(built, idle, 50)
+        assert "steal-allowed" not in built.placement.metrics()["decisions"]
+        built.gate.set()
+        assert await future == PRODUCT
+
+    run(test, 0, {"distributed.scheduler.work-stealing": False})
+
+
+def test_an_error_while_an_idle_worker_is_helped_leaves_the_tasks_where_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("broken policy")
+
+    async def test(built: House) -> None:
+        monkeypatch.setattr(stealing, "shared_out", fail)
+        await built.add_worker(name=HELD_UP)
+        idle = await built.add_worker()
+        future = built.client.compute(product(), optimize_graph=False)
+
+        async def failed() -> None:
+            while not built.placement.metrics()["errors"]:
+                await worked(built, idle, 4)
+
+        await asyncio.wait_for(failed(), 20)
+        built.gate.set()
+        assert await future == PRODUCT
+        assert "steal-allowed" not in built.placement.metrics()["decisions"]
+
+    run(test, 0)
 
 
 def test_a_worker_retires_with_its_results() -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks import placement
 from benchmarks.__main__ import main
-from benchmarks.simulation.cluster import STOCK, Spec, run
+from benchmarks.simulation.cluster import STOCK, Report, Spec, run
 from benchmarks.simulation.synthetic import broadcast, stencil, tree
 
 
@@ -21,6 +22,32 @@ def test_a_graph_beside_stock(tmp_path: Path, capsys: Any) -> None:
     assert {line["peer_name"] for line in lines.values()} == {"default"}
     assert lines["bytes"]["ratio"] > 2
     assert "placement thin-tree-tcp-2 makespan ratio=" in capsys.readouterr().out
+
+
+def a_report(makespan_s: float, moved_nbytes: float) -> Report:
+    return Report(makespan_s, 1.0, int(moved_nbytes), 0, 1, 0, 1, 0.0, {})
+
+
+def test_the_worst_is_by_the_median_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of the medians, "one" is worse by a third; of each pair but one it is better.
+    pairs = {
+        "one": ([3.0, 4.0, 9.0], [3.1, 4.1, 1.0]),
+        "two": ([2.0, 2.0, 2.0], [1.9, 1.9, 1.9]),
+    }
+    found = {
+        name: ([a_report(s, 0) for s in ours], [a_report(s, 10.0) for s in stock])
+        for name, (ours, stock) in pairs.items()
+    }
+    monkeypatch.setattr(placement, "graphs_on", lambda *_, **__: list(found.items()))
+    monkeypatch.setattr(placement, "TUNED", ("one",))
+    monkeypatch.setattr(placement, "ASIDE", ("two",))
+    monkeypatch.setattr(placement, "GRAPHS", ("one", "two"))
+    lines = {(line.case, line.metric): line for line in placement.cluster("tcp", 8, quick=False)}
+    assert lines["worst-tcp-8", "makespan"].ratio == lines["two-tcp-8", "makespan"].ratio == pytest.approx(0.95)
+    assert lines["worst-tcp-8", "makespan"].pairs == 3
+    # Nothing beside a few bytes is no gain without end.
+    assert lines["worst-tcp-8", "bytes"].ratio == 1.0
+    assert lines["one-tcp-8", "bytes"].ratio > 1e6
 
 
 def test_graphs_that_are_made_at_once() -> None:

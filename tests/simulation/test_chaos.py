@@ -18,13 +18,13 @@ from benchmarks.simulation.cluster import Cluster, Spec, gpurt
 from benchmarks.simulation.faults import Faults, unleash
 from benchmarks.simulation.graphs import workload
 from benchmarks.simulation.network import FABRICS
-from benchmarks.simulation.synthetic import tree
+from benchmarks.simulation.synthetic import product, tree
 from benchmarks.simulation.workload import Phase, Workload
 from dask_gpurt.plugins import copies, crossings, families, policy, stealing
 from dask_gpurt.plugins.prices import Prices
 from dask_gpurt.plugins.queues import Queues
 
-REAL = ("thin-tree", "task-shuffle", "aligned", "tsqr")
+REAL = ("thin-tree", "task-shuffle", "aligned", "tsqr", "lu")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -95,7 +95,7 @@ FALLIBLE: list[tuple[Any, str]] = [
     *((policy, name) for name in ("holdings", "best_holders", "choose", "accepts", "with_room", "starts_sooner")),
     *((copies, name) for name in ("is_full", "droppable")),
     *((Prices, name) for name in ("move_s", "refresh")),
-    *((stealing, name) for name in ("pays", "relief")),
+    *((stealing, name) for name in ("pays", "relief", "shared_out")),
     *((Queues, name) for name in ("enter", "leave", "move", "next_for", "able", "homes", "families_of", "backlog")),
 ]
 
@@ -117,8 +117,9 @@ def test_errors_in_the_policy_stall_nothing(
             raise PolicyError(name)
         return sound(*args, **kwargs)
 
-    # Of a tree, most tasks are planned, and wait.
-    graph = random_workload(rng) if shaken_seed % 3 == 2 else tree(rng.choice([40, 200]), fan_in=4)
+    # Of a tree, most tasks are planned, and wait; of a product, idle workers take some.
+    kinds = [lambda: tree(rng.choice([40, 200]), fan_in=4), lambda: product(6), lambda: random_workload(rng)]
+    graph = kinds[shaken_seed % 3]()
     cluster = Cluster(Spec(nworkers=rng.randint(2, 6), nthreads=rng.choice([1, 2]), validate=True), graph, shaken_seed)
     with cluster.started(gpurt):
         monkeypatch.setattr(owner, name, fallible)

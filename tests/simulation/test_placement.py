@@ -10,6 +10,7 @@ from benchmarks.simulation.cluster import STOCK, Cluster, Spec, gpurt, run
 from benchmarks.simulation.graphs import workload
 from benchmarks.simulation.network import FABRICS
 from dask_gpurt.plugins import copies
+from dask_gpurt.plugins.sharing import Sharing
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,30 @@ def test_what_was_slower_than_stock_is_not(name: str, fabric: str, nworkers: int
     ours, stock = run(spec, workload(name), gpurt), run(spec, workload(name), STOCK)
     # The order of Dask's sets is another one in each process; without what this is about it was 1.17 to 1.65.
     assert ours.makespan_s <= 1.12 * stock.makespan_s
+
+
+@pytest.mark.parametrize(("name", "part"), [("lu", 0.97), ("cholesky", 1.02)])
+def test_an_idle_worker_takes_what_waits_at_the_end_of_a_front(
+    name: str, part: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = Spec(nworkers=2, fabric=FABRICS["dgx"], validate=True)
+    cluster = Cluster(spec, workload(name))
+    with cluster.started(gpurt):
+        report = cluster.compute()
+        cluster.settle()
+        cluster.validate()
+    assert report.metrics["decisions"]["relieved"] > 0
+    assert report.metrics["errors"] == report.metrics["planned"] == 0
+    monkeypatch.setattr(Sharing, "is_due", lambda *_: False)
+    alone = run(spec, workload(name), gpurt)
+    assert "relieved" not in alone.metrics["decisions"]
+    assert report.makespan_s <= part * alone.makespan_s
+
+
+def test_what_is_dear_to_move_stays_at_the_end_of_a_front() -> None:
+    # A product waits for some 20 ms there, and to move one block takes 45.
+    report = run(Spec(nworkers=2, fabric=FABRICS["tcp"]), workload("lu"), gpurt)
+    assert "relieved" not in report.metrics["decisions"]
 
 
 def test_short_memory_is_not_filled_with_what_was_fetched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,13 @@ def test_the_same_seed_gives_the_same_trace(policy: str) -> None:
     assert trace(1) != trace(2)
 
 
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_graph_has_the_same_names_each_time(name: str) -> None:
+    # Delayed tasks have new ones by default, and with them another order in sets.
+    again = workload.__wrapped__(name)
+    assert list(again.sizes) == list(workload(name).sizes)
+
+
 def test_short_memory_costs_time() -> None:
     enough = run(Spec(nworkers=2), workload("kmeans"), STOCK)
     short = run(Spec(nworkers=2, memory_nbytes=20e9), workload("kmeans"), STOCK)

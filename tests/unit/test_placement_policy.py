@@ -129,6 +129,22 @@ def test_the_last_long_task_goes_to_the_idle_worker() -> None:
     assert stealing.relief(Backlog(1, 1, 60.0), Backlog(0, 1, 60.0), [Tail(1, 1_000)], bandwidth=1e6) == 1
 
 
+def test_crossings_are_shared_out_as_soon_as_messages_and_moves_pay() -> None:
+    def taken(ntasks: int, duration_s: float, *tails: Tail, nthreads: int = 1) -> list[int]:
+        return stealing.shared_out(Backlog(ntasks, 1, duration_s), Backlog(0, nthreads, duration_s), tails, 1e9)
+
+    # 20 ms of work: until waits differ by less than the messages take. The tenth of a second of other steals it is not worth.
+    assert taken(20, 0.001, *[Tail(2, 0)] * 10) == [0, 1, 2, 3]
+    assert not stealing.pays(0.02, 0, 1e9)
+    # More threads take more; a group that is more than the half is left for another time.
+    assert taken(20, 0.001, *[Tail(2, 0)] * 10, nthreads=3) == [0, 1, 2, 3, 4, 5]
+    assert taken(20, 0.001, Tail(11, 0), Tail(3, 0)) == [1]
+    # Messages take as long, moves take longer, and nobody knows how long the tasks take.
+    assert taken(5, 0.001, Tail(1, 0)) == []
+    assert taken(20, 0.001, Tail(2, 10_000_000)) == []
+    assert taken(20, 0.0, Tail(2, 0)) == []
+
+
 def test_what_a_part_is_taken_of_is_not_fetched_for_it() -> None:
     # Three tasks here would split a block that takes a second to come; where it lies they would wait for 20 ms.
     assert not policy.starts_sooner(1.0, 3, 0.02)
