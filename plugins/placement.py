@@ -67,7 +67,7 @@ from dask_gpurt.explanation import REFUSED, UNPLANNED, TaskExplanation
 from dask_gpurt.plugins import copies, crossings, families, policy, stealing
 from dask_gpurt.plugins.decisions import Decisions, Lately, explain_family
 from dask_gpurt.plugins.families import Family
-from dask_gpurt.plugins.prices import Prices, neighbourhoods
+from dask_gpurt.plugins.prices import Neighbourhoods, Prices
 from dask_gpurt.plugins.queues import Queues
 from dask_gpurt.plugins.sharing import Sharing
 from dask_gpurt.plugins.view import Backlog, Candidate, Share, Tail
@@ -141,6 +141,8 @@ class Placement:
     ----------
     prices
         What moves cost.
+    near
+        Which workers are near to each other.
     """
 
     def __init__(self, scheduler: Scheduler, settings: PlacementSettings, topology: Topology | None = None) -> None:
@@ -155,9 +157,8 @@ class Placement:
         self._tasks: dict[Any, TaskState] = scheduler.tasks
         #: Key of a planned task to its family, until its result is in memory or it is gone.
         self._plan: dict[Any, Family] = {}
-        self.prices = Prices(
-            Topology() if topology is None else topology, neighbourhoods(get_address_host, settings.racks)
-        )
+        self.near = Neighbourhoods(get_address_host, settings.racks)
+        self.prices = Prices(Topology() if topology is None else topology, self.near)
         self._queues = Queues()
         #: Key of a planned task in the state "queued" to its family; the queues' own dict, read on every event.
         self._waiting = self._queues.waiting
@@ -243,6 +244,12 @@ class Placement:
         self._forget()
         # Workers may be free whose planned tasks were all done, while others' tasks waited.
         self.scheduler.stimulus_queue_slots_maybe_opened(stimulus_id=f"{_NAME}-stop-{time()}")
+
+    def settle(self, worker: str, island: str | None) -> None:
+        """Take down what a worker that is ready says of its GPU; see :mod:`dask_gpurt.plugins.islands`."""
+        self.near.settle(worker, island)
+        if worker in self.scheduler.workers:
+            self.prices.add_worker(worker)
 
     def metrics(self) -> dict[str, Any]:
         """Count the decisions by reason.
@@ -334,6 +341,7 @@ class Placement:
     def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:  # noqa: ARG002
         """Deal what waits for a worker that has left to the others."""
         self.prices.remove_worker(worker)
+        self.near.settle(worker, None)
         self._rootish.clear()
         if self._try_to_rehome_all():
             self._dispatch(f"{_NAME}-remove-worker-{time()}")

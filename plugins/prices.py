@@ -1,13 +1,13 @@
 """What it costs to bring bytes to a worker: by what was measured within a host and between hosts.
 
-Covers: :class:`Prices`; :func:`neighbourhoods`. Pure: no I/O, no clock, no Dask.
+Covers: :class:`Prices`; :class:`Neighbourhoods`. Pure: no I/O, no clock, no Dask.
 Does not cover: measuring (:mod:`dask_gpurt.plugins.probing`, :mod:`dask_gpurt.plugins.serving`), and what is known of each
 link (:mod:`dask_gpurt.topology`).
 
 Theory of operation
 -------------------
 A decision must not look through thousands of links. So they are summed up in two classes, *near* and *far*: between workers of one
-host, and of two; or of one rack, and of two, where racks are configured (:func:`neighbourhoods`). The price of a class is that of its median link, of those that Dask's own transfers have measured; until there is
+host, and of two; or of one rack, and of two, where racks are configured (:class:`Neighbourhoods`). The price of a class is that of its median link, of those that Dask's own transfers have measured; until there is
 one, it is what the scheduler assumes. Sums are made anew when reports have come, and no more often than they are asked for.
 
 Of the bytes that a worker misses, those that another worker of its host holds come from there; the others from far.
@@ -22,34 +22,50 @@ from statistics import median
 
 from dask_gpurt.topology import DASK, Topology
 
-__all__ = ["Prices", "neighbourhoods"]
+__all__ = ["Neighbourhoods", "Prices"]
 
 
-def neighbourhoods(host_of: Callable[[str], str], racks: Iterable[tuple[str, str]]) -> Callable[[str], str]:
-    """Return what takes the place of ``host_of``: the label of the rack, of hosts that have one.
+class Neighbourhoods:
+    """Tell which workers are near to each other: those for whose addresses this has the same answer.
 
     Parameters
     ----------
     host_of
         Address of a worker to its host.
     racks
-        Patterns of hosts, as of file names, and labels. The first pattern that fits counts.
+        Patterns of hosts, as of file names, and labels. The first pattern that fits counts, and islands do not then.
 
     Examples
     --------
-    >>> where = neighbourhoods(lambda address: address.partition(":")[0], [("10.0.1.*", "rack-1"), ("10.*", "others")])
+    >>> where = Neighbourhoods(lambda address: address.partition(":")[0], [("10.0.1.*", "rack-1"), ("10.*", "others")])
     >>> [where(address) for address in ("10.0.1.7:4000", "10.0.2.7:4000", "192.168.0.1:4000")]
     ['rack-1', 'others', '192.168.0.1']
+    >>> where.settle("192.168.0.1:4000", "nvlink-2")
+    >>> [where(address) for address in ("192.168.0.1:4000", "192.168.0.1:4001")]
+    ['192.168.0.1 nvlink-2', '192.168.0.1']
     """
-    racks = tuple(racks)
-    if not racks:
-        return host_of
 
-    def neighbourhood(address: str) -> str:
-        host = host_of(address)
-        return next((label for pattern, label in racks if fnmatchcase(host, pattern)), host)
+    def __init__(self, host_of: Callable[[str], str], racks: Iterable[tuple[str, str]] = ()) -> None:
+        self._host_of = host_of
+        self._racks = tuple(racks)
+        #: Address of a worker to the island of its GPU; see :mod:`dask_gpurt.plugins.islands`.
+        self._islands: dict[str, str] = {}
 
-    return neighbourhood
+    def settle(self, address: str, island: str | None) -> None:
+        """Take down where a worker's GPU is among those of its host; None: as near to one as to another."""
+        if island is None:
+            self._islands.pop(address, None)
+        else:
+            self._islands[address] = island
+
+    def __call__(self, address: str) -> str:
+        """Return what all workers near to the one at ``address`` have in common."""
+        host = self._host_of(address)
+        for pattern, label in self._racks:
+            if fnmatchcase(host, pattern):
+                return label
+        island = self._islands.get(address)
+        return host if island is None else f"{host} {island}"
 
 
 class Prices:

@@ -86,9 +86,11 @@ class Pairs:
 
     def left(self, address: str) -> None:
         """Forget a worker that has left."""
-        host = self._host_of(address)
-        if self._first.get(host) == address:
-            del self._first[host]
+        # By then, where it was may be forgotten.
+        for host, first in self._first.items():
+            if first == address:
+                del self._first[host]
+                break
 
 
 class Prober:

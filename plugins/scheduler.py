@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from distributed.comm.addressing import get_address_host
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.protocol.pickle import dumps
 
@@ -80,7 +79,6 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
         scheduler.handlers[_READY] = self._ready = weak(self.worker_ready)
         from dask_gpurt.plugins.horizon import HorizonScheduler
         from dask_gpurt.plugins.placement import Placement
-        from dask_gpurt.plugins.prices import neighbourhoods
         from dask_gpurt.plugins.probing import Pairs, Prober
         from dask_gpurt.shuffle.scheduler import ShuffleScheduler
 
@@ -101,8 +99,7 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
                 placement = Placement(scheduler, self.settings.placement, self.topology)
                 placement.start()
                 self.placement = placement
-                near = neighbourhoods(get_address_host, self.settings.placement.racks)
-                self.prober = Prober(scheduler, self.topology, Pairs(near))
+                self.prober = Prober(scheduler, self.topology, Pairs(placement.near))
         self.observer = SchedulerObserver(scheduler, self)
         self.observer.start()
 
@@ -140,7 +137,11 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
             self.observer.stop()
 
     async def worker_ready(
-        self, worker: str, parts: dict[str, dict[str, Any]], observed: dict[str, Any]
+        self,
+        worker: str,
+        parts: dict[str, dict[str, Any]],
+        observed: dict[str, Any],
+        island: str | None = None,
     ) -> dict[str, bool]:
         """Take the report of a worker whose parts have started; say which parts of it the scheduler serves."""
         statuses = {part: PartStatus(bool(p["installed"]), str(p["remark"])) for part, p in parts.items()}
@@ -152,6 +153,8 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
         if self.shuffle is not None:
             shuffle = statuses.get("shuffle")
             self.shuffle.set_capable(worker, shuffle is not None and shuffle.installed)
+        if self.placement is not None:
+            self.placement.settle(worker, island)
         placement = statuses.get("placement")
         if self.prober is not None and placement is not None and placement.installed:
             self.prober.worker_ready(worker)

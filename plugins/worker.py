@@ -10,6 +10,8 @@ there into the answer of ``install``. It must never keep a worker from starting.
 
 from __future__ import annotations
 
+import asyncio
+import os
 from typing import TYPE_CHECKING, Any
 
 from distributed.core import Status
@@ -45,11 +47,14 @@ class WorkerRuntime:
         The data plane of the shuffle, or None where it was left stock.
     serving, probe
         What of the placement lives on a worker, or None where it was left stock.
+    island
+        The GPUs to which that of the worker is near; None if there are none, or it has none. See :mod:`dask_gpurt.plugins.islands`.
     parts
         Part to its status.
     """
 
     def __init__(self) -> None:
+        self.island: str | None = None
         self.serving: Serving | None = None
         self.probe: Probe | None = None
         self.memory: MemoryManager | None = None
@@ -60,6 +65,7 @@ class WorkerRuntime:
     async def start(self, worker: Worker, settings: Settings, secret: Secret | None) -> None:
         """Start what is enabled. Never raises for a part that cannot start; see :attr:`parts`."""
         from dask_gpurt.memory.manager import MemoryManager
+        from dask_gpurt.plugins import islands
         from dask_gpurt.plugins.probing import Probe
         from dask_gpurt.plugins.serving import Serving
         from dask_gpurt.shuffle.worker import ShuffleWorker
@@ -90,6 +96,8 @@ class WorkerRuntime:
                 serving.start()
                 probe.start()
                 self.serving, self.probe = serving, probe
+                if gpus := os.environ.get("CUDA_VISIBLE_DEVICES"):
+                    self.island = await asyncio.to_thread(islands.look, gpus)
         self._observer = WorkerObserver(worker, self)
         self._observer.start()
 
@@ -147,6 +155,7 @@ class GpurtWorkerPlugin(WorkerPlugin):
                 parts={part: status.to_message() for part, status in runtime.parts.items()},
                 # The next heartbeat may be seconds away, and whoever installs is told at once.
                 observed=report(worker, runtime).to_message(),
+                island=runtime.island,
             )
             if runtime.memory is not None and served["memory"]:
                 runtime.memory.may_watch()

@@ -137,3 +137,19 @@ def test_device_arrays_go_from_one_process_to_another_by_ucx() -> None:
     pytest.importorskip("ucxx", reason="ucxx is not installed", exc_type=ImportError)
     with workers(2, None) as client:
         exchange_between_two(client, "numba", "cuda_copy")
+
+
+def islands_of(dask_scheduler: Any) -> dict[str, Any]:
+    near = dask_scheduler.plugins["gpurt"].placement.near
+    return {str(ws.name): near(ws.address) for ws in dask_scheduler.workers.values()}
+
+
+@emulated(devices=4, capacity=32 * MIB, nvlink=2)
+def test_the_scheduler_knows_which_gpus_are_joined() -> None:
+    with workers(4, None) as client:
+        assert client.run_on_scheduler(islands_of) == {
+            "0": "127.0.0.1 nvlink-0",
+            "1": "127.0.0.1 nvlink-0",
+            "2": "127.0.0.1 nvlink-2",
+            "3": "127.0.0.1 nvlink-2",
+        }

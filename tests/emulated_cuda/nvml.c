@@ -157,3 +157,21 @@ EXPORT int nvmlDeviceGetNvLinkRemotePciInfo_v2(device_t device, unsigned link, v
 EXPORT int nvmlDeviceGetGpuFabricInfo(device_t device, void *info) { return (void)device, (void)info, NOT_SUPPORTED; }
 
 EXPORT int nvmlDeviceGetGpuFabricInfoV(device_t device, void *info) { return (void)device, (void)info, NOT_SUPPORTED; }
+
+/* Devices are joined by so many: neighbours by NVLink, by one switch of PCIe, by one processor. Of one alone there is nothing to say. */
+static int together(device_t one, device_t other, const char *setting_name) {
+    long number = setting(setting_name, 1);
+    return number > 1 && index_of(one) / number == index_of(other) / number;
+}
+
+EXPORT int nvmlDeviceGetP2PStatus(device_t one, device_t other, int capability, int *status) {
+    enum { NVLINK = 2, OK = 0, UNSUPPORTED = 5 };
+    *status = capability == NVLINK && together(one, other, "EMULATED_CUDA_NVLINK") ? OK : UNSUPPORTED;
+    return SUCCESS;
+}
+
+EXPORT int nvmlDeviceGetTopologyCommonAncestor(device_t one, device_t other, int *level) {
+    enum { SINGLE = 10, NODE = 40, SYSTEM = 50 };
+    *level = together(one, other, "EMULATED_CUDA_SWITCH") ? SINGLE : together(one, other, "EMULATED_CUDA_NUMA") ? NODE : SYSTEM;
+    return SUCCESS;
+}

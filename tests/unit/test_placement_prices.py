@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dask_gpurt.plugins.prices import Prices, neighbourhoods
+from dask_gpurt.plugins.prices import Neighbourhoods, Prices
 from dask_gpurt.plugins.probing import PAIRS_MAX, Pairs
 from dask_gpurt.topology import DASK, Report, Topology
 
@@ -65,7 +65,7 @@ def test_other_paths_and_workers_that_are_gone_do_not_count() -> None:
 
 
 def test_hosts_of_one_rack_are_near_to_each_other() -> None:
-    where = neighbourhoods(lambda address: address[0], [("[ab]", "rack-1"), ("[cd]", "rack-2")])
+    where = Neighbourhoods(lambda address: address[0], [("[ab]", "rack-1"), ("[cd]", "rack-2")])
     topology = Topology()
     prices = Prices(topology, where)
     for address in ("a1", "b1", "c1", "d1"):
@@ -77,6 +77,34 @@ def test_hosts_of_one_rack_are_near_to_each_other() -> None:
     assert prices.move_s("b1", 10**9, {"a1": 0, "c1": 10**9}) == pytest.approx(1.0)
     pairs = Pairs(where)
     assert [pairs.joined(address) for address in ("a1", "b1", "c1")] == [[], [("b1", "a1")], [("c1", "a1")]]
+
+
+def test_gpus_of_one_island_are_nearer_to_each_other_than_to_others_of_their_host() -> None:
+    where = Neighbourhoods(lambda address: address[0], [("r", "rack-1")])
+    topology = Topology()
+    prices = Prices(topology, where)
+    for address, island in (
+        ("a1", "nvlink-0"),
+        ("a2", "nvlink-0"),
+        ("a3", "nvlink-2"),
+        ("r1", "nvlink-0"),
+        ("r2", None),
+    ):
+        where.settle(address, island)
+        prices.add_worker(address)
+    topology.learn([report("a1", "a2", 4e9), report("a1", "a3", 1e9)])
+    prices.refresh(bandwidth=1e8)
+    assert prices.move_s("a2", 10**9, {"a1": 10**9, "a3": 0}) == pytest.approx(0.25)
+    assert prices.move_s("a2", 10**9, {"a1": 0, "a3": 10**9}) == pytest.approx(1.0)
+    # Whoever names racks has said what is near.
+    assert where("r1") == where("r2") == "rack-1"
+    pairs = Pairs(where)
+    assert [pairs.joined(address) for address in ("a1", "a2", "a3")] == [[], [("a2", "a1")], [("a3", "a1")]]
+    # An island is forgotten with its worker, whoever hears of that first.
+    where.settle("a1", None)
+    pairs.left("a1")
+    assert where("a1") == "a"
+    assert pairs.joined("a4") == [("a4", "a3")]
 
 
 def test_a_few_pairs_are_measured_of_either_kind() -> None:
