@@ -18,7 +18,7 @@ import dask
 import pytest
 from dask.base import annotate
 from dask.delayed import Delayed, delayed
-from distributed import Client, Scheduler, Status, Worker, get_worker, wait
+from distributed import Client, Scheduler, Status, Worker, get_worker, secede, wait
 
 from dask_gpurt import seams
 from dask_gpurt.config import PlacementSettings
@@ -161,15 +161,16 @@ def test_a_family_stays_together_and_says_why() -> None:
     run(test)
 
 
-def test_queuing_keeps_its_bound() -> None:
+@pytest.mark.parametrize(("saturation", "bound"), [(1.0, 1), (1.1, 2), (3.0, 3)])
+def test_queuing_keeps_its_bound(saturation: float, bound: int) -> None:
     async def test(built: House) -> None:
         future = await started(built, tree())
-        assert built.placement.metrics()["waiting"] == N_LEAVES - 3 * 2  # saturation 1.1 of a thread is two tasks
-        assert all(len(ws.processing) == 2 for ws in built.scheduler.workers.values())
+        assert built.placement.metrics()["waiting"] == N_LEAVES - 3 * bound
+        assert all(len(ws.processing) == bound for ws in built.scheduler.workers.values())
         built.gate.set()
         assert await future == EXPECTED
 
-    run(test)
+    run(test, config={"distributed.scheduler.worker-saturation": saturation})
 
 
 def test_without_queuing_all_leaves_go_to_their_workers_at_once() -> None:
@@ -412,6 +413,75 @@ def test_a_client_cancels_and_submits_again() -> None:
         # The same tasks under another future: the client may still have to hear of the end of the first.
         future = await started(built, delayed(int)(tree()))
         built.gate.set()
+        assert await future == EXPECTED
+
+    run(test)
+
+
+def test_two_clients_share_a_graph_and_one_leaves() -> None:
+    async def test(built: House) -> None:
+        future = await started(built, tree())
+        async with Client(built.scheduler.address, asynchronous=True) as other:
+            shared = other.compute(tree())
+            own = other.compute(tree("own"))
+            await built.until(lambda: ("leaf-own", 0) in built.scheduler.tasks)
+            assert built.placement.metrics()["planned"] == 2 * N_LEAVES
+            built.scheduler.validate_state()
+            # What it alone wanted goes with it; what the first wants, too, stays.
+            del shared, own
+        await built.until(lambda: ("leaf-own", 0) not in built.scheduler.tasks)
+        assert built.placement.metrics()["planned"] == N_LEAVES
+        built.gate.set()
+        assert await future == EXPECTED
+
+    run(test)
+
+
+def seceding_leaf(i: int) -> int:
+    secede()
+    return leaf(i)
+
+
+def test_a_task_that_has_seceded_holds_up_no_planned_one() -> None:
+    async def test(built: House) -> None:
+        leaves = [delayed(seceding_leaf if i == 0 else int)(i, dask_key_name=("leaf", i)) for i in range(N_LEAVES)]
+        sums = [delayed(sum)(leaves[i : i + FAN_IN]) for i in range(0, N_LEAVES, FAN_IN)]
+        future = built.client.compute(delayed(sum)(sums), optimize_graph=False)
+        tasks = built.scheduler.tasks
+        await built.until(lambda: tasks and all(tasks["leaf", i].state != "queued" for i in range(1, N_LEAVES)))
+        # The first is still on the one thread of its worker's pool, where others of its family ran after it.
+        (ws,) = [ws for ws in built.scheduler.workers.values() if ws.long_running]
+        await built.until(lambda: set(ws.processing) == set(ws.long_running))
+        (task,) = built.placement.explain([("leaf", 1)])
+        assert (task.reason, task.decisions[0].worker) == ("planned", ws.address)
+        built.scheduler.validate_state()
+        built.gate.set()
+        assert await future == EXPECTED
+
+    run(test)
+
+
+class Counter:
+    """An actor that counts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, number: int) -> int:
+        self.count += number
+        return self.count
+
+
+def test_actors_are_dasks_and_live_beside_planned_tasks() -> None:
+    async def test(built: House) -> None:
+        future = await started(built, tree())
+        # The gate is for leaves: a thread is free once they are done.
+        made = built.client.submit(Counter, actor=True, key="counter", priority=1)
+        built.gate.set()
+        counter = await made
+        assert [await counter.add(number) for number in (1, 2)] == [1, 3]
+        (task,) = built.placement.explain(["counter"])
+        assert task.reason == "restricted"
         assert await future == EXPECTED
 
     run(test)

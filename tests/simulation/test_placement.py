@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from benchmarks.simulation.cluster import STOCK, Cluster, Spec, gpurt, run
 from benchmarks.simulation.graphs import workload
 from benchmarks.simulation.network import FABRICS
+from benchmarks.simulation.synthetic import tree
 from dask_gpurt.plugins import copies
 from dask_gpurt.plugins.sharing import Sharing
 
@@ -108,6 +110,40 @@ def test_moves_have_the_price_of_links_before_anything_is_moved() -> None:
         assert 1 / prices.near_s == pytest.approx(450e9)
         assert 1 / prices.far_s == pytest.approx(50e9)
         assert prices.two
+
+
+@pytest.mark.parametrize("speed", [0.25, 0.05])
+def test_what_was_planned_for_a_slow_worker_flows_to_others(speed: float) -> None:
+    makespans: dict[str, float] = {}
+    for name, policy in (("ours", gpurt), ("stock", STOCK)):
+        # Tasks of a tenth of a second: what a slow worker has begun is not what counts.
+        graph = tree(800)
+        graph.durations.update(dict.fromkeys(graph.durations, 0.1))
+        cluster = Cluster(Spec(nworkers=4, validate=True), graph, traced=True)
+        with cluster.started(policy):
+            cluster.numbered[0].set_speed(speed)
+            makespans[name] = cluster.compute().makespan_s
+            done = Counter(worker for _, what, worker, *_ in cluster.trace if what == "computed")
+            cluster.settle()
+            cluster.validate()
+        if policy is gpurt:
+            # A fair share by speed, and no more than that by half.
+            assert done["worker-0"] <= 1.5 * done.total() * speed / (3 + speed) + 4
+    assert makespans["ours"] <= 1.1 * makespans["stock"]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("policy", [gpurt, STOCK], ids=["ours", "stock"])
+def test_a_thousand_workers(policy: Any) -> None:
+    graph = tree(16 * 1024)
+    cluster = Cluster(Spec(nworkers=1024), graph)
+    with cluster.started(policy):
+        report = cluster.compute()
+        cluster.settle(1.0)
+        cluster.validate()
+    assert report.tasks == len(graph.sizes)
+    assert report.makespan_s >= report.bound_s * (1 - cluster.spec.jitter)
 
 
 def test_crossings_wait_for_no_worker_that_is_gone() -> None:
