@@ -79,6 +79,8 @@ class Placing:
     reason: str
     #: Name of the worker; empty where Dask decided.
     worker: str
+    #: What was compared, and with whom it was planned, line by line.
+    why: str = ""
 
 
 @dataclass(frozen=True)

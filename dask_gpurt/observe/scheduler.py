@@ -177,6 +177,6 @@ def _state(ws: Any) -> WorkerState:
 
 def _latest(placement: Placement, names: dict[str, str]) -> list[Placing]:
     return [
-        Placing(str(key), decision.reason, names.get(decision.worker, decision.worker))
+        Placing(str(key), decision.reason, names.get(decision.worker, decision.worker), "\n".join(decision.lines()))
         for key, decision in placement.decisions.latest(LATEST)
     ]

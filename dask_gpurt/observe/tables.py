@@ -9,7 +9,7 @@ from typing import ClassVar
 from bokeh.models import ColumnDataSource, FactorRange
 from dask.utils import format_bytes, format_time
 
-from dask_gpurt.observe.board import Board
+from dask_gpurt.observe.board import Board, Placing
 from dask_gpurt.observe.drawing import (
     COLOURS,
     NOTHING,
@@ -136,6 +136,11 @@ class DecisionsPanel:
     def update(self, board: Board) -> None:
         """Show the latest decisions, the latest one on top."""
         latest = board.cluster.latest
-        rows = ([html.escape(text) for text in (middle(p.key), p.reason, short(p.worker) or NOTHING)] for p in latest)
+        rows = ([html.escape(middle(p.key)), _reason(p), html.escape(short(p.worker) or NOTHING)] for p in latest)
         text = table(("task", "reason", "worker"), rows) if latest else "<p>none is remembered</p>"
         self.root.text = heading(self.title) + text
+
+
+def _reason(placing: Placing) -> str:
+    """Say the reason, and under the pointer what was compared."""
+    return f'<span title="{html.escape(placing.why)}">{html.escape(placing.reason)}</span>'

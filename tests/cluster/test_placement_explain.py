@@ -64,6 +64,11 @@ def test_a_task_with_inputs_on_two_workers_says_what_was_compared(placed: Client
     prices = [alternative.price_s for alternative in decision.alternatives]
     assert prices == sorted(prices)
     assert all(alternative.price_s >= alternative.wait_s >= 0 for alternative in decision.alternatives)
+    # The same on the dashboard.
+    cluster: Any = placed.cluster
+    shown = {placing.key: placing.why for placing in cluster.scheduler.plugins["gpurt"].observer.look().latest}
+    assert shown[total.key].splitlines() == list(decision.lines())
+    assert shown[total.key].count("to fetch in") == 2
 
 
 def test_what_dask_decided_is_said_with_its_reason(placed: Client) -> None:

@@ -17,7 +17,7 @@ from dask_gpurt.observe.journal import ShuffleRun
 from dask_gpurt.observe.matrix import Matrix
 from dask_gpurt.observe.pages import PANELS
 from dask_gpurt.observe.reports import RunReport, TierReport, WorkerReport
-from dask_gpurt.observe.tables import ENDED, PlacementPanel, ShufflesPanel
+from dask_gpurt.observe.tables import ENDED, DecisionsPanel, PlacementPanel, ShufflesPanel
 
 EVIL = "<img src=x onerror=alert(1)>"
 
@@ -34,7 +34,7 @@ def board(nworkers: int, tiers: tuple[str, ...] = ("host", "disk"), name: str = 
             runs=(run,),
         )
         workers = [WorkerState(f"tcp://{i}", f"{name}{i}", at_s, 0.02, report) for i in range(nworkers)]
-        latest = [Placing(name, "planned", name)]
+        latest = [Placing(name, "planned", name, f'planned {name}: it was "planned" there')]
         found.observe(at_s, ClusterReport(workers, 0.02, {"planned": 7, "urgent": 2}, 0, 5, 3, latest))
     names = {worker.address: worker.name for worker in workers}
     found.matrix = Matrix.of(names, {a: {(b, "ucx"): 2**20 for b in names if a != b} for a in names})
@@ -59,6 +59,12 @@ def test_names_and_keys_are_no_html(kind: type[Panel]) -> None:
     panel = kind()
     panel.update(board(2, name=EVIL))
     assert EVIL not in (panel.root.text if isinstance(panel.root, Div) else "")
+
+
+def test_the_latest_decisions_say_what_was_compared() -> None:
+    panel = DecisionsPanel()
+    panel.update(board(2))
+    assert '<span title="planned w: it was &quot;planned&quot; there">planned</span>' in panel.root.text
 
 
 def test_tiers_that_nobody_has_are_not_drawn() -> None:
