@@ -165,10 +165,17 @@ def real(name: str, quick: bool) -> Iterator[Line]:
         found[ours].append(max(replay(graph, ours=ours), NOTHING_REAL_NBYTES))
     case = f"real-{name}"
     yield line_of_pairs(case, "bytes", found[True], found[False], PEER)
-    for label, ours, policy in (("bytes-simulated", True, gpurt), ("default-bytes-simulated", False, STOCK)):
-        reports = [run(LOOPBACK, graph, policy, seed) for seed in range(len(found[ours]))]
-        simulated = [max(report.moved_nbytes, NOTHING_REAL_NBYTES) for report in reports]
-        yield line_of_pairs(case, label, found[ours], simulated, "simulator")
+    with _processes() as processes:
+        for label, ours in (("bytes-simulated", True), ("default-bytes-simulated", False)):
+            simulated = processes.submit(_replayed, name, ours, len(found[ours])).result()
+            yield line_of_pairs(case, label, found[ours], simulated, "simulator")
+
+
+def _replayed(name: str, ours: bool, seeds: int) -> list[float]:
+    """Simulate what is replayed; return the bytes."""
+    graph = scaled(workload(name))
+    reports = [run(LOOPBACK, graph, gpurt if ours else STOCK, seed) for seed in range(seeds)]
+    return [float(max(report.moved_nbytes, NOTHING_REAL_NBYTES)) for report in reports]
 
 
 def everything(quick: bool) -> Iterator[Line]:
