@@ -5,7 +5,8 @@ their workers, chooses workers for tasks whose inputs are in memory, and balance
 Does not cover: the decisions themselves, which are pure: :mod:`dask_gpurt.plugins.families` (who belongs together, and
 where), :mod:`dask_gpurt.plugins.policy` (where a task with inputs goes), :mod:`dask_gpurt.plugins.stealing` (when to
 leave a plan), :mod:`dask_gpurt.plugins.copies` (what a worker short of memory forgets); what moves cost,
-:mod:`dask_gpurt.plugins.prices`; and the order in which planned tasks wait, :mod:`dask_gpurt.plugins.queues`.
+:mod:`dask_gpurt.plugins.prices`; what idle workers take at once, :mod:`dask_gpurt.plugins.sharing`; and the order in which planned
+tasks wait, :mod:`dask_gpurt.plugins.queues`.
 See also: :mod:`dask_gpurt.seams`, which replaces and restores the scheduler's functions.
 
 Theory of operation

@@ -130,6 +130,33 @@ def test_relief_never_makes_the_thief_the_busier_one(
         assert moved * duration_s / thief_threads <= (victim.ntasks - before_last) * duration_s / victim_threads
 
 
+@given(
+    st.lists(st.builds(Tail, st.integers(1, 9), st.integers(0, 10**8)), max_size=30),
+    st.integers(0, 50),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.floats(0, 10),
+)
+def test_sharing_out_leaves_the_victim_the_busier_one_and_takes_what_pays(
+    tails: list[Tail], begun: int, victim_threads: int, thief_threads: int, duration_s: float
+) -> None:
+    victim = Backlog(begun + sum(tail.ntasks for tail in tails), victim_threads, duration_s)
+    taken = stealing.shared_out(victim, Backlog(0, thief_threads, duration_s), tails, 1e9)
+    assert taken == sorted(set(taken))
+    moved = sum(tails[position].ntasks for position in taken)
+    after = Backlog(victim.ntasks - moved, victim_threads, duration_s)
+    if taken:
+        assert Backlog(moved, thief_threads, duration_s).wait_s <= after.wait_s
+    for position in taken:
+        # At its best, before anything was taken.
+        assert stealing.pays(victim.wait_s, tails[position].nbytes, 1e9, stealing.MESSAGES_S)
+    if moved == 0 and tails:
+        first = tails[0]
+        left = Backlog(victim.ntasks - first.ntasks, victim_threads, duration_s)
+        fits = Backlog(first.ntasks, thief_threads, duration_s).wait_s <= left.wait_s
+        assert not (fits and stealing.pays(victim.wait_s, first.nbytes, 1e9, stealing.MESSAGES_S))
+
+
 class QueuesMachine(RuleBasedStateMachine):
     """Queues against the plainest model of them: sort what waits each time."""
 
