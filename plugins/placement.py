@@ -505,7 +505,8 @@ class Placement:
         ts = self._tasks[key]
         family = self._plan.get(key)
         early = family is not None and family.early and family.home is ws
-        if ws not in self._with_slots and not (early and self._may_open(ws)):
+        # Whether another early one may be opened has just been judged, where an error stalls nothing.
+        if ws not in self._with_slots and not early:
             return {}, {}, {}
         scheduler.queued.discard(ts)
         if early:

@@ -1,7 +1,7 @@
 """Sharing: lets workers that have run out of work take crossings that wait on busy ones, at once.
 
 Covers: :class:`Sharing`.
-Does not cover: whether it pays; see :func:`dask_gpurt.plugins.stealing.shared_out`. What waits in the scheduler, and what
+Does not cover: whether it pays; see :mod:`dask_gpurt.plugins.stealing`. What waits in the scheduler, and what
 is no crossing: for these the balancer and Dask's own stealing look every tenth of a second; see :mod:`dask_gpurt.plugins.placement`.
 
 Theory of operation
