@@ -46,7 +46,8 @@ def shared() -> Iterator[Client]:
     }
     with (
         dask.config.set(config),
-        local_cluster(2, silence_logs=False) as cluster,
+        # A thread waits for samples; what it waits for may be given to the same worker.
+        local_cluster(2, 2, silence_logs=False) as cluster,
         Client(cluster) as client,
     ):
         yield client

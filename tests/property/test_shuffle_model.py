@@ -793,4 +793,4 @@ class RepairModel(ShuffleModel):
 
 
 TestRepairModel = RepairModel.TestCase
-TestRepairModel.settings = settings(TestShuffleModel.settings, max_examples=150)
+TestRepairModel.settings = settings(TestShuffleModel.settings, max_examples=100)
