@@ -659,6 +659,8 @@ class RepairModel(ShuffleModel):
         self.adders: dict[int, set[str]] = {}
         #: Input to those whose task has ended.
         self.done: dict[int, set[str]] = {}
+        #: By endpoint, the tasks that add inputs there.
+        self.adding_on: dict[str, list[asyncio.Future[None]]] = {}
         #: Inputs to be added once more when their task has ended.
         self.late: set[int] = set()
         #: By epoch: who has not told yet, what had been done, and what of that nobody vouches for.
@@ -672,6 +674,7 @@ class RepairModel(ShuffleModel):
         run._adders[number] = number
         await super().start_adding(endpoint.address, number)
         self.adders.setdefault(number, set()).add(endpoint.address)
+        self.adding_on.setdefault(endpoint.address, []).append(self.adding[-1])
 
         def ended(_: object = None) -> None:
             run._added.add(number)
@@ -716,10 +719,12 @@ class RepairModel(ShuffleModel):
         endpoint.store.gate.set()
         mine = self.endpoints[address].run
         await mine.close()
+        # What it was adding ends with it, and is nobody's any more.
+        ends = self.adding_on.pop(address, [])
+        await asyncio.gather(*ends, return_exceptions=True)
+        self.adding = [task for task in self.adding if task not in ends or task.exception() is None]
         for call in [call for call in self.network if call.target == address]:
             await self.handle(call)
-        # What failed with the dead is nobody's any more.
-        self.adding = [task for task in self.adding if not (task.done() and task.exception() is not None)]
         for number in again:
             await self.start_adding(self.living[0].address, number)
 
