@@ -799,3 +799,5 @@ class RepairModel(ShuffleModel):
 
 TestRepairModel = RepairModel.TestCase
 TestRepairModel.settings = settings(TestShuffleModel.settings, max_examples=100)
+# Minutes where it finds something, which is then made small.
+TestRepairModel.pytestmark = [pytest.mark.exhaustive, pytest.mark.timeout(600)]  # type: ignore[attr-defined]
