@@ -572,8 +572,10 @@ class ShuffleModel(RuleBasedStateMachine):
         for address, endpoint in self.endpoints.items():
             had = sum(nbytes for waiting, nbytes in self.competing[address] if waiting.done())
             endpoint.check(had)
-            assert endpoint.run._exception is None
-            assert endpoint.run._outbox.error is None
+            # What was under way to a worker that was lost has failed with it.
+            if address not in self.dead:
+                assert endpoint.run._exception is None
+                assert endpoint.run._outbox.error is None
 
     def teardown(self) -> None:
         """Bring what is under way to its end, which has to be the right one."""
@@ -799,5 +801,3 @@ class RepairModel(ShuffleModel):
 
 TestRepairModel = RepairModel.TestCase
 TestRepairModel.settings = settings(TestShuffleModel.settings, max_examples=100)
-# Minutes where it finds something, which is then made small.
-TestRepairModel.pytestmark = [pytest.mark.exhaustive, pytest.mark.timeout(600)]  # type: ignore[attr-defined]
