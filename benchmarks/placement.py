@@ -101,7 +101,7 @@ def simulate(name: str, fabric: str, nworkers: int, seeds: int) -> Pairs:
 
 
 @contextlib.contextmanager
-def _processes() -> Iterator[ProcessPoolExecutor]:
+def ordered_processes() -> Iterator[ProcessPoolExecutor]:
     """Have processes in which sets have one order in every run."""
     before = os.environ.get("PYTHONHASHSEED")
     os.environ["PYTHONHASHSEED"] = "0"
@@ -116,7 +116,7 @@ def _processes() -> Iterator[ProcessPoolExecutor]:
 
 def graphs_on(fabric: str, nworkers: int, names: Sequence[str], *, quick: bool) -> Iterator[tuple[str, Pairs]]:
     """Run graphs on a cluster."""
-    with _processes() as processes:
+    with ordered_processes() as processes:
         job = partial(simulate, fabric=fabric, nworkers=nworkers, seeds=1 if quick else SEEDS)
         yield from zip(names, processes.map(job, names), strict=True)
 
@@ -165,7 +165,7 @@ def real(name: str, quick: bool) -> Iterator[Line]:
         found[ours].append(max(replay(graph, ours=ours), NOTHING_REAL_NBYTES))
     case = f"real-{name}"
     yield line_of_pairs(case, "bytes", found[True], found[False], PEER)
-    with _processes() as processes:
+    with ordered_processes() as processes:
         for label, ours in (("bytes-simulated", True), ("default-bytes-simulated", False)):
             simulated = processes.submit(_replayed, name, ours, len(found[ours])).result()
             yield line_of_pairs(case, label, found[ours], simulated, "simulator")

@@ -44,7 +44,7 @@ import numpy.typing as npt
 
 from dask_gpurt import seams
 from dask_gpurt.shuffle.assignment import WORK_NBYTES_S, Host, assign, fullness, link_prices, ranges, targets
-from dask_gpurt.shuffle.consumers import wanted_on
+from dask_gpurt.shuffle.consumers import sharing, wanted_on
 from dask_gpurt.shuffle.dataframe import FrameSpec
 from dask_gpurt.shuffle.rechunk import BrickSpec
 from dask_gpurt.shuffle.sizes import Sample, expected_sizes, joint_sizes
@@ -52,7 +52,7 @@ from dask_gpurt.topology import MESSAGE_NBYTES, Topology
 
 if TYPE_CHECKING:
     from distributed import Scheduler
-    from distributed.scheduler import TaskState, WorkerState
+    from distributed.scheduler import WorkerState
     from distributed.shuffle import ShuffleSchedulerPlugin
 
 __all__ = ["PATIENCE_S", "SAMPLES_WANTED", "Assigner"]
@@ -137,7 +137,7 @@ class Assigner:
             return 0.0
         spec = seams.shuffle_spec(self._plugin, shuffle_id)
         barrier = seams.shuffle_barrier(self.scheduler, shuffle_id)
-        others = _others(barrier)
+        others = sharing(barrier)
         if not isinstance(spec, FrameSpec) or self._begun(others):
             return 0.0
         workers = self._workers(barrier)
@@ -163,7 +163,7 @@ class Assigner:
     def assign(self, spec: Any, stock: dict[Any, str]) -> Mapping[Any, str]:
         """Say which worker makes which output of a new run; ``stock`` is Dask's own answer."""
         barrier = seams.shuffle_barrier(self.scheduler, str(spec.id))
-        others = _others(barrier)
+        others = sharing(barrier)
         for shuffle_id in (str(spec.id), *others):
             if (poll := self._polls.get(shuffle_id)) is not None:
                 poll.over.set()
@@ -236,12 +236,6 @@ class Assigner:
         known = self.topology.prices(MESSAGE_NBYTES)
         prices = link_prices(list(workers), {pair: price_s / MESSAGE_NBYTES for pair, price_s in known.items()})
         return targets([_host(ws) for ws in workers.values()], total_nbytes, prices)
-
-
-def _others(barrier: TaskState) -> list[str]:
-    """Return the ids of the shuffles that share output tasks with this one."""
-    tasks = {other for task in barrier.dependents for other in task.dependencies if other is not barrier}
-    return sorted(shuffle_id for task in tasks if (shuffle_id := seams.barrier_shuffle(task)) is not None)
 
 
 def _host(ws: WorkerState) -> Host:

@@ -1,6 +1,7 @@
 """Where the outputs of a shuffle are wanted, as far as the scheduler's graph says.
 
-Covers: the worker that has, or will have, what an output meets next (:func:`wanted_on`).
+Covers: the worker that has, or will have, what an output meets next (:func:`wanted_on`); the shuffles whose outputs it meets there
+(:func:`sharing`).
 Does not cover: whether the output goes there; :mod:`dask_gpurt.shuffle.assignment`.
 
 An output meets what its task, or a task that takes its result, takes besides: the partition of a persisted frame that
@@ -23,7 +24,7 @@ from dask_gpurt import seams
 if TYPE_CHECKING:
     from distributed.scheduler import TaskState
 
-__all__ = ["PARTNERS_MAX", "STEPS_MAX", "wanted_on"]
+__all__ = ["PARTNERS_MAX", "STEPS_MAX", "sharing", "wanted_on"]
 
 #: A task with more inputs than this, or a result with more takers, joins no two partners.
 PARTNERS_MAX = 4
@@ -32,6 +33,12 @@ STEPS_MAX = 4
 
 #: Output to worker, of a run.
 WorkerFor = Mapping[Any, str]
+
+
+def sharing(barrier: TaskState) -> list[str]:
+    """Return the ids of the shuffles that share output tasks with the one of this barrier."""
+    tasks = {other for task in barrier.dependents for other in task.dependencies if other is not barrier}
+    return sorted(shuffle_id for task in tasks if (shuffle_id := seams.barrier_shuffle(task)) is not None)
 
 
 def wanted_on(

@@ -9,13 +9,14 @@ See also: :mod:`dask_gpurt.shuffle.run`, the part that arrays share.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dask_gpurt.seams import DataFrameShuffleSpec
 from dask_gpurt.shuffle import frames, tables
 from dask_gpurt.shuffle.kernels import Kernels, kernels_if_ready
 from dask_gpurt.shuffle.plan import PartitionPlan
+from dask_gpurt.shuffle.repair import RepairableSpec
 from dask_gpurt.shuffle.run import Declined, Run, Shards
 from dask_gpurt.shuffle.shelf import Parcel
 from dask_gpurt.shuffle.wire import Header, WireError
@@ -170,30 +171,15 @@ class TableRun(FrameRun):
 
 
 @dataclass(frozen=True)
-class FrameSpec(DataFrameShuffleSpec):
-    """Stock's spec, with a run over our data plane.
-
-    Parameters
-    ----------
-    keeps, epoch, adopted
-        See :class:`~dask_gpurt.shuffle.run.Run`.
-    """
-
-    keeps: bool = False
-    epoch: int = 0
-    adopted: frozenset[int] = frozenset()
+class FrameSpec(RepairableSpec, DataFrameShuffleSpec):
+    """Stock's spec, with a run over our data plane."""
 
     @classmethod
     def of(cls, spec: DataFrameShuffleSpec, *, keeps: bool = False) -> FrameSpec:
         """Ask for our data plane instead of stock's. Nothing in the memory of a device is kept."""
         import pandas as pd
 
-        keeps = keeps and type(spec.meta) is pd.DataFrame
-        return cls(**{field.name: getattr(spec, field.name) for field in fields(spec)}, keeps=keeps)
-
-    def repaired(self, moved: Mapping[int, str]) -> FrameSpec:
-        """Return the spec after one repair more, by which these outputs have new owners."""
-        return replace(self, epoch=self.epoch + 1, adopted=self.adopted | moved.keys())
+        return cls.instead_of(spec, keeps=keeps and type(spec.meta) is pd.DataFrame)
 
     def create_run_on_worker(
         self, run_id: int, span_id: str | None, worker_for: dict[int, str], plugin: ShuffleWorkerPlugin

@@ -8,7 +8,7 @@ See also: :mod:`dask_gpurt.shuffle.run`, the part that data frames share.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from dask_gpurt.seams import ArrayRechunkSpec, DataUnavailable, split_axes
 from dask_gpurt.shuffle import bricks
 from dask_gpurt.shuffle.device import library_of
+from dask_gpurt.shuffle.repair import RepairableSpec
 from dask_gpurt.shuffle.run import Declined, Run, Shards
 from dask_gpurt.shuffle.shelf import Parcel
 from dask_gpurt.shuffle.wire import Header
@@ -81,27 +82,13 @@ class BrickRun(Run):
 
 
 @dataclass(frozen=True)
-class BrickSpec(ArrayRechunkSpec):
-    """Stock's spec, with a run over our data plane.
-
-    Parameters
-    ----------
-    keeps, epoch, adopted
-        See :class:`~dask_gpurt.shuffle.run.Run`.
-    """
-
-    keeps: bool = False
-    epoch: int = 0
-    adopted: frozenset[Index] = frozenset()
+class BrickSpec(RepairableSpec, ArrayRechunkSpec):
+    """Stock's spec, with a run over our data plane."""
 
     @classmethod
     def of(cls, spec: ArrayRechunkSpec, *, keeps: bool = False) -> BrickSpec:
         """Ask for our data plane instead of stock's."""
-        return cls(**{field.name: getattr(spec, field.name) for field in fields(spec)}, keeps=keeps)
-
-    def repaired(self, moved: Mapping[Index, str]) -> BrickSpec:
-        """Return the spec after one repair more, by which these outputs have new owners."""
-        return replace(self, epoch=self.epoch + 1, adopted=self.adopted | moved.keys())
+        return cls.instead_of(spec, keeps=keeps)
 
     def create_run_on_worker(
         self, run_id: int, span_id: str | None, worker_for: dict[Index, str], plugin: ShuffleWorkerPlugin

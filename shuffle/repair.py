@@ -45,22 +45,47 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Self
 
 from dask_gpurt import seams
 from dask_gpurt.handlers import weak
+from dask_gpurt.shuffle.consumers import sharing
 
 if TYPE_CHECKING:
     from distributed import Scheduler
 
-__all__ = ["REPAIR", "REPAIRED", "Repairs", "new_owners"]
+__all__ = ["REPAIR", "REPAIRED", "RepairableSpec", "Repairs", "new_owners"]
 
 logger = logging.getLogger(__name__)
 
 #: Names of the messages by which workers hear of a repair, and say that they have done their part.
 REPAIR = "gpurt-shuffle-repair"
 REPAIRED = "gpurt-shuffle-repaired"
+
+
+@dataclass(frozen=True)
+class RepairableSpec:
+    """What our specs have besides those of stock.
+
+    Parameters
+    ----------
+    keeps, epoch, adopted
+        See :class:`~dask_gpurt.shuffle.run.Run`.
+    """
+
+    keeps: bool = False
+    epoch: int = 0
+    adopted: frozenset[Any] = frozenset()
+
+    @classmethod
+    def instead_of(cls, spec: Any, *, keeps: bool) -> Self:
+        """Return a spec of this class for what stock's says."""
+        return cls(**{field.name: getattr(spec, field.name) for field in fields(spec)}, keeps=keeps)
+
+    def repaired(self, moved: Mapping[Any, str]) -> Self:
+        """Return the spec after one repair more, by which these outputs have new owners."""
+        return replace(self, epoch=self.epoch + 1, adopted=self.adopted | moved.keys())
 
 
 def new_owners(
@@ -91,14 +116,15 @@ def new_owners(
     counts = Counter(address for address in worker_for.values() if address != lost and address in alive)
     if not counts:
         return None
+    # Where several have as few, the first by its address: the same for everybody who asks.
+    owners = sorted(counts)
     moved = {}
     for output, address in worker_for.items():
         if address != lost:
             continue
         owner = agreed.get(output, lost)
         if owner not in counts:
-            # In the order of the addresses where there are several, which is the same for everybody who asks.
-            owner = min(sorted(counts), key=lambda each: counts[each])
+            owner = min(owners, key=counts.__getitem__)
         counts[owner] += 1
         moved[output] = owner
     return moved
@@ -151,9 +177,8 @@ class Repairs:
 
     def start(self) -> None:
         """Repair runs that lose a worker from now on."""
-        plugin: Any = self.scheduler.plugins["shuffle"]
         self._restore = [
-            seams.override_shuffle_loss(plugin, self.remove_worker),
+            seams.override_shuffle_loss(self._plugin, self.remove_worker),
             seams.override_shuffle_barrier(self.scheduler, weak(self.barrier)),
         ]
         self.scheduler.stream_handlers[REPAIRED] = weak(self.repaired, late_is_no_error=True)
@@ -184,11 +209,15 @@ class Repairs:
         for repair in [repair for repairs in self._open.values() for repair in repairs]:
             self._see_to(repair, stimulus_id)
 
+    @property
+    def _plugin(self) -> Any:
+        return self.scheduler.plugins["shuffle"]
+
     def _active(self) -> list[Any]:
-        return list(self.scheduler.plugins["shuffle"].active_shuffles.values())  # type: ignore[attr-defined]
+        return list(self._plugin.active_shuffles.values())
 
     def _current(self, shuffle_id: str, run_id: int) -> Any:
-        state = self.scheduler.plugins["shuffle"].active_shuffles.get(shuffle_id)  # type: ignore[attr-defined]
+        state = self._plugin.active_shuffles.get(shuffle_id)
         return state if state is not None and state.run_id == run_id else None
 
     def _repairable(self, state: Any, worker: str) -> bool:
@@ -239,10 +268,8 @@ class Repairs:
     def _agreed(self, barrier: Any) -> dict[Any, str]:
         """Return the owners in the runs that share output tasks with the one of this barrier."""
         agreed: dict[Any, str] = {}
-        others = {task for output in barrier.dependents for task in output.dependencies if task is not barrier}
-        for shuffle_id in sorted(filter(None, map(seams.barrier_shuffle, others))):
-            other = self.scheduler.plugins["shuffle"].active_shuffles.get(shuffle_id)  # type: ignore[attr-defined]
-            if other is not None:
+        for shuffle_id in sharing(barrier):
+            if (other := self._plugin.active_shuffles.get(shuffle_id)) is not None:
                 agreed.update(other.run_spec.worker_for)
         return agreed
 

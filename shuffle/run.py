@@ -413,7 +413,7 @@ class Run(ShuffleRun[Any, Any]):
             reply = await self.part.carrier.deliver(self, address, buffers, credit)
             if self._kept is not None and reply["status"] == "error":
                 _, error, _ = clean_exception(**reply)
-                if isinstance(error, (P2PConsistencyError, ShuffleClosedError)) and await self._is_current():
+                if isinstance(error, P2PConsistencyError) and await self._is_current():
                     # The peer is closing: it is asked again, until that is known here.
                     raise CommClosedError(f"{address} has left {self}") from error
             return reply
@@ -469,7 +469,7 @@ class Run(ShuffleRun[Any, Any]):
         """Go on without a worker, whose outputs others have now. The scheduler's word; see :mod:`dask_gpurt.shuffle.repair`."""
         if self.closed or epoch <= self.epoch:
             # It ends anyway, or began after that.
-            self.part.repaired(self, epoch, [], [])
+            self.part.repaired(str(self.id), self.run_id, epoch, [], [])
             return
         owners = dict(moved)
         self.epoch = epoch
@@ -505,7 +505,7 @@ class Run(ShuffleRun[Any, Any]):
         except Exception as error:  # noqa: BLE001  the outbox keeps it, and tells whoever waits for the end of the transfer
             logger.debug("%s was not repaired: %s", self, error)
         finally:
-            self.part.repaired(self, epoch, vouched, missed)
+            self.part.repaired(str(self.id), self.run_id, epoch, vouched, missed)
 
     async def reach(self, epoch: int) -> None:
         """Wait until this worker has heard of a repair that a peer knows of."""

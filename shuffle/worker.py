@@ -237,13 +237,10 @@ class ShuffleWorker:
         self._repairs.setdefault((shuffle_id, run_id), []).append((epoch, lost, moved))
         while len(self._repairs) > ENDED_MAX:
             del self._repairs[next(iter(self._repairs))]
-        self._vouch(shuffle_id, run_id, epoch, [], [])
+        self.repaired(shuffle_id, run_id, epoch, [], [])
 
-    def repaired(self, run: Run, epoch: int, keys: Sequence[Key], missed: Sequence[Key]) -> None:
+    def repaired(self, shuffle_id: str, run_id: int, epoch: int, keys: Sequence[Key], missed: Sequence[Key]) -> None:
         """Tell the scheduler that a run has done its part of a repair, for which inputs, and for which it could not."""
-        self._vouch(str(run.id), run.run_id, epoch, keys, missed)
-
-    def _vouch(self, shuffle_id: str, run_id: int, epoch: int, keys: Sequence[Key], missed: Sequence[Key]) -> None:
         # A worker whose stream is closed is lost itself.
         stream = self.worker.batched_stream
         if not stream.closed():

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections import Counter
 from typing import Any
 
 import pytest
+from fronts import end_of_front
 
+from benchmarks.placement import ordered_processes
 from benchmarks.simulation.cluster import STOCK, Cluster, Spec, gpurt, run
 from benchmarks.simulation.graphs import workload
 from benchmarks.simulation.network import FABRICS
 from benchmarks.simulation.synthetic import tree
 from dask_gpurt.plugins import copies
-from dask_gpurt.plugins.sharing import Sharing
 
 
 @pytest.mark.parametrize(
@@ -68,48 +66,11 @@ def test_what_was_slower_than_stock_is_not(name: str, fabric: str, nworkers: int
     assert ours.makespan_s <= 1.12 * stock.makespan_s
 
 
-def test_an_idle_worker_takes_what_waits_at_the_end_of_a_front() -> None:
-    # How much is left at the end of a front depends on the order of Dask's sets, which is another one in each process, but for this.
-    ran = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-m",
-            "exhaustive",
-            f"{__file__}::test_fronts",
-        ],
-        env={**os.environ, "PYTHONHASHSEED": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=100,
-    )
-    assert ran.returncode == 0, ran.stdout
-    assert "2 passed" in ran.stdout
-
-
-@pytest.mark.exhaustive
-@pytest.mark.skipif(
-    os.environ.get("PYTHONHASHSEED") != "0", reason="by the test before, in an order that is always the same"
-)
 @pytest.mark.parametrize(("name", "part"), [("lu", 0.97), ("cholesky", 1.02)])
-def test_fronts(name: str, part: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = Spec(nworkers=2, fabric=FABRICS["dgx"], validate=True)
-    cluster = Cluster(spec, workload(name))
-    with cluster.started(gpurt):
-        report = cluster.compute()
-        cluster.settle()
-        cluster.validate()
-    assert report.metrics["decisions"]["relieved"] > 0
-    assert report.metrics["errors"] == report.metrics["planned"] == 0
-    monkeypatch.setattr(Sharing, "is_due", lambda *_: False)
-    alone = run(spec, workload(name), gpurt)
-    assert "relieved" not in alone.metrics["decisions"]
-    assert report.makespan_s <= part * alone.makespan_s
+def test_an_idle_worker_takes_what_waits_at_the_end_of_a_front(name: str, part: float) -> None:
+    # How much is left there depends on the order of Dask's sets, which is another one in each process, but for these.
+    with ordered_processes() as processes:
+        assert processes.submit(end_of_front, name).result(timeout=100) <= part
 
 
 def test_what_is_dear_to_move_stays_at_the_end_of_a_front() -> None:
