@@ -14,6 +14,7 @@ No I/O, no clock.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ class _Task:
     priority: Priority | None = None
     #: None: a peer's, of which the result was fetched.
     run_spec: object = None
+    #: Which time it is given to a worker, of all tasks.
+    run_id: int = 0
     dependencies: list[_Task] = field(default_factory=list)
     dependents: list[_Task] = field(default_factory=list)
 
@@ -81,15 +84,18 @@ class ReplayedWorker:
     def __init__(self, nworkers: int, address: str = "") -> None:
         self.state = _State(nworkers)
         self.address = address
+        self._runs = itertools.count(1)
 
     def see(self, event: Seen) -> None:
         """Change the view of a task."""
         state = self.state
         task = self._task(event.key)
-        task.state = event.state
-        task.priority = event.priority
         if event.state in _GIVEN:
             task.run_spec = event.state
+            if task.state not in _GIVEN:
+                task.run_id = next(self._runs)
+        task.state = event.state
+        task.priority = event.priority
         if event.inputs is not None:
             self._set_inputs(task, event.inputs)
         state.ready.tasks.discard(task)

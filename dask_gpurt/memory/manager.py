@@ -213,8 +213,9 @@ class WorkerHorizon:
         self._recent: deque[set[Hashable]] = deque(maxlen=RECENT_PER_THREAD * worker.state.nthreads)
         #: Keys that came last.
         self._fresh: deque[Hashable] = deque(maxlen=FRESH)
-        #: The task that ended last, as far as its result was put, and its priority.
+        #: The task that ended last, as far as its result was put, which time it was given to this worker, and its priority.
         self._ended: Hashable = None
+        self._ended_run: int | None = None
         self._ended_priority: Priority | None = None
         self._words: dict[Hashable, Word] = {}
         #: Key to the peers that have fetched it.
@@ -229,7 +230,7 @@ class WorkerHorizon:
             return
         self._recent.append({key, *seams.input_keys(self._worker, task)})
         if task.run_spec is not None:
-            self._ended, self._ended_priority = key, seams.rank(task)
+            self._ended, self._ended_run, self._ended_priority = key, task.run_id, seams.rank(task)
 
     def tell(
         self, words: Iterable[tuple[Hashable, Sequence[Any] | None, bool, Sequence[Sequence[Any]] | None]]
@@ -263,6 +264,10 @@ class WorkerHorizon:
         # The worker's state may change under the eyes of any other thread.
         snapshot = None
         if threading.get_ident() == self._loop_thread:
+            task = None if self._ended is None else seams.worker_task(self._worker, self._ended)
+            if task is not None and task.run_id != self._ended_run:
+                # It is to be done again, and needs its inputs again.
+                self._ended = None
             now, ready, nworkers = seams.ahead(self._worker)
             # Between two tasks nothing is running.
             snapshot = Snapshot(self._ended_priority if now is None else now, ready, nworkers)
@@ -291,6 +296,7 @@ class WorkerHorizon:
         use = DYING
         for user, address in users:
             if address == self._worker.address:
+                # It may be forgotten already, as all is that was needed only by what has ended.
                 if user != self._ended and not seams.worker_holds(self._worker, user):
                     return RECENT
             elif address in served:

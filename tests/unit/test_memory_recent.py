@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,10 +20,10 @@ class Site:
         self.state = WorkerState(nthreads=1, address="tcp://127.0.0.1:1")
         self.horizon: Any = WorkerHorizon(SimpleNamespace(state=self.state, address=self.state.address))
 
-    def compute(self, key: str, *inputs: str) -> None:
-        event = ComputeTaskEvent.dummy(
-            key, who_has={name: [self.state.address] for name in inputs}, stimulus_id=f"compute-{key}"
-        )
+    def compute(self, key: str, *inputs: str, absent: Sequence[str] = (), run_id: int = 0) -> None:
+        here = {name: [self.state.address] for name in inputs}
+        away = {name: ["tcp://127.0.0.1:2"] for name in absent}
+        event = ComputeTaskEvent.dummy(key, who_has=here | away, run_id=run_id, stimulus_id=f"compute-{key}")
         self.state.handle_stimulus(event)
 
     def end(self, key: str) -> None:
@@ -127,6 +128,25 @@ def test_a_user_that_was_taken_away_has_used_nothing() -> None:
     site.horizon.tell([("input", None, False, [("user", site.state.address)])])
     site.state.handle_stimulus(FreeKeysEvent(keys=["user"], stimulus_id="stolen"))
     assert site.use("input") == RECENT
+
+
+def test_a_task_that_is_given_again_needs_its_inputs_again() -> None:
+    site = Site()
+    site.compute("input")
+    site.end("input")
+    site.compute("user", "input", run_id=1)
+    site.horizon.tell([("input", None, False, [("user", site.state.address)])])
+    site.end("user")
+    assert site.use("input") == DYING
+    # Its result is lost with something else that it was made of.
+    site.state.handle_stimulus(FreeKeysEvent(keys=["user"], stimulus_id="lost"))
+    assert site.use("input") == DYING
+    site.compute("user", "input", absent=["other"], run_id=2)
+    assert site.state.tasks["user"].state == "waiting"
+    assert site.use("input").kind is Kind.NEXT
+    site.compute("last")
+    site.end("last")
+    assert site.use("input").kind is Kind.NEXT
 
 
 def test_what_came_while_the_scheduler_had_other_things_to_say_is_recent() -> None:
