@@ -11,11 +11,12 @@ there, with a warning that names the seam; the other parts are installed.
 from __future__ import annotations
 
 import copy
+import heapq
 import importlib
 import importlib.util
 import inspect
 import time
-from collections.abc import Callable, Hashable, Iterator, MutableMapping
+from collections.abc import Callable, Container, Hashable, Iterator, MutableMapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -585,10 +586,10 @@ def input_keys(worker: Any, task: Any) -> list[Any]:
     return [dep.key for dep in task.dependencies if dep.key not in actors]
 
 
-def dependents_of(worker: Any, key: Any, ended: Any = None) -> list[tuple[str, Any]]:
-    """Return (state, :func:`rank`) of the tasks, but ``ended``, that the worker knows to depend on ``key``."""
+def dependents_of(worker: Any, key: Any) -> list[tuple[Any, str, Any]]:
+    """Return (key, state, :func:`rank`) of the tasks that the worker knows to depend on ``key``."""
     task = worker.state.tasks.get(key)
-    return [] if task is None else [(d.state, rank(d)) for d in task.dependents if d.key != ended]
+    return [] if task is None else [(d.key, d.state, rank(d)) for d in task.dependents]
 
 
 def rank(task: Any) -> Any:
@@ -615,6 +616,17 @@ def ahead(worker: Any) -> tuple[Any, list[Any], int]:
     state = worker.state
     now = min((rank(task) for task in state.executing if task.priority is not None), default=None)
     return now, sorted(rank(task) for task in state.ready), 1 + len(state.has_what)
+
+
+def about_to_start(worker: Any, leaving: Container[Any]) -> set[Any]:
+    """Return the keys of tasks that take the threads of those in ``leaving``, which is over for them but for the worker to hear of it."""
+    state = worker.state
+    if not state.ready or not state.running:
+        return set()
+    free = state.nthreads - sum(task.key not in leaving for task in state.executing)
+    if free == 1:
+        return {state.ready.peek().key}
+    return {task.key for task in heapq.nsmallest(free, state.ready, key=rank)}
 
 
 def is_pure_data(worker: Any, key: Any) -> bool:

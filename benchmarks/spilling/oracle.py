@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 
 from benchmarks.spilling.trace import Delete, Graph, Serve, Start, Trace
-from dask_gpurt.memory.horizon import DYING, IDLE, Kind, Use
+from dask_gpurt.memory.horizon import DYING, IDLE, RUNNING, Kind, Use
 
 __all__ = ["Oracle"]
 
@@ -38,6 +38,8 @@ class Oracle:
     def __init__(self, trace: Trace) -> None:
         #: Number of the event from which on it is asked.
         self.now = 0
+        #: Says what the tasks read that start in this moment.
+        self.starting: Callable[[], Collection[Hashable]] = tuple
         self._wanted: set[Hashable] = set()
         #: Key -> numbers of the events that read it, and of those that delete it.
         self._reads: defaultdict[Hashable, list[int]] = defaultdict(list)
@@ -59,7 +61,8 @@ class Oracle:
 
     def uses(self, names: Sequence[Hashable]) -> list[Use]:
         """Say the next use of each of ``names``."""
-        return [self._use(name) for name in names]
+        starting = self.starting()
+        return [RUNNING if name in starting else self._use(name) for name in names]
 
     def _use(self, name: Hashable) -> Use:
         read, delete = (_next(numbers.get(name, ()), self.now) for numbers in (self._reads, self._deletes))

@@ -103,6 +103,7 @@ class _OurStore:
     def end(self, key: Key) -> None:
         inputs = self._running.pop(key, ())
         self._ending = (*inputs, key)
+        self._view.leave(key)
         self._unpin(inputs)
 
     def serve(self, keys: Sequence[Key]) -> None:

@@ -70,6 +70,7 @@ def _priority(task: _Task) -> Priority:
 class _State:
     def __init__(self, nworkers: int) -> None:
         self.nthreads = 1
+        self.running = True
         self.tasks: dict[Key, _Task] = {}
         self.actors: dict[Key, object] = {}
         self.ready = _Ready()
@@ -280,6 +281,7 @@ class View:
     def see(self, number: int, event: Event) -> None:
         """Change what is seen as the event with this number does, before the store hears of it."""
         if self._oracle is not None:
+            self._oracle.starting = self._about_to_be_read
             # What an event reads is in use until it is over; what comes after it has come.
             self._oracle.now = number if isinstance(event, Start | Serve) else number + 1
         if not isinstance(event, Graph | Known):
@@ -307,6 +309,14 @@ class View:
         """Take note that this was read."""
         if event.who is not None:
             self._known.serve(event.keys, event.who)
+
+    def _about_to_be_read(self) -> set[Key]:
+        tasks = self._worker.state.tasks
+        return {each.key for key in self._known.starting() for each in tasks[key].dependencies}
+
+    def leave(self, key: Key) -> None:
+        """Take note that a task is over."""
+        self._known.leave(key)
 
     def fill(self, part: float) -> None:
         """Take note that so much of the capacity is used."""

@@ -216,6 +216,8 @@ class WorkerHorizon:
         #: The task that ended last, as far as its result was put, which time it was given to this worker, and its priority.
         self._ended: Hashable = None
         self._ended_run: int | None = None
+        #: Tasks that are over, of which the worker hears in a moment.
+        self._leaving: set[Hashable] = set()
         self._ended_priority: Priority | None = None
         self._words: dict[Hashable, Word] = {}
         #: Key to the peers that have fetched it.
@@ -230,7 +232,21 @@ class WorkerHorizon:
             return
         self._recent.append({key, *seams.input_keys(self._worker, task)})
         if task.run_spec is not None:
+            self._leaving.discard(key)
             self._ended, self._ended_run, self._ended_priority = key, task.run_id, seams.rank(task)
+
+    def begin(self, key: Hashable) -> None:
+        """Note that a task begins."""
+        self._leaving.discard(key)
+
+    def leave(self, key: Hashable) -> None:
+        """Note that a task is over, before the worker is told."""
+        self._leaving.add(key)
+
+    def starting(self) -> set[Hashable]:
+        """Return the tasks that start as soon as the worker hears of those that are over."""
+        self._leaving &= {task.key for task in self._worker.state.executing}
+        return seams.about_to_start(self._worker, self._leaving | {self._ended})
 
     def tell(
         self, words: Iterable[tuple[Hashable, Sequence[Any] | None, bool, Sequence[Sequence[Any]] | None]]
@@ -263,6 +279,7 @@ class WorkerHorizon:
         """Say the next use of each of ``names``."""
         # The worker's state may change under the eyes of any other thread.
         snapshot = None
+        starting: set[Hashable] = set()
         if threading.get_ident() == self._loop_thread:
             task = None if self._ended is None else seams.worker_task(self._worker, self._ended)
             if task is not None and task.run_id != self._ended_run:
@@ -271,21 +288,29 @@ class WorkerHorizon:
             now, ready, nworkers = seams.ahead(self._worker)
             # Between two tasks nothing is running.
             snapshot = Snapshot(self._ended_priority if now is None else now, ready, nworkers)
+            starting = self.starting()
         recent = set().union(*self._recent)
         if self._words:
             # The scheduler speaks of all that has been here for a while.
             recent.update(key for key in self._fresh if key not in self._words)
-        return [self._use(name, snapshot, recent) for name in names]
+        return [self._use(name, snapshot, recent, starting) for name in names]
 
-    def _use(self, name: Hashable, snapshot: Snapshot | None, recent: set[Hashable]) -> Use:
+    def _use(
+        self, name: Hashable, snapshot: Snapshot | None, recent: set[Hashable], starting: Container[Hashable]
+    ) -> Use:
         key = name.key if isinstance(name, DeviceFrames) else name
         if isinstance(key, DeviceChunkName):
             return key.use
         if snapshot is None:
             return IDLE
         word = self._words.get(key)
-        # The task that ends right now is still executing, to the worker.
-        use = next_use(seams.dependents_of(self._worker, key, self._ended), snapshot, word, recent=key in recent)
+        dependents = [
+            ("executing" if user in starting else state, priority)
+            for user, state, priority in seams.dependents_of(self._worker, key)
+            # One that ends right now is still executing, to the worker.
+            if user != self._ended and not (user in self._leaving and state == "executing")
+        ]
+        use = next_use(dependents, snapshot, word, recent=key in recent)
         if word is not None and word.users is not None and use == RECENT:
             return self._after(key, word.users)
         return use
@@ -779,6 +804,8 @@ class MemoryManager:
             self._prefetching.cancel()
         inputs = seams.input_keys(self._worker, task)
         run_id = task.run_id
+        if self._horizon is not None:
+            self._horizon.begin(key)
         await self._no_doubt(inputs)
         pinned: list[tuple[Mover, tuple[Hashable, ...]]] = []
         try:
@@ -804,6 +831,8 @@ class MemoryManager:
             self._prefetch(making_room=True)
             return await self._run(key, stimulus_id, hooks)
         finally:
+            if self._horizon is not None:
+                self._horizon.leave(key)
             for mover, names in pinned:
                 mover.unpin(names)
 

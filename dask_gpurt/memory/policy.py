@@ -26,7 +26,8 @@ the least recently used order finds nothing. Of equals the larger goes first: fe
 Where the next use is known, every operation counts as much as :data:`OPERATION_NBYTES` more: it opens a file, and takes a
 turn on the event loop. What is smaller than :data:`SMALL_NBYTES` goes after all else.
 
-Blocks that share a buffer form one :class:`Candidate`: only when all of them go, anything is freed.
+Blocks that share a buffer form one :class:`Candidate`: only when all of them go, anything is freed. What is moved is not the buffer but
+the blocks, which may be less: slices that are left of a value that nobody needs any more. They come back one by one.
 
 Covers: the order.
 Does not cover: how many of them go, and what may go at all; see :mod:`dask_gpurt.memory.spiller`.
@@ -57,13 +58,20 @@ class Candidate(NamedTuple):
     names: tuple[Hashable, ...]
     #: Bytes that become free when all of them are gone.
     nbytes: int
-    #: Bytes of them that have no copy below.
+    #: Bytes of those that have to be written.
     dirty_nbytes: int
     use: Use
     #: Higher: used more recently.
     recency: int
     #: How many times as dear its bytes are below as those of the first tier there.
     dearness: float = 1.0
+    #: Bytes of those that will be read again; None: what becomes free.
+    wanted_nbytes: int | None = None
+    #: How many are written, and read again.
+    writes: int = 1
+    reads: int = 1
+    #: Those that nobody will ever need, where others will be needed.
+    dying: tuple[Hashable, ...] = ()
 
 
 def cost_per_byte(candidate: Candidate) -> float:
@@ -80,9 +88,14 @@ def cost_per_byte(candidate: Candidate) -> float:
     """
     if candidate.use.kind is Kind.DYING:
         return 0.0
-    write = candidate.dirty_nbytes / max(1, candidate.nbytes)
-    read = 1.0 if candidate.use.kind is Kind.NEXT else 0.0
-    return (write + read) * candidate.dearness
+    return _moved_nbytes(candidate) / max(1, candidate.nbytes) * candidate.dearness
+
+
+def _moved_nbytes(candidate: Candidate) -> int:
+    if candidate.use.kind is not Kind.NEXT:
+        return candidate.dirty_nbytes
+    wanted_nbytes = candidate.nbytes if candidate.wanted_nbytes is None else candidate.wanted_nbytes
+    return candidate.dirty_nbytes + wanted_nbytes
 
 
 def _key(candidate: Candidate) -> tuple[float, ...]:
@@ -90,8 +103,10 @@ def _key(candidate: Candidate) -> tuple[float, ...]:
     kind = candidate.use.kind
     small = float(cost > 0 and candidate.nbytes < SMALL_NBYTES)
     if kind is Kind.NEXT:
-        operations = 1 + OPERATION_NBYTES / max(1, candidate.nbytes)
-        return (small, 2.0, -(candidate.use.distance + 1) / (cost * operations), -candidate.nbytes)
+        operations = candidate.reads + (candidate.writes if candidate.dirty_nbytes else 0)
+        moved_nbytes = _moved_nbytes(candidate) + operations * OPERATION_NBYTES
+        cost = moved_nbytes / max(1, candidate.nbytes) * candidate.dearness
+        return (small, 2.0, -(candidate.use.distance + 1) / cost, -candidate.nbytes)
     if kind is Kind.IDLE:
         return (small, 1.0, cost, -candidate.recency, -candidate.nbytes)
     return (small, 0.0, -candidate.nbytes)

@@ -427,13 +427,11 @@ class Spiller:
                     # It will be deleted in a moment.
                     continue
                 for block in blocks:
-                    if block.state is State.RESIDENT:
-                        self.dropped_unwritten_nbytes += block.nbytes
-                        # A copy of no bytes keeps the books even; reading it would fail.
-                        self._hold_copy(block)
-                    self._drop(block, instructions)
+                    self._give_up(block, instructions)
                 excess -= candidate.nbytes
                 continue
+            dying = [block for block in blocks if block.name in candidate.dying]
+            blocks = [block for block in blocks if block.name not in candidate.dying]
             dirty = [block for block in blocks if block.state is State.RESIDENT]
             if dirty:
                 if len(self.blocked) == len(self._below):
@@ -447,11 +445,21 @@ class Spiller:
                     continue
                 if self.overflow is not None and candidate.use.kind is Kind.NEXT:
                     self._make_room_below(self.overflow, candidate.nbytes, instructions)
+            for block in dying:
+                self._give_up(block, instructions)
             for block in blocks:
                 if block.state is State.CLEAN:
                     self.dropped_clean_nbytes += block.nbytes
                     self._drop(block, instructions)
             excess -= candidate.nbytes
+
+    def _give_up(self, block: Block, instructions: list[ev.Instruction]) -> None:
+        """Drop a block that nobody will ask for."""
+        if block.state is State.RESIDENT:
+            self.dropped_unwritten_nbytes += block.nbytes
+            # A copy of no bytes keeps the books even; reading it would fail.
+            self._hold_copy(block)
+        self._drop(block, instructions)
 
     def _candidates(self) -> list[Candidate]:
         groups: list[list[Block]] = []
@@ -478,14 +486,33 @@ class Spiller:
             dirty_nbytes = block.nbytes if block.state is State.RESIDENT else 0
             dearness = 1.0 if self._dear == 1.0 else self._dearness_of(block)
             return Candidate((block.name,), block.buffer_nbytes, dirty_nbytes, uses[0], block.recency, dearness)
+        # Dying only if all are.
+        kind = max(use.kind for use in uses)
+        wanted = [
+            (block.nbytes, use.distance) for block, use in zip(blocks, uses, strict=True) if use.kind is Kind.NEXT
+        ]
+        wanted_nbytes = sum(nbytes for nbytes, _ in wanted)
+        # They come back one by one: what counts is when most of their bytes do.
+        distance = sum(max(1, nbytes) * distance for nbytes, distance in wanted) / max(
+            1, sum(max(1, n) for n, _ in wanted)
+        )
+        dying = [
+            block.name
+            for block, use in zip(blocks, uses, strict=True)
+            if use.kind is Kind.DYING is not kind and block.nbytes >= self._unwritten_min_nbytes
+        ]
+        dirty = [block.nbytes for block in blocks if block.state is State.RESIDENT and block.name not in dying]
         return Candidate(
             tuple(b.name for b in blocks),
             blocks[0].buffer_nbytes,
-            sum(b.nbytes for b in blocks if b.state is State.RESIDENT),
-            # Dying only if all are, needed as soon as the first is.
-            max(uses, key=lambda use: (use.kind, -use.distance)),
+            sum(dirty),
+            Use(kind, distance),
             max(b.recency for b in blocks),
             1.0 if self._dear == 1.0 else max(self._dearness_of(b) for b in blocks),
+            wanted_nbytes,
+            len(dirty),
+            len(wanted),
+            tuple(dying),
         )
 
     def _dearness_of(self, block: Block) -> float:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Coroutine, Hashable, Iterator, Sequen
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -21,16 +22,17 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from dask_gpurt.errors import CorruptDataError, SpillError
 from dask_gpurt.memory import codec
+from dask_gpurt.memory import events as ev
 from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.device import HostFrames, on_device
 from dask_gpurt.memory.disk import SpillFolder
-from dask_gpurt.memory.horizon import FAR, IDLE, RUNNING, Kind, Snapshot, Use, Word, next_use
+from dask_gpurt.memory.horizon import DYING, FAR, IDLE, RUNNING, Kind, Snapshot, Use, Word, next_use
 from dask_gpurt.memory.ledger import Ledger, Tier
 from dask_gpurt.memory.lower import DiskStore, ObjectStore
 from dask_gpurt.memory.mapping import TieredMapping, serving
 from dask_gpurt.memory.mover import Mover
 from dask_gpurt.memory.objects import ObjectFolder
-from dask_gpurt.memory.policy import Candidate, order
+from dask_gpurt.memory.policy import Candidate, cost_per_byte, order
 from dask_gpurt.memory.spiller import Spiller, State
 
 CHUNK = 100_000
@@ -943,6 +945,42 @@ def test_the_order_of_eviction() -> None:
     assert [c.names[0] for c in order(candidates)] == [
         "dying", "idle clean", "idle dirty", "idle dirty, older", "far dirty, larger", "far dirty", "near clean",
     ]  # fmt: skip
+
+
+def test_slices_that_are_left_of_a_large_buffer_are_cheap_to_move() -> None:
+    # 16 MB, of which 1 MB is needed: that is written and read, and 16 become free.
+    slices = Candidate(("slices",), 2**24, 2**20, Use(Kind.NEXT, 3), 0, wanted_nbytes=2**20, writes=2, reads=2)
+    whole = Candidate(("whole",), 2**24, 2**24, Use(Kind.NEXT, 9), 0)
+    assert cost_per_byte(slices) == 1 / 8
+    assert cost_per_byte(whole) == 2
+    assert order([whole, slices]) == [slices, whole]
+    # Thousands of them are no longer cheap.
+    many = slices._replace(writes=1000, reads=1000)
+    assert order([whole, many]) == [whole, many]
+
+
+def test_of_a_buffer_only_what_will_be_needed_is_written() -> None:
+    uses = {"gone": DYING, "soon": Use(Kind.NEXT, 2.0), "late": Use(Kind.NEXT, 10.0), "crumb": DYING, "other": RUNNING}
+    horizon = SimpleNamespace(uses=lambda names: [uses[name] for name in names])
+    ledger = Ledger({Tier.HOST: 100_000})
+    spiller = Spiller(ledger, horizon, unwritten_min_nbytes=4096)
+    sizes = {"gone": 60_000, "soon": 10_000, "late": 30_000, "crumb": 10}
+    for name, nbytes in sizes.items():
+        assert spiller.handle(ev.Put(name, "whole", 100_000, nbytes)) == []
+    (candidate,) = spiller._candidates()
+    assert candidate.dying == ("gone",)
+    assert candidate.dirty_nbytes == 40_010
+    assert candidate.wanted_nbytes == 40_000
+    assert candidate.use == Use(Kind.NEXT, 8.0)
+    todo = spiller.handle(ev.Put("other", "own", 50_000, 50_000))
+    written = {each.name: each.epoch for each in todo if isinstance(each, ev.Write)}
+    assert written.keys() == {"soon", "late", "crumb"}
+    assert [each.name for each in todo if isinstance(each, ev.Drop)] == ["gone"]
+    assert ledger.held(Tier.HOST) == 150_000
+    for each, epoch in written.items():
+        spiller.handle(ev.Written(each, epoch, sizes[str(each)]))
+    assert ledger.held(Tier.HOST) == 50_000
+    assert spiller.dropped_unwritten_nbytes == 60_000
 
 
 def test_footprints() -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from distributed.worker_state_machine import ComputeTaskEvent, ExecuteSuccessEvent, FreeKeysEvent, WorkerState
+from dask.typing import Key
+from distributed.worker_state_machine import (
+    ComputeTaskEvent,
+    ExecuteSuccessEvent,
+    FreeKeysEvent,
+    PauseEvent,
+    WorkerState,
+)
 
 from dask_gpurt.memory.horizon import DYING, FAR, IDLE, OVERDUE, RECENT, SERVED, Kind, Use
 from dask_gpurt.memory.manager import RECENT_PER_THREAD, WorkerHorizon
@@ -20,10 +27,12 @@ class Site:
         self.state = WorkerState(nthreads=1, address="tcp://127.0.0.1:1")
         self.horizon: Any = WorkerHorizon(SimpleNamespace(state=self.state, address=self.state.address))
 
-    def compute(self, key: str, *inputs: str, absent: Sequence[str] = (), run_id: int = 0) -> None:
-        here = {name: [self.state.address] for name in inputs}
-        away = {name: ["tcp://127.0.0.1:2"] for name in absent}
-        event = ComputeTaskEvent.dummy(key, who_has=here | away, run_id=run_id, stimulus_id=f"compute-{key}")
+    def compute(self, key: str, *inputs: str, absent: Sequence[str] = (), run_id: int = 0, rank: int = 0) -> None:
+        who_has: dict[Key, Collection[str]] = {name: [self.state.address] for name in inputs}
+        who_has |= {name: ["tcp://127.0.0.1:2"] for name in absent}
+        event = ComputeTaskEvent.dummy(
+            key, who_has=who_has, run_id=run_id, priority=(rank,), stimulus_id=f"compute-{key}"
+        )
         self.state.handle_stimulus(event)
 
     def end(self, key: str) -> None:
@@ -147,6 +156,31 @@ def test_a_task_that_is_given_again_needs_its_inputs_again() -> None:
     site.compute("last")
     site.end("last")
     assert site.use("input").kind is Kind.NEXT
+
+
+def test_what_the_next_task_reads_stays_where_a_thread_is_about_to_be_free() -> None:
+    site = Site()
+    site.compute("input")
+    site.end("input")
+    for rank, key in enumerate(["first", "second", "third"]):
+        site.compute(key, "input", rank=rank)
+    site.horizon.begin("first")
+    assert site.horizon.starting() == set()
+    # Its task returns; what it held is let go before the worker hears of it.
+    site.horizon.leave("first")
+    assert site.horizon.starting() == {"second"}
+    assert site.use("input").kind is Kind.RUNNING
+    site.end("first")
+    assert site.horizon.starting() == set()
+    # It fails to be run, and is given again: it is not over.
+    site.horizon.leave("second")
+    assert site.horizon.starting() == {"third"}
+    site.horizon.begin("second")
+    assert site.horizon.starting() == set()
+    # A worker that is paused starts nothing.
+    site.horizon.leave("second")
+    site.state.handle_stimulus(PauseEvent(stimulus_id="pause"))
+    assert site.horizon.starting() == set()
 
 
 def test_what_came_while_the_scheduler_had_other_things_to_say_is_recent() -> None:
