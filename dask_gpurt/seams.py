@@ -603,6 +603,12 @@ def worker_holds(worker: Any, key: Any) -> bool:
     return task is not None and task.state == "memory"
 
 
+def is_to_run(worker: Any, key: Any) -> bool:
+    """Whether a worker has a task that it has not started."""
+    task = worker.state.tasks.get(key)
+    return task is not None and task.state in ("ready", "constrained", "waiting")
+
+
 def next_task(worker: Any) -> Any:
     """Return the task that the worker starts next, as far as it knows, or None: of those that wait for inputs, if all do."""
     state = worker.state

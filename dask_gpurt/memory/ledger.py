@@ -208,9 +208,9 @@ class Ledger:
         return Reservation(self, tier, nbytes)
 
     def try_reserve(self, tier: Tier, nbytes: int) -> Reservation | None:
-        """Reserve if it fits and nobody waits."""
+        """Reserve if it fits and nobody waits who may be forced through."""
         account = self._accounts[tier]
-        if account.queue:
+        if account.queue and account.queue[0].forceable:
             return None
         if account.limit is not None and account.held + account.reserved + nbytes > account.limit:
             return None
@@ -219,9 +219,16 @@ class Ledger:
     def request(
         self, tier: Tier, nbytes: int, granted: Callable[[Reservation], None], *, forceable: bool = True
     ) -> Request:
-        """Wait for ``nbytes`` of ``tier``; ``granted`` is called with the reservation, now or later."""
+        """Wait for ``nbytes`` of ``tier``; ``granted`` is called with the reservation, now or later.
+
+        Who may be forced through goes before who may not, and can do without.
+        """
         request = Request(nbytes, granted, forceable=forceable)
-        self._accounts[tier].queue.append(request)
+        queue = self._accounts[tier].queue
+        place = (
+            next((i for i, other in enumerate(queue) if not other.forceable), len(queue)) if forceable else len(queue)
+        )
+        queue.insert(place, request)
         self._grant(tier)
         return request
 

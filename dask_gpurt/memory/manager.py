@@ -687,6 +687,9 @@ class MemoryManager:
         """Give back memory and files that were kept for later, when later does not come."""
         self.pool.decay()
         self._guard_allocations()
+        if self._prefetching is not None and not seams.is_to_run(self._worker, self._prefetched_for):
+            # Its task was taken away, and maybe none comes after it.
+            self._prefetching.cancel()
         if self._device_pool is not self.pool:
             # To unlock memory takes a while.
             await asyncio.get_running_loop().run_in_executor(None, self._device_pool.decay)

@@ -269,8 +269,16 @@ class Mover:
         """Wait until ``nbytes`` more may be held, moving others away if need be.
 
         Where nothing more can be moved away, it is granted all the same if it is ``forceable``.
+
+        Raises
+        ------
+        MemoryError
+            If it is not, and is more than the tier may hold.
         """
         with self._lock:
+            limit_nbytes = self.ledger.limit(self.tier)
+            if not forceable and limit_nbytes is not None and nbytes > limit_nbytes:
+                raise MemoryError(f"{nbytes} bytes are more than {self.tier} may hold, which is {limit_nbytes}")
             reservation = self.ledger.try_reserve(self.tier, nbytes)
         if reservation is not None:
             return reservation

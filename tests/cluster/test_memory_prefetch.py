@@ -16,6 +16,7 @@ from distributed.core import Status
 from distributed.utils_test import gen_test
 
 from dask_gpurt.config import Settings
+from dask_gpurt.memory.ledger import Tier
 from dask_gpurt.memory.manager import MemoryManager
 from dask_gpurt.plugins.worker import GpurtWorkerPlugin
 
@@ -173,3 +174,23 @@ async def test_a_worker_that_is_paused_fetches_nothing_ahead() -> None:
         await poll(lambda: not s.is_absent(value))
         await Event("go", client=s.client).set()
         assert await result == s.values.index(value)
+
+
+@gen_test(timeout=60)
+async def test_nothing_waits_for_room_for_a_task_that_was_taken_away() -> None:
+    async with site() as s:
+        done = await s.busy("one")
+        held = [value for value in s.values if not s.is_absent(value)]
+        runs = s.client.submit(hold, "two", *held, pure=False)
+        taken = s.client.submit(first, s.absent[0])
+        await poll(lambda: taken.key in s.worker.state.tasks)
+        await Event("one", client=s.client).set()
+        # All that is in memory is held by the task that runs now.
+        await poll(lambda: s.memory.ledger.waiting(Tier.HOST) == 1)
+        key = taken.key
+        taken.release()
+        await poll(lambda: key not in s.worker.state.tasks)
+        await s.memory._decay()
+        await poll(lambda: s.memory.ledger.waiting(Tier.HOST) == 0)
+        await Event("two", client=s.client).set()
+        await wait([done, runs])

@@ -64,7 +64,7 @@ class Books(RuleBasedStateMachine):
 
     @rule(nbytes=SIZES)
     def try_reserve(self, nbytes: int) -> None:
-        used, waiting = self.ledger.used(Tier.HOST), self.ledger.waiting(Tier.HOST)
+        used, waiting = self.ledger.used(Tier.HOST), any(request.forceable for request in self.queue)
         reservation = self.ledger.try_reserve(Tier.HOST, nbytes)
         assert (reservation is not None) == (not waiting and used + nbytes <= LIMIT)
         if reservation is not None:
@@ -107,6 +107,8 @@ class Books(RuleBasedStateMachine):
         if not box:
             place["request"] = request
             self.queue.append(request)
+            # In the order of the calls, but that who may be forced through goes before who may not.
+            self.queue.sort(key=lambda request: not request.forceable)
         return request
 
     @rule(request=requests)

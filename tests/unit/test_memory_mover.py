@@ -198,6 +198,34 @@ def test_inputs_larger_than_the_limit_are_forced_through(tmp_path: Path) -> None
     run(main())
 
 
+def test_who_fetches_ahead_holds_up_nobody(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(tmp_path) as r:
+            await filled(r, 8)
+            absent = [name for name in range(8) if name in r.mover.absent]
+            # More than may ever be held is not waited for.
+            with pytest.raises(MemoryError, match="more than host may hold"):
+                await r.mover.ensure(absent[:4], forceable=False)
+            assert not any(block.pins for block in r.mover.spiller.blocks.values())
+            # Somebody fetches ahead, and there is nothing that could go.
+            held = await r.mover.ensure([name for name in range(8) if name not in r.mover.absent])
+            ahead = asyncio.create_task(r.mover.ensure(absent[:2], forceable=False))
+            await asyncio.sleep(0)
+            assert r.mover.ledger.waiting(Tier.HOST) == 1
+            # Half of what it wants becomes free, and a task takes that.
+            r.mover.delete(held[0])
+            waits = r.mover.waits
+            reservation = await r.mover.reserve(CHUNK)
+            assert not reservation.forced
+            assert r.mover.waits == waits
+            assert not ahead.done()
+            reservation.release()
+            r.mover.unpin(held[1:])
+            r.mover.unpin(await ahead)
+
+    run(main())
+
+
 def test_values_of_many_kinds_come_back_equal(tmp_path: Path) -> None:
     values: dict[str, Any] = {
         "frame": pd.DataFrame({"a": range(1000), "b": ["x", "yy"] * 500}),
