@@ -180,9 +180,9 @@ async def test_a_worker_that_is_paused_fetches_nothing_ahead() -> None:
 async def test_nothing_waits_for_room_for_a_task_that_was_taken_away() -> None:
     async with site() as s:
         done = await s.busy("one")
-        runs = s.client.submit(hold, "two", *s.values[:ROOM], pure=False)
+        runs = s.client.submit(hold, "two", *s.values[:ROOM], pure=False, priority=1)
         taken = s.client.submit(first, s.values[ROOM])
-        await poll(lambda: taken.key in s.worker.state.tasks)
+        await poll(lambda: {runs.key, taken.key} <= s.worker.state.tasks.keys())
         await Event("one", client=s.client).set()
         # The task that runs now holds all that there is room for.
         await poll(lambda: s.memory.ledger.waiting(Tier.HOST) == 1)
