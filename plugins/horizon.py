@@ -6,6 +6,9 @@ A worker that gets short of memory says so (the handler ``gpurt_watch``), and th
 a plugin hears of each transition; what has changed since goes out at most every :data:`INTERVAL_S`, to each worker in one
 message on the stream that its tasks come by.
 
+A worker that is short of memory offers copies that only its peers need (``gpurt_spare``). They are taken back as Dask's active memory manager
+takes back copies, if these peers hold theirs.
+
 A worker that has lost a value asks whether it can be made again (``gpurt_can_make``): one that it was given by a peer looks, once that
 peer is gone, just as one that was scattered.
 
@@ -16,12 +19,14 @@ Does not cover: what is said, see :mod:`dask_gpurt.plugins.foresight`.
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from distributed.diagnostics.plugin import SchedulerPlugin
 
 from dask_gpurt.handlers import weak
-from dask_gpurt.memory.horizon import CAN_MAKE, TELL, WATCH
+from dask_gpurt.memory.horizon import CAN_MAKE, SPARE, TELL, WATCH
 from dask_gpurt.plugins.foresight import Foresight
 
 if TYPE_CHECKING:
@@ -51,11 +56,13 @@ class HorizonScheduler(SchedulerPlugin):
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self.foresight = Foresight()
-        self._handlers = {WATCH: weak(self.watch), CAN_MAKE: weak(self.can_make)}
+        self._handlers = {WATCH: weak(self.watch), CAN_MAKE: weak(self.can_make), SPARE: weak(self.spare)}
         self._due: asyncio.TimerHandle | None = None
         #: Messages, and keys in them.
         self.messages = 0
         self.words = 0
+        #: Copies that were taken back.
+        self.taken = 0
 
     def begin(self) -> None:
         """Listen to workers that want to watch."""
@@ -89,6 +96,27 @@ class HorizonScheduler(SchedulerPlugin):
         """Whether a key is the result of a task, and so can be made again."""
         task = self.scheduler.tasks.get(key)
         return task is not None and task.run_spec is not None
+
+    async def spare(self, worker: str, keys: Iterable[Any]) -> list[Any]:
+        """Take back a worker's copies of keys that are needed elsewhere only, and are there; return those that may be there soon."""
+        state = self.scheduler.workers.get(worker)
+        taken: list[Any] = []
+        soon: list[Any] = []
+        for key in keys:
+            task = self.scheduler.tasks.get(key)
+            if state is None or task is None or state not in (task.who_has or ()) or not task.waiters:
+                # It is gone, or about to be.
+                continue
+            users = {waiter.processing_on for waiter in task.waiters}
+            if task.who_wants or None in users or state in users:
+                # Somebody else may come for it.
+                continue
+            assert task.who_has is not None
+            (taken if users <= task.who_has else soon).append(key)
+        if taken:
+            self.scheduler.request_remove_replicas(worker, taken, stimulus_id=f"gpurt-spare-{time.time()}")
+            self.taken += len(taken)
+        return soon
 
     def _unwatch(self, state: Any) -> None:
         self.foresight.unwatch(state)

@@ -70,6 +70,8 @@ class _OurStore:
         self._spiller = Spiller(self._ledger, view.horizon)
         self._buffers = itertools.count()
         self._running: dict[Key, tuple[Hashable, ...]] = {}
+        #: Bytes of copies that were taken back.
+        self._given_back: dict[Key, int] = {}
         #: The task that has just ended and what it held: for the worker it runs until its result was put.
         self._ending: tuple[Key, ...] = ()
         self.capacity_nbytes = capacity_nbytes
@@ -77,6 +79,7 @@ class _OurStore:
 
     def put(self, event: Put) -> None:
         self.delete(event.key)
+        self._given_back.pop(event.key, None)
         self._view.horizon.note(event.key)
         self._view.fill(self._ledger.used(Tier.HOST) / max(1, self.capacity_nbytes))
         self._handle(ev.Put(event.key, ("put", event.buffer), event.buffer_nbytes, event.nbytes))
@@ -85,7 +88,18 @@ class _OurStore:
         if key in self._spiller.blocks:
             self._handle(ev.Deleted(key))
 
+    def give_back(self, key: Key) -> None:
+        """Forget a copy that the scheduler has taken back."""
+        block = self._spiller.blocks.get(key)
+        if block is not None and not block.pins:
+            self._given_back[key] = block.nbytes
+            self.delete(key)
+
     def start(self, event: Start) -> None:
+        for key in event.inputs:
+            if (nbytes := self._given_back.pop(key, None)) is not None:
+                # It is fetched from a peer again.
+                self._handle(ev.Put(key, ("fetched", next(self._buffers)), nbytes, nbytes))
         self._ending = ()
         if self._spiller.calm:
             return
@@ -213,6 +227,8 @@ def _replay(trace: Trace, view: View, capacity_nbytes: int) -> Moved:
     store = _OurStore(view, capacity_nbytes)
     for number, event in enumerate(trace.events):
         view.see(number, event)
+        for key in view.taken_back(number):
+            store.give_back(key)
         match event:
             case Put():
                 store.put(event)

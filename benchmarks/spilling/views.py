@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.spilling.oracle import Oracle
@@ -26,6 +26,9 @@ from dask_gpurt.memory.manager import WATCH_FRACTION, WorkerHorizon
 from dask_gpurt.plugins.foresight import Foresight, Word
 
 __all__ = ["ReplayedScheduler", "ReplayedWorker", "View"]
+
+#: Events until the scheduler answers an offer: those of some tasks.
+OFFER_EVENTS = 20
 
 #: States of a task that was given to the worker to be run.
 _TO_RUN = ("waiting", "queued", "no-worker", "processing")
@@ -236,6 +239,18 @@ class ReplayedScheduler:
     def _worker(self, address: str) -> _Holder:
         return self._workers.setdefault(address, _Holder(address))
 
+    def taken_back(self, keys: Iterable[Key]) -> Iterator[Key]:
+        """Yield those of ``keys`` that the worker offers and is told to forget."""
+        for key in keys:
+            task = self._tasks.get(key)
+            if task is None or task.who_wants or not task.waiters:
+                continue
+            users = {waiter.processing_on for waiter in task.waiters}
+            holders = task.who_has - {self._worker(self._address)}
+            if users <= holders:
+                self.remove_replica(key)
+                yield key
+
     def watch(self) -> None:
         """Begin to tell."""
         if not self._foresight.watched:
@@ -277,6 +292,9 @@ class View:
         self._scheduler = ReplayedScheduler(known, trace.address)
         self._oracle = horizon
         self.horizon = horizon or known
+        #: Keys that are offered to the scheduler, and the event by which it answers; all that were.
+        self._offers: deque[tuple[int, list[Key]]] = deque()
+        self._offered: set[Key] = set()
 
     def see(self, number: int, event: Event) -> None:
         """Change what is seen as the event with this number does, before the store hears of it."""
@@ -322,6 +340,20 @@ class View:
         """Take note that so much of the capacity is used."""
         if part > WATCH_FRACTION:
             self._scheduler.watch()
+
+    def taken_back(self, number: int) -> list[Key]:
+        """Return the keys whose copies the scheduler takes back by the event with this number."""
+        if self._oracle is not None:
+            return []
+        due: list[Key] = []
+        while self._offers and self._offers[0][0] <= number:
+            due += self._scheduler.taken_back(self._offers.popleft()[1])
+        if self._known.has_served and (keys := [key for key in self._known.spare() if key not in self._offered]):
+            self._offered.update(keys)
+            self._offers.append((number + OFFER_EVENTS, keys))
+        for key in due:
+            self._known.drop(key)
+        return due
 
     def next_inputs(self) -> list[Key]:
         """Return what the task takes that the worker will start next."""

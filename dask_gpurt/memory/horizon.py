@@ -23,7 +23,8 @@ trip before its deletion is ordered. Should it be wanted here after all, because
 computed again, as if this worker had been lost; what cannot be computed again is never called dying.
 
 A peer that was served may be lost before its task has run, and the task may be stolen from it while the block is on its way, which
-the peer throws away then. So what only peers need that have all been served is not dying: it counts as overdue.
+the peer throws away then. So what only peers need that have all been served is not dying: it counts as overdue, and is offered to the
+scheduler (:mod:`dask_gpurt.memory.spare`), which takes it back when the peers hold it.
 
 Covers: the arithmetic.
 Does not cover: where tasks, ranks and queues come from; see :mod:`dask_gpurt.memory.manager`, and
@@ -47,6 +48,7 @@ __all__ = [
     "RECENT",
     "RUNNING",
     "SERVED",
+    "SPARE",
     "TELL",
     "WATCH",
     "Horizon",
@@ -61,6 +63,8 @@ __all__ = [
 #: What a worker asks the scheduler by, to be told; and what it is told by.
 WATCH = "gpurt_watch"
 CAN_MAKE = "gpurt_can_make"
+#: What it offers keys by, that only peers need.
+SPARE = "gpurt_spare"
 TELL = "gpurt-horizon"
 
 #: A rank in tasks that is farther than any queue: a use by a later graph, or at a lower user priority.

@@ -61,6 +61,7 @@ from dask_gpurt.memory.objects import ObjectFolder
 from dask_gpurt.memory.packing import Packer
 from dask_gpurt.memory.rmm import Rescuer, RmmResource
 from dask_gpurt.memory.shards import DeviceChunkName, DeviceShardStore, ShardStore
+from dask_gpurt.memory.spare import Offers
 from dask_gpurt.memory.spiller import Spiller
 from dask_gpurt.memory.store import BufferStore, DictBufferStore
 from dask_gpurt.memory.watch import Watch
@@ -262,6 +263,16 @@ class WorkerHorizon:
             if key in self._words:
                 self._served.setdefault(key, set()).add(address)
 
+    @property
+    def has_served(self) -> bool:
+        """Whether peers have got something that is still here."""
+        return bool(self._served)
+
+    def spare(self) -> list[Hashable]:
+        """Return the keys that only peers need, which have fetched them."""
+        served = list(self._served)
+        return [key for key, use in zip(served, self.uses(served), strict=True) if use is SERVED]
+
     def drop(self, key: Hashable) -> None:
         """Forget what is known about a key, for it is deleted; if it comes again, that is another value."""
         self._words.pop(key, None)
@@ -392,6 +403,7 @@ class MemoryManager:
         self._looking = False
         self._horizon: WorkerHorizon | None = None
         self._watch: Watch | None = None
+        self._offers: Offers | None = None
         self._rescuer: Rescuer | None = None
         self._rmm: RmmResource | None = None
         #: Whether nobody has looked yet what there is of RMM.
@@ -430,6 +442,7 @@ class MemoryManager:
         cipher = Cipher(self.pool.lease) if self._settings.encryption else None
         horizon = self._horizon = WorkerHorizon(self._worker)
         self._watch = Watch(self._worker, self._tell)
+        self._offers = Offers(horizon.spare, self._watch.offer)
         host = self._host = Mover(
             Spiller(
                 self.ledger,
@@ -543,6 +556,12 @@ class MemoryManager:
         self._horizon.tell(words)
         if self._mapping is not None and len(self._horizon) > 2 * len(self._mapping) + WORDS_SPARE:
             self._horizon.forget(self._mapping)
+        self._offer()
+
+    def _offer(self) -> None:
+        """Offer what only peers need, if there may be such a key."""
+        if self._offers is not None and self._horizon is not None and self._horizon.has_served:
+            self._offers.soon()
 
     # The end
 
@@ -560,6 +579,8 @@ class MemoryManager:
             return
         if self._prefetching is not None:
             self._prefetching.cancel()
+        if self._offers is not None:
+            self._offers.close()
         if self._watch is not None and give_back:
             await self._watch.close()
         for name in (_ADAPT, _DECAY):
@@ -925,6 +946,7 @@ class MemoryManager:
         # A worker that sends to as many peers as it may answers that it is busy, and is asked again.
         if answer is Status.dont_reply and who is not None and self._horizon is not None:
             self._horizon.serve(keys, who)
+            self._offer()
         return answer
 
     def _serve_ruined(self, keys: Iterable[Hashable], who: str | None, served: dict[Hashable, Any]) -> None:

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from typing import Any
 
 from dask_gpurt.handlers import weak
-from dask_gpurt.memory.horizon import CAN_MAKE, TELL, WATCH
+from dask_gpurt.memory.horizon import CAN_MAKE, SPARE, TELL, WATCH
 
 __all__ = ["Watch"]
 
@@ -82,6 +82,16 @@ class Watch:
         except OSError as error:
             logger.debug("The scheduler does not say whether %r can be made: %s", key, error)
             return False
+
+    async def offer(self, keys: list[Hashable]) -> Collection[Hashable]:
+        """Offer copies of keys that only peers need; return those that are to be offered again."""
+        if not self.on:
+            return ()
+        try:
+            return await getattr(self._worker.scheduler, SPARE)(worker=self._worker.address, keys=keys) or ()
+        except OSError as error:
+            logger.debug("The scheduler takes nothing back: %s", error)
+            return ()
 
     async def _begin(self) -> None:
         async with self._turn:

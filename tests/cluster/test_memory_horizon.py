@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ import dask.array as da
 import numpy as np
 import pytest
 from clusters import local_cluster
-from distributed import Client, wait
+from distributed import Client, Event, wait
 
 import dask_gpurt
 from dask_gpurt.memory.horizon import TELL
@@ -136,3 +137,44 @@ def test_it_is_taken_away_while_workers_are_told(client: Client) -> None:
 
 def listens(dask_worker: Any) -> bool:
     return TELL in dask_worker.stream_handlers
+
+
+def hold(name: str) -> None:
+    """Run until the event of that name."""
+    Event(f"{name} runs").set()
+    Event(name).wait()
+
+
+def holders(key: str, dask_scheduler: Any) -> set[str]:
+    """Say who holds a key."""
+    return {worker.address for worker in dask_scheduler.tasks[key].who_has or ()}
+
+
+def taken(dask_scheduler: Any) -> int:
+    """Count the copies that were taken back."""
+    count = dask_scheduler.plugins["gpurt"].horizon.taken
+    assert isinstance(count, int)
+    return count
+
+
+def test_a_copy_that_only_a_peer_needs_is_taken_back(client: Client) -> None:
+    here, there = client.scheduler_info()["workers"]
+    # Enough for it to watch.
+    filling = client.map(np.full, [250_000] * 6, range(6), workers=[here], pure=False)
+    wait(filling)
+    busy = client.submit(hold, "go", workers=[there], pure=False)
+    Event("go runs", client=client).wait(timeout=20)
+    made = client.submit(np.full, 250_000, 1.0, workers=[here], pure=False)
+    wait(made)
+    used = client.submit(np.sum, made, workers=[there], pure=False)
+    key = made.key
+    del made
+    deadline = time.monotonic() + 20
+    while (found := client.run_on_scheduler(holders, key)) != {there}:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
+    assert client.run_on_scheduler(taken) == 1
+    assert not any(name == key for name in client.run(lambda dask_worker: list(dask_worker.data), workers=[here])[here])
+    Event("go", client=client).set()
+    assert used.result() == 250_000
+    wait(busy)
