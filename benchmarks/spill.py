@@ -4,7 +4,7 @@
 for 25 % and 50 % of what they hold at their peak; see :mod:`benchmarks.spilling.replay`. Of ``bytes-25`` the line against
 ``lpmin`` is the mean over all jobs (geometric, of the ratios), after a line for each; ``lru`` is stock's store, ``oracle``
 is ours with a horizon that knows the future, and ``worst`` is the job in which ours is worst beside ``lru``. Blocks of the
-recorded jobs are of 1 MB, and count as 64.
+recorded jobs are of 256 KB, and count as 64 MB.
 
 The traces are recorded once in a run. No two of them are alike: which task runs when and where is decided by the clock.
 
@@ -22,6 +22,8 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import dask
+
 from benchmarks import overhead
 from benchmarks.frame import Line, Subject, line_of_pairs
 from benchmarks.gpu import pinned_rate, where_there_is_a_gpu
@@ -38,8 +40,10 @@ from dask_gpurt.demo.runner import quotient
 
 PERCENTS = (25, 50)
 
-#: Blocks of 1 MB stand for the 64 MB that Dask recommends: what an operation costs beside its bytes is to count as there.
-SCALE = 64
+#: Blocks of 256 KB stand for the 64 MB that Dask recommends: what an operation costs beside its bytes is to count as there.
+SCALE = 256
+#: What Dask takes for the size of a chunk where it chooses one, as between the steps of a rechunk.
+CHUNK_NBYTES = 128 * 2**20
 
 #: A quick run has every third job, beside those that have cases of their own.
 QUICK_STEP = 3
@@ -61,7 +65,8 @@ def traces(*, quick: bool) -> Mapping[str, Sequence[Trace]]:
     others = [name for name in JOBS if name not in PASSES]
     names = {*PASSES, *(others[::QUICK_STEP] if quick else others)}
     jobs = {name: job for name, job in JOBS.items() if name in names}
-    return {name: [trace.scaled(SCALE) for trace in of_job] for name, of_job in record_on_cluster(jobs)}
+    with dask.config.set({"array.chunk-size": CHUNK_NBYTES // SCALE}):
+        return {name: [trace.scaled(SCALE) for trace in of_job] for name, of_job in record_on_cluster(jobs)}
 
 
 @functools.cache

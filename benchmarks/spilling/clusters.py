@@ -30,7 +30,7 @@ from distributed import Client, Worker, WorkerPlugin
 
 from benchmarks.contest import clusters, dropping
 from benchmarks.frame import BrokenRunError, WrongAnswerError, turns
-from benchmarks.spilling.workloads import JOBS, PASSES_NBYTES
+from benchmarks.spilling.workloads import BLOCKS, JOBS, PASSES_NBYTES
 from dask_gpurt.demo.cluster import GPURT, STOCK, ClusterSpec, count_gpus, open_client
 
 __all__ = ["Limited", "Run", "beside_stock", "has_spilled", "with_room"]
@@ -185,7 +185,8 @@ def _run(client: Client, job: Callable[..., tuple[Any, list[Any]]], scale: int) 
     with dropping(client), client.as_current():
         client.run(_take_longest)
         started = time.perf_counter()
-        held, answers = job(client, scale=scale)
+        # Blocks of as many megabytes as the scale says.
+        held, answers = job(client, scale=4 * scale, blocks=BLOCKS // 4)
         wall_s = time.perf_counter() - started
         tick_s = max(client.run(_take_longest).values())
         spilled = any(client.run(has_spilled).values())

@@ -1,4 +1,4 @@
-"""Jobs of the kinds that Dask is used for, small: blocks of 1 MB, some tens of MB a worker.
+"""Jobs of the kinds that Dask is used for, small: blocks of 256 KB, some hundreds of them a worker.
 
 Each is a function of a client, which is the current one; it runs the job to its end with plain ``dask.array``, ``dask.dataframe`` or
 ``dask.delayed``, and returns whatever its user would go on holding.
@@ -10,6 +10,7 @@ Does not cover: recording them (:mod:`benchmarks.spilling.recorder`); the same o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,11 +24,13 @@ from distributed import Client, wait
 
 __all__ = ["JOBS", "PASSES", "PASSES_NBYTES", "SPILLTEST_PASSES"]
 
-#: Side of a square block of 1 MB.
-SIDE = 362
-#: Rows of a partition of 1 MB.
-ROWS = 32_768
-PARTS = 32
+#: Side of a square block of 256 KB.
+SIDE = 181
+#: Rows of a partition of 256 KB.
+ROWS = 8_192
+PARTS = 128
+#: Blocks of the jobs that pass over persisted data.
+BLOCKS = 256
 #: Passes of the job spilltest.
 SPILLTEST_PASSES = 5
 
@@ -70,9 +73,9 @@ def _persisted(collection: Any) -> Any:
 # Passes over persisted data. These four can be larger, by a scale, and return what they hold and a list of answers.
 
 
-def kmeans(client: Client, passes: int = 6, scale: int = 1) -> Any:  # noqa: ARG001
+def kmeans(client: Client, passes: int = 6, scale: int = 1, blocks: int = BLOCKS) -> Any:  # noqa: ARG001
     """Lloyd's algorithm: a pass over persisted points for each step."""
-    points = _persisted(_tall(64, scale=scale))
+    points = _persisted(_tall(blocks, scale=scale))
     centres = np.random.default_rng(1).random((8, points.shape[1]))
     for _ in range(passes):
         parts = [delayed(_kmeans_part)(block, centres) for block in points.to_delayed().ravel()]
@@ -92,9 +95,9 @@ def _kmeans_sum(parts: Any) -> Any:
     return sum(sums for sums, _ in parts), sum(counts for _, counts in parts)
 
 
-def logistic_regression(client: Client, passes: int = 6, scale: int = 1) -> Any:  # noqa: ARG001
+def logistic_regression(client: Client, passes: int = 6, scale: int = 1, blocks: int = BLOCKS) -> Any:  # noqa: ARG001
     """Gradient descent: a pass over persisted data for each step."""
-    x = _tall(64, scale=scale)
+    x = _tall(blocks, scale=scale)
     y = (x.sum(axis=1) > x.shape[1] / 2).astype("float64")
     x, y = _persisted(x), _persisted(y)
     weights = np.zeros(x.shape[1])
@@ -104,9 +107,9 @@ def logistic_regression(client: Client, passes: int = 6, scale: int = 1) -> Any:
     return (x, y), [weights]
 
 
-def groupby(client: Client, passes: int = 5, scale: int = 1) -> Any:  # noqa: ARG001
+def groupby(client: Client, passes: int = 5, scale: int = 1, blocks: int = BLOCKS) -> Any:  # noqa: ARG001
     """Ask persisted data one question after another."""
-    table = _persisted(_table(scale=2 * scale))
+    table = _persisted(_table(blocks // 2, scale=2 * scale))
     answers = []
     for number in range(passes):
         chosen = table[table.value > number / 10]
@@ -114,15 +117,15 @@ def groupby(client: Client, passes: int = 5, scale: int = 1) -> Any:  # noqa: AR
     return table, answers
 
 
-def spill_test(client: Client, passes: int = SPILLTEST_PASSES, scale: int = 1) -> Any:  # noqa: ARG001
+def spill_test(client: Client, passes: int = SPILLTEST_PASSES, scale: int = 1, blocks: int = BLOCKS) -> Any:  # noqa: ARG001
     """Persist, and read all of it again and again."""
-    x = _persisted(_square(8, scale=scale))
+    x = _persisted(_square(math.isqrt(blocks), scale=scale))
     return x, [float((x + number).sum().compute()) for number in range(passes)]
 
 
 def standardize_iterated(client: Client, passes: int = 4) -> Any:  # noqa: ARG001
     """Each pass makes the data that the next one reads."""
-    x = _persisted(_tall(48))
+    x = _persisted(_tall(192))
     for _ in range(passes):
         x = _persisted(x - x.mean(axis=0))
     return x
@@ -133,19 +136,19 @@ def standardize_iterated(client: Client, passes: int = 4) -> Any:  # noqa: ARG00
 
 def transpose_sum(client: Client) -> Any:  # noqa: ARG001
     """Add an array and its transpose."""
-    x = _persisted(_square(7))
+    x = _persisted(_square(14))
     return x, _persisted(x + x.T)
 
 
 def zscore(client: Client) -> Any:  # noqa: ARG001
     """Subtract the mean and divide by the deviation."""
-    x = _tall(72)
+    x = _tall(288)
     return ((x - x.mean(axis=0)) / x.std(axis=0)).max(axis=0).compute()
 
 
 def map_overlap(client: Client) -> Any:  # noqa: ARG001
     """Three stencils one after another."""
-    x = _square(7)
+    x = _square(14)
     for _ in range(3):
         x = x.map_overlap(_smooth, depth=2, boundary="periodic")
     return x.sum().compute()
@@ -157,7 +160,7 @@ def _smooth(block: Any) -> Any:
 
 def double_diff(client: Client) -> Any:  # noqa: ARG001
     """Differences along both axes: slices of blocks, which are views."""
-    x = _persisted(_square(7))
+    x = _persisted(_square(14))
     x = x[1:] - x[:-1]
     x = x[:, 1:] - x[:, :-1]
     return abs(x).mean().compute()
@@ -165,30 +168,30 @@ def double_diff(client: Client) -> Any:  # noqa: ARG001
 
 def matmul(client: Client) -> Any:  # noqa: ARG001
     """Multiply two matrices."""
-    return _persisted(_square(5) @ _square(5, seed=1))
+    return _persisted(_square(10) @ _square(10, seed=1))
 
 
 def gram(client: Client) -> Any:  # noqa: ARG001
     """Multiply a matrix and its transpose."""
-    x = _square(6)
+    x = _square(12)
     return (x @ x.T).sum(axis=0).compute()
 
 
 def svd_compressed(client: Client) -> Any:  # noqa: ARG001
     """A randomized decomposition, with two power iterations."""
-    x = _square(6)
+    x = _square(12)
     _, s, _ = da.linalg.svd_compressed(x, 8, n_power_iter=2, seed=0)
     return s.compute()
 
 
 def qr(client: Client) -> Any:  # noqa: ARG001
     """QR of a tall matrix."""
-    return [_persisted(factor) for factor in persist(*da.linalg.qr(_tall(48)))]
+    return [_persisted(factor) for factor in persist(*da.linalg.qr(_tall(192)))]
 
 
 def least_squares(client: Client) -> Any:  # noqa: ARG001
     """The normal equations, then what is left over."""
-    x = _tall(56)
+    x = _tall(224)
     y = x.sum(axis=1)
     solution = da.linalg.solve(
         (x.T @ x).rechunk((x.shape[1], x.shape[1])), (x.T @ y).rechunk((x.shape[1],)), assume_a="pos"
@@ -198,15 +201,15 @@ def least_squares(client: Client) -> Any:  # noqa: ARG001
 
 def covariance(client: Client) -> Any:  # noqa: ARG001
     """Covariance of the columns."""
-    return da.cov(_tall(64), rowvar=False).compute()
+    return da.cov(_tall(256), rowvar=False).compute()
 
 
-def _climate(years: int = 6) -> Any:
+def _climate(years: int = 24) -> Any:
     # Steps in time by place: a block holds a month.
     return da.random.default_rng(0).random((years * 12, SIDE, SIDE), chunks=(1, SIDE, SIDE))
 
 
-def anomaly(client: Client, years: int = 6) -> Any:  # noqa: ARG001
+def anomaly(client: Client, years: int = 24) -> Any:  # noqa: ARG001
     """What each month differs from the mean of its like."""
     x = _climate(years)
     means = [x[month::12].mean(axis=0) for month in range(12)]
@@ -214,7 +217,7 @@ def anomaly(client: Client, years: int = 6) -> Any:  # noqa: ARG001
     return da.stack([abs(d).max(axis=0) for d in differences]).max().compute()
 
 
-def seasonal_mean(client: Client, years: int = 6) -> Any:  # noqa: ARG001
+def seasonal_mean(client: Client, years: int = 24) -> Any:  # noqa: ARG001
     """Means by month and by year of the same data, as xarray writes a groupby."""
     x = _climate(years)
     by_month = [x[month::12].mean(axis=0) for month in range(12)]
@@ -224,26 +227,26 @@ def seasonal_mean(client: Client, years: int = 6) -> Any:  # noqa: ARG001
 
 def rechunk_reduce(client: Client) -> Any:  # noqa: ARG001
     """From squares to columns, then a reduction that needs whole columns."""
-    x = da.random.default_rng(0).random((12 * SIDE, 6 * SIDE), chunks=(SIDE, SIDE))
-    return da.median(x.rechunk((12 * SIDE, SIDE // 12)), axis=0).sum().compute()
+    x = da.random.default_rng(0).random((8 * SIDE, 36 * SIDE), chunks=(SIDE, SIDE))
+    return da.median(x.rechunk((8 * SIDE, SIDE // 8), method="tasks"), axis=0).sum().compute()
 
 
 def fourier(client: Client) -> Any:  # noqa: ARG001
-    """Transform planes along one axis, then along the other."""
-    x = da.random.default_rng(0).random((10, 512, 512), chunks=(1, 128, 512))
-    rows = da.fft.rfft(x, axis=2).rechunk((1, 512, 64))
-    return abs(da.fft.fft(rows, axis=1)).sum().compute()
+    """Transform along one axis, then along the other."""
+    x = da.random.default_rng(0).random((2048, 1024), chunks=(32, 1024))
+    columns = da.fft.rfft(x, axis=1).rechunk((2048, 8), method="tasks")
+    return abs(da.fft.fft(columns, axis=0)).sum().compute()
 
 
 def cumsum(client: Client) -> Any:  # noqa: ARG001
     """Running sums, beside the total."""
-    x = _tall(56)
+    x = _tall(224)
     return (da.cumsum(x, axis=0) / x.sum(axis=0)).max(axis=0).compute()
 
 
 def tree_reduction(client: Client) -> Any:
     """Add blocks that are there by twos."""
-    leaves = client.map(_leaf, range(64), pure=False)
+    leaves = client.map(_leaf, range(256), pure=False)
     wait(leaves)
     blocks = [delayed(leaf) for leaf in leaves]
     del leaves
@@ -265,24 +268,24 @@ def _add(first: Any, second: Any) -> Any:
 
 def set_index(client: Client) -> Any:  # noqa: ARG001
     """Sort by a column that becomes the index."""
-    return _persisted(_table(24).set_index("key", shuffle_method="tasks"))
+    return _persisted(_table(96).set_index("key", shuffle_method="tasks"))
 
 
 def sort_values(client: Client) -> Any:  # noqa: ARG001
     """Sort by a column."""
-    return _table(24).sort_values("value", shuffle_method="tasks").value.diff().min().compute()
+    return _table(96).sort_values("value", shuffle_method="tasks").value.diff().min().compute()
 
 
 def merge(client: Client) -> Any:  # noqa: ARG001
     """Join two tables by a key."""
-    left, right = _table(16), _table(16)
+    left, right = _table(64), _table(64)
     joined = left.merge(right[["key", "weight"]], on="key", shuffle_method="tasks", broadcast=False)
     return joined.groupby("group").weight_y.sum().compute()
 
 
 def broadcast_join(client: Client) -> Any:  # noqa: ARG001
     """Join a persisted table with a small one, twice."""
-    table = _persisted(_table(32))
+    table = _persisted(_table(128))
     small = pd.DataFrame({"group": range(32), "name": [f"group {number:04}" for number in range(32)]})
     first = table.merge(small, on="group").groupby("name").value.sum().compute()
     return table, first, table.merge(small, on="group").groupby("name").weight.max().compute()
@@ -290,18 +293,18 @@ def broadcast_join(client: Client) -> Any:  # noqa: ARG001
 
 def shuffle(client: Client) -> Any:  # noqa: ARG001
     """Bring equal groups together, and hold the result."""
-    return _persisted(_table(24).shuffle("group", shuffle_method="tasks"))
+    return _persisted(_table(96).shuffle("group", shuffle_method="tasks"))
 
 
 def rolling(client: Client) -> Any:  # noqa: ARG001
     """Means over windows, less the mean of all."""
-    table = _persisted(_table(32))[["value", "weight"]]
+    table = _persisted(_table(128))[["value", "weight"]]
     return (table.rolling(50).mean() - table.mean()).abs().max().compute()
 
 
 def normalize_by_group(client: Client) -> Any:  # noqa: ARG001
     """Divide each value by the mean of its group."""
-    table = _table(32)
+    table = _table(128)
     means = table.groupby("group").value.mean().rename("mean").reset_index()
     joined = table.merge(means, on="group", broadcast=True)
     return (joined.value / joined["mean"]).sum().compute()
@@ -339,6 +342,7 @@ JOBS: Mapping[str, Callable[..., Any]] = {
     "normalize-by-group": normalize_by_group,
 }
 
-#: The jobs that pass over persisted data again and again, and the bytes that each holds at scale 1.
+#: The jobs that pass over persisted data again and again, and the bytes that each holds at scale 1, in 256 blocks or 64 of four times
+#: the scale.
 PASSES = ("kmeans", "logreg", "groupby", "spilltest")
 PASSES_NBYTES = 64 * 2**20
