@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 from distributed import Client, LocalCluster
+from distributed.core import Status
 
 __all__ = ["KINDS", "Fault", "Injector", "plan"]
 
@@ -114,9 +115,13 @@ class Injector:
         self._veteran = min(self.workers(), key=lambda worker: int(worker.name)).name
 
     def workers(self) -> list[_Process]:
-        """Return all workers, the veteran among them."""
+        """Return all workers that have started, the veteran among them."""
         found = self._client.run(_process, on_error="ignore")
-        return sorted(found.values(), key=lambda worker: int(worker.name))
+        # A nanny that loses its worker while it waits for word of it begins no other.
+        started = self._client.run(_has_started, nanny=True, on_error="ignore")
+        return sorted(
+            (worker for worker in found.values() if started.get(worker.address)), key=lambda worker: int(worker.name)
+        )
 
     def inject(self, fault: Fault) -> str:
         """Let it happen, wait until it is over, and say to whom it happened."""
@@ -178,6 +183,11 @@ class Injector:
 
 def _process(dask_worker: Any) -> _Process:
     return _Process(dask_worker.name, dask_worker.address, os.getpid(), dask_worker.local_directory)
+
+
+def _has_started(dask_worker: Any) -> bool:
+    """Whether the nanny knows that its worker has."""
+    return dask_worker.process is not None and dask_worker.process.status is Status.running
 
 
 def _lasting(begin: Callable[[], object], duration_s: float, end: Callable[[], object]) -> None:
