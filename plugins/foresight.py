@@ -5,7 +5,8 @@ Theory of operation
 A worker knows the tasks that were given to it. Those that will need its data later, and have no worker yet, only the
 scheduler knows. So a worker that gets short of memory *watches*: it is told, for each key that it holds,
 
-- the priority of the first task in Dask's order that needs the key and has no worker yet, if there is one;
+- the priority of the first task in Dask's order that needs the key and has no worker yet, if there is one, and how long the chain of tasks
+  is, about, that this one waits for;
 - whether a client wants the key;
 - which tasks still need it, and what workers they were given to, if all have one and no client wants the key. Those that
   run here end here, and those that run elsewhere fetch it from here: so a worker can tell by itself when the key is
@@ -29,6 +30,7 @@ Pure: no I/O, no clock, no dask. Tasks and workers have the attributes of the sc
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -36,6 +38,10 @@ __all__ = ["Foresight", "Holder", "Task", "Word"]
 
 #: States of a task that will run, and has no worker yet.
 AHEAD = frozenset(("waiting", "queued", "no-worker"))
+#: Links of a chain that are followed, lengths of chains that are told apart, and the chains that are looked at anew each time.
+LINKS_MAX = 24
+LENGTHS = (3, 6, 12, 24)
+CHAINS_MAX = 4
 #: Tasks that are named to a worker as the last ones that need a key. Where there are more, it is told when fewer are left.
 USERS_MAX = 8
 
@@ -80,6 +86,10 @@ class Task(Protocol):
         """The worker that it was given to; None: none."""
 
     @property
+    def waiting_on(self) -> Collection[Any] | None:
+        """Dependencies that have yet to run."""
+
+    @property
     def run_spec(self) -> Any:
         """How it is made; None: it was scattered, and cannot be made again."""
 
@@ -106,6 +116,8 @@ class Word(NamedTuple):
     wanted: bool
     #: The tasks that still need it, and the address that each was given to; None: others may come.
     users: tuple[tuple[Any, str], ...] | None = None
+    #: How long the chain of tasks is that the first one waits for, about.
+    behind: int = 0
 
 
 class Foresight:
@@ -118,6 +130,8 @@ class Foresight:
         self._told: dict[Task, dict[Holder, Word]] = {}
         #: A task to those of its dependents that may be ahead, the first one last.
         self._ahead: dict[Task, list[Task]] = {}
+        #: Tasks of which somebody was told that a chain has to run first: it becomes shorter, of which nobody hears.
+        self._chained: dict[Task, None] = {}
 
     def __repr__(self) -> str:
         return f"<Foresight: {len(self._changed)} watching, {sum(map(len, self._changed.values()))} changes>"
@@ -151,6 +165,7 @@ class Foresight:
         if not self._changed:
             self._told.clear()
             self._ahead.clear()
+            self._chained.clear()
 
     def transition(self, task: Task, finish: str) -> None:
         """Note that ``task`` has come to the state ``finish``."""
@@ -173,6 +188,7 @@ class Foresight:
             # Whoever holds it is told to forget it. Among what has changed it is passed over: nobody has it.
             self._ahead.pop(task, None)
             self._told.pop(task, None)
+            self._chained.pop(task, None)
 
     def _mark(self, task: Task) -> None:
         for worker in task.who_has or ():
@@ -182,6 +198,9 @@ class Foresight:
 
     def words(self) -> Iterator[tuple[str, list[Word]]]:
         """Yield the address of each worker that has to be told something, and what; it counts as told."""
+        for task in list(itertools.islice(self._chained, CHAINS_MAX)):
+            del self._chained[task]
+            self._mark(task)
         for worker, changed in self._changed.items():
             words = []
             for task in changed:
@@ -189,9 +208,12 @@ class Foresight:
                     self._told.pop(task, None)
                     continue
                 told = self._told.setdefault(task, {})
-                priority = self._first(task)
+                first = self._first(task)
+                priority, behind = (None, 0) if first is None else (first.priority, _behind(first))
+                if behind:
+                    self._chained[task] = None
                 users = None if priority or task.who_wants else _users(task)
-                word = Word(task.key, priority, bool(task.who_wants), users)
+                word = Word(task.key, priority, bool(task.who_wants), users, behind)
                 if told.get(worker) != word:
                     told[worker] = word
                     words.append(word)
@@ -206,7 +228,16 @@ class Foresight:
             self._ahead[task] = ahead
         while ahead and ahead[-1].state not in AHEAD:
             ahead.pop()
-        return ahead[-1].priority if ahead else None
+        return ahead[-1] if ahead else None
+
+
+def _behind(task: Task) -> int:
+    """Say how long a chain is that ``task`` waits for: any one of those there are."""
+    links = 0
+    while links < LINKS_MAX and task.waiting_on:
+        task = next(iter(task.waiting_on))
+        links += 1
+    return max((length for length in LENGTHS if length <= links), default=0)
 
 
 def _users(task: Task) -> tuple[tuple[Any, str], ...] | None:

@@ -8,7 +8,7 @@ See also: :mod:`dask_gpurt.shuffle.run`, the part that arrays share.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 

@@ -7,7 +7,7 @@ See also: :mod:`dask_gpurt.shuffle.run`, the part that data frames share.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 

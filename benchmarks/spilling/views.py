@@ -147,6 +147,11 @@ class _KnownTask:
     run_spec: object = "made"
 
     @property
+    def waiting_on(self) -> list[_KnownTask]:
+        """Dependencies that have yet to run."""
+        return [task for task in self.dependencies if task.state in _TO_RUN]
+
+    @property
     def waiters(self) -> list[_KnownTask]:
         """Dependents that have yet to run."""
         return [task for task in self.dependents if task.state in _TO_RUN]

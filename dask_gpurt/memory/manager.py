@@ -250,12 +250,12 @@ class WorkerHorizon:
         return seams.about_to_start(self._worker, self._leaving | {self._ended})
 
     def tell(
-        self, words: Iterable[tuple[Hashable, Sequence[Any] | None, bool, Sequence[Sequence[Any]] | None]]
+        self, words: Iterable[tuple[Hashable, Sequence[Any] | None, bool, Sequence[Sequence[Any]] | None, int]]
     ) -> None:
         """Take note of what the scheduler says: keys, and for each what a :class:`Word` has."""
-        for key, priority, wanted, users in words:
+        for key, priority, wanted, users, behind in words:
             there = None if users is None else tuple((user, address) for user, address in users)
-            self._words[key] = Word(None if priority is None else tuple(priority), wanted, there)
+            self._words[key] = Word(None if priority is None else tuple(priority), wanted, there, behind)
 
     def serve(self, keys: Iterable[Hashable], address: str) -> None:
         """Take note that a peer has got ``keys``."""

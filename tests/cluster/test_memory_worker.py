@@ -283,7 +283,7 @@ async def test_a_peer_that_was_told_to_come_back_later_was_not_served() -> None:
         future = client.submit(np.full, 50_000, 1)
         await wait(future)
         peer = "tcp://127.0.0.1:1"
-        manager._horizon.tell([(future.key, None, False, [("user", peer)])])
+        manager._horizon.tell([(future.key, None, False, [("user", peer)], 0)])
         limit = worker.transfer_outgoing_count_limit
         worker.transfer_outgoing_count_limit = 0
         assert await get_data_from_worker(worker.rpc, [future.key], worker.address, who=peer) == {"status": "busy"}

@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dask_gpurt.plugins.foresight import AHEAD, USERS_MAX, Foresight, Word
+from dask_gpurt.plugins.foresight import AHEAD, LENGTHS, LINKS_MAX, USERS_MAX, Foresight, Word
 
 #: States of a task that needs its inputs.
 TO_RUN = ("waiting", "queued", "no-worker", "processing")
@@ -27,6 +27,10 @@ class Task:
     who_wants: set[str] | None = None
     processing_on: Worker | None = None
     run_spec: object = "made"
+
+    @property
+    def waiting_on(self) -> list[Task]:
+        return [dependency for dependency in self.dependencies if dependency.state in TO_RUN]
 
     @property
     def waiters(self) -> list[Task]:
@@ -128,7 +132,8 @@ def test_who_watches_knows_what_the_graph_says(tasks: list[Task], data: st.DataO
     assert foresight.watched == bool(watching)
     assert not foresight.pending
     for worker in watching:
-        heard = listener.heard.get(worker.address, {})
+        # How long a chain is, is said now and then, and of any of the chains.
+        heard = {key: word._replace(behind=0) for key, word in listener.heard.get(worker.address, {}).items()}
         assert {task.key: heard.get(task.key) for task in worker.has_what} == {
             task.key: truth(task) for task in worker.has_what
         }
@@ -154,6 +159,31 @@ def test_what_goes_to_another_worker_is_no_use_here() -> None:
     near.processing_on = None
     foresight.transition(near, "waiting")
     assert dict(foresight.words()) == {"holder": [Word("source", (0, 1, 1), False)]}
+
+
+def test_who_waits_for_a_chain_is_told_about_how_long_that_is() -> None:
+    source, user = Task("source", (0, 1, 0), "memory"), Task("user", (0, 1, 99), "waiting")
+    chain = [Task(f"link-{number}", (0, 1, 1 + number), "waiting") for number in range(LINKS_MAX + 5)]
+    for first, then in itertools.pairwise([*chain, user]):
+        then.dependencies.append(first)
+        first.dependents.append(then)
+    user.dependencies.append(source)
+    source.dependents.append(user)
+    holder = Worker("holder")
+    holder.take(source)
+    foresight = Foresight()
+    foresight.watch(holder)
+    heard = []
+    while True:
+        heard += [word.behind for words in dict(foresight.words()).values() for word in words]
+        if not chain:
+            break
+        # Nothing of what the source is needed for changes.
+        link = chain.pop(0)
+        link.state = "memory"
+        foresight.transition(link, "memory")
+    assert heard == [*reversed(LENGTHS), 0]
+    assert not foresight._chained
 
 
 def test_the_last_tasks_are_named_to_who_holds_their_input_and_to_who_will() -> None:

@@ -15,7 +15,7 @@ from distributed.worker_state_machine import (
     WorkerState,
 )
 
-from dask_gpurt.memory.horizon import DYING, FAR, IDLE, OVERDUE, RECENT, SERVED, Kind, Use
+from dask_gpurt.memory.horizon import DYING, FAR, IDLE, LINK, OVERDUE, RECENT, SERVED, Kind, Use
 from dask_gpurt.memory.manager import RECENT_PER_THREAD, WorkerHorizon
 from dask_gpurt.memory.policy import OPERATION_NBYTES, SMALL_NBYTES, Candidate, order
 
@@ -83,7 +83,7 @@ def test_what_the_last_user_has_used_is_dying_before_its_deletion_is_ordered() -
     site.compute("input")
     site.end("input")
     site.compute("user", "input")
-    site.horizon.tell([("input", None, False, [("user", site.state.address)])])
+    site.horizon.tell([("input", None, False, [("user", site.state.address)], 0)])
     assert site.use("input").kind is Kind.RUNNING
     site.horizon.note("user")
     assert site.use("input") == DYING, "its result is being put"
@@ -92,7 +92,7 @@ def test_what_the_last_user_has_used_is_dying_before_its_deletion_is_ordered() -
     # Another graph comes: first its task, then the word.
     site.compute("another", "input")
     assert site.use("input").kind is Kind.RUNNING
-    site.horizon.tell([("input", None, True, None)])
+    site.horizon.tell([("input", None, True, None, 0)])
     site.end("another")
     assert site.use("input") == IDLE
 
@@ -101,14 +101,14 @@ def test_what_goes_to_a_peer_has_time_once_that_was_served() -> None:
     site = Site()
     site.compute("input")
     site.end("input")
-    site.horizon.tell([("input", None, False, [("user", "tcp://127.0.0.1:2")])])
+    site.horizon.tell([("input", None, False, [("user", "tcp://127.0.0.1:2")], 0)])
     assert site.use("input") == RECENT
     site.horizon.serve(["input"], "tcp://127.0.0.1:3")
     assert site.use("input") == RECENT
     site.horizon.serve(["input"], "tcp://127.0.0.1:2")
     assert site.use("input") == SERVED
     # The task is stolen while the input is on its way: the peer throws that away, and the thief asks here.
-    site.horizon.tell([("input", None, False, [("user", "tcp://127.0.0.1:4")])])
+    site.horizon.tell([("input", None, False, [("user", "tcp://127.0.0.1:4")], 0)])
     assert site.use("input") == RECENT
     # It is deleted, and made again for somebody else.
     site.horizon.drop("input")
@@ -121,7 +121,7 @@ def test_what_was_used_here_and_served_is_not_dying() -> None:
     site.compute("input")
     site.end("input")
     site.compute("user", "input")
-    site.horizon.tell([("input", None, False, [("user", site.state.address), ("other", "tcp://127.0.0.1:2")])])
+    site.horizon.tell([("input", None, False, [("user", site.state.address), ("other", "tcp://127.0.0.1:2")], 0)])
     site.end("user")
     assert site.use("input") == RECENT
     site.horizon.serve(["input"], "tcp://127.0.0.1:2")
@@ -134,7 +134,7 @@ def test_a_user_that_was_taken_away_has_used_nothing() -> None:
     site.end("input")
     site.compute("other")
     site.compute("user", "input")
-    site.horizon.tell([("input", None, False, [("user", site.state.address)])])
+    site.horizon.tell([("input", None, False, [("user", site.state.address)], 0)])
     site.state.handle_stimulus(FreeKeysEvent(keys=["user"], stimulus_id="stolen"))
     assert site.use("input") == RECENT
 
@@ -144,7 +144,7 @@ def test_a_task_that_is_given_again_needs_its_inputs_again() -> None:
     site.compute("input")
     site.end("input")
     site.compute("user", "input", run_id=1)
-    site.horizon.tell([("input", None, False, [("user", site.state.address)])])
+    site.horizon.tell([("input", None, False, [("user", site.state.address)], 0)])
     site.end("user")
     assert site.use("input") == DYING
     # Its result is lost with something else that it was made of.
@@ -189,7 +189,7 @@ def test_what_came_while_the_scheduler_had_other_things_to_say_is_recent() -> No
         site.compute(f"key-{number}")
         site.end(f"key-{number}")
     assert site.use("key-0") == IDLE
-    site.horizon.tell([("key-1", None, True, None)])
+    site.horizon.tell([("key-1", None, True, None, 0)])
     assert site.use("key-0") == RECENT
     assert site.use("key-1") == IDLE
 
@@ -202,11 +202,13 @@ def test_who_is_overdue_is_not_taken_for_the_next_one() -> None:
         )
     site.end("key-0")
     # What runs now has rank 11.
-    site.horizon.tell([("key-0", (0, 1, 5), False, None)])
+    site.horizon.tell([("key-0", (0, 1, 5), False, None, 0)])
     assert site.use("key-0").distance == OVERDUE
-    site.horizon.tell([("key-0", (0, 1, 14), False, None)])
+    site.horizon.tell([("key-0", (0, 1, 5), False, None, 6)])
+    assert site.use("key-0").distance == 6 * LINK
+    site.horizon.tell([("key-0", (0, 1, 14), False, None, 6)])
     assert site.use("key-0").distance == 3
-    site.horizon.tell([("key-0", (0, 2, 0), False, None)])
+    site.horizon.tell([("key-0", (0, 2, 0), False, None, 0)])
     assert site.use("key-0").distance == FAR
 
 
