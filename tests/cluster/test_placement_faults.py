@@ -450,6 +450,7 @@ def test_a_task_that_has_seceded_holds_up_no_planned_one() -> None:
         tasks = built.scheduler.tasks
         await built.until(lambda: tasks and all(tasks["leaf", i].state != "queued" for i in range(1, N_LEAVES)))
         # The first is still on the one thread of its worker's pool, where others of its family ran after it.
+        await built.until(lambda: any(ws.long_running for ws in built.scheduler.workers.values()))
         (ws,) = [ws for ws in built.scheduler.workers.values() if ws.long_running]
         await built.until(lambda: set(ws.processing) == set(ws.long_running))
         (task,) = built.placement.explain([("leaf", 1)])
