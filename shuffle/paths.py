@@ -7,7 +7,7 @@ Does not cover: a path that fails, which is not used again (:mod:`dask_gpurt.shu
 Theory of operation
     One path is in use, the other at rest. A message of :data:`~dask_gpurt.topology.LARGE_NBYTES` or more is a *trial* of
     the one at rest when enough messages went by since the last one, and only where that can pay: where the path at
-    rest at its :data:`BEST` would be quicker than the one in use is found to be. UCX over shared memory is so quick that
+    rest at its :data:`BEST` would be quicker than the one in use is found to be. UCX within a host is so quick that
     Dask's comms are never tried.
 
     The paths change places when the one at rest is quicker by :data:`MARGIN` for a message of the present size; one

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from packaging.version import Version
 
 from dask_gpurt import seams
-from dask_gpurt.doctor.facts import Facts, Folder, Measure, Memory, Missing
+from dask_gpurt.doctor.facts import Facts, Folder, Measure, Missing
 from dask_gpurt.memory.rescue import in_words
 from dask_gpurt.plugins.parts import LEFT_OUT
 
@@ -31,9 +31,6 @@ Level = Literal["ok", "note", "warning", "broken"]
 LEVELS: tuple[Level, ...] = ("ok", "note", "warning", "broken")
 
 GIB = 2**30
-#: Shared memory that UCX needs between the workers of a machine. What containers have if nobody asks is 64 MiB.
-SHARED_NBYTES_MIN = GIB
-SHARED = "/dev/shm"  # noqa: S108  where it is on Linux
 #: Less is soon full.
 FREE_NBYTES_MIN = 10 * GIB
 #: A worker has a connection or two to each other one, and files of its own.
@@ -440,22 +437,10 @@ def _one_machine(facts: Facts, transports: Mapping[str, object]) -> Iterator[Fin
             f"whether processes may read each other's memory is not known: {facts.readable_by_others.reason}",
         )
     elif not facts.readable_by_others:
-        text = "processes may not read each other's memory (CMA): what goes between them is copied twice"
+        text = "processes may not read each other's memory (CMA): what goes between them goes by TCP"
         yield Finding("note", "UCX", text, remedy)
     elif "cma" not in transports:
-        yield Finding(
-            "note", "UCX", "UCX does not use CMA: what goes between the processes of a machine is copied twice"
-        )
-    memory = facts.memory
-    if isinstance(memory, Memory):
-        if isinstance(memory.shared_nbytes, Missing) or isinstance(memory.shared_free_nbytes, Missing):
-            yield Finding("warning", "UCX", f"no shared memory in {SHARED}", "mount -t tmpfs tmpfs /dev/shm")
-        elif memory.shared_free_nbytes < SHARED_NBYTES_MIN:
-            text = f"{SHARED} has {in_words(memory.shared_free_nbytes)} left, which processes of one machine soon fill"
-            remedy = "docker run --shm-size=8g … (Kubernetes: an emptyDir of medium Memory at /dev/shm)"
-            yield Finding("warning", "UCX", text, remedy)
-        else:
-            yield Finding("ok", "UCX", f"{SHARED} has {in_words(memory.shared_nbytes)}")
+        yield Finding("note", "UCX", "UCX does not use CMA: what goes between the processes of a machine goes by TCP")
 
 
 def _spilling(facts: Facts, settings: Settings) -> Iterator[Finding]:

@@ -106,9 +106,6 @@ class Memory:
     total_nbytes: int
     #: What a control group leaves of it, or all.
     limit_nbytes: int
-    #: Of ``/dev/shm``.
-    shared_nbytes: int | Missing
-    shared_free_nbytes: int | Missing
     #: Limit of memory that a process may lock; None: there is none.
     lockable_nbytes: int | None
     #: What the kernel does about huge pages: always, madvise or never.

@@ -144,13 +144,10 @@ def _parts(role: Role, settings: Settings, server: Any) -> tuple[bool, dict[str,
 def _memory() -> Memory:
     from distributed.system import MEMORY_LIMIT
 
-    shared = attempt(lambda: shutil.disk_usage("/dev/shm"))  # noqa: S108  that is where shared memory is on Linux
     lockable = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     return Memory(
         total_nbytes=psutil.virtual_memory().total,
         limit_nbytes=int(MEMORY_LIMIT),
-        shared_nbytes=shared if isinstance(shared, Missing) else shared.total,
-        shared_free_nbytes=shared if isinstance(shared, Missing) else shared.free,
         lockable_nbytes=None if lockable == resource.RLIM_INFINITY else lockable,
         huge_pages=attempt(_huge_pages),
     )

@@ -19,7 +19,7 @@ A delivery, from both sides
 
 Theory of operation
     UCX is used from one thread, which sleeps in ``poll`` until UCX or the event loop has something for it. Copies, which
-    with shared memory and TCP are this process's own work, are done there without the GIL; on the event loop they would
+    within a host and with TCP are this process's own work, are done there without the GIL; on the event loop they would
     hold up everything else for as long as they take.
 """
 

@@ -48,8 +48,6 @@ GOOD = Facts(
     memory=Memory(
         total_nbytes=64 * GIB,
         limit_nbytes=64 * GIB,
-        shared_nbytes=32 * GIB,
-        shared_free_nbytes=32 * GIB,
         lockable_nbytes=2**23,
         huge_pages="madvise",
     ),
@@ -131,8 +129,6 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
     (memory(limit_nbytes=GIB), "warning", "killed before it spills", f"--memory-limit {GIB}"),
     (memory(huge_pages="never"), "note", "no huge pages", "transparent_hugepage"),
     (memory(huge_pages=Missing("no such file")), "note", "no such file", ""),
-    (memory(shared_free_nbytes=2**26), "warning", "64.00 MiB", "--shm-size"),
-    (memory(shared_nbytes=Missing("not mounted")), "warning", "no shared memory", "mount"),
     ({"memory": Missing("no /proc")}, "note", "no /proc", ""),
     ({"rdma": ("mlx5_0",)}, "warning", "8.00 MiB of memory can be locked", "ulimit -l unlimited"),
     ({"rdma": ("mlx5_0",)}, "warning", "UCX does not use mlx5_0", ""),
