@@ -1048,8 +1048,19 @@ async def shuffle_run(worker: Any, shuffle_id: str, run_id: int) -> Any:
     ------
     P2PConsistencyError
         If it is not the active run of this shuffle.
+    CommClosedError
+        If the worker is closing, and cannot ask the scheduler for it any more.
     """
-    return await worker.extensions["shuffle"].shuffle_runs.get_with_run_id(shuffle_id=shuffle_id, run_id=run_id)
+    from distributed.comm.core import CommClosedError
+    from distributed.core import Status
+
+    try:
+        return await worker.extensions["shuffle"].shuffle_runs.get_with_run_id(shuffle_id=shuffle_id, run_id=run_id)
+    except RuntimeError as error:
+        # A pool that is closed says so by this type, as those do that have nothing to do with it.
+        if worker.rpc.status is Status.running:
+            raise
+        raise CommClosedError(f"{worker.address} is closing") from error
 
 
 def worker_encrypts(worker: Any) -> bool:

@@ -634,6 +634,12 @@ class Placement:
             if missing and coming:
                 missing -= sum(policy.share_nbytes(d, nworkers) for d in inputs if d in coming)
             candidates.append(Candidate(ws, missing, self._wait_s(ws), prices.move_s(ws.address, missing, at)))
+        if self._waiting and policy.alike(candidates):
+            # What is planned there comes later than this task, and by this task later still.
+            candidates = [
+                Candidate(ws, missing, wait_s + self._queues.backlog(ws) * policy.UNKNOWN_S / ws.nthreads, move_s)
+                for ws, (_, missing, wait_s, move_s) in zip(workers, candidates, strict=True)
+            ]
         choice = policy.choose(candidates)
         if consumer is not None:
             if len(self._siblings) >= SIBLINGS:

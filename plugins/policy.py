@@ -1,6 +1,6 @@
 """Where a task goes whose inputs are in memory, and whether a planned worker is worth what it misses.
 
-Covers: :func:`holdings`, :func:`best_holders`, :func:`with_room`, :func:`choose`, :func:`accepts`.
+Covers: :func:`holdings`, :func:`best_holders`, :func:`with_room`, :func:`alike`, :func:`choose`, :func:`accepts`.
 Does not cover: roots; see :mod:`dask_gpurt.plugins.families`. Restrictions, actors: those decisions stay Dask's.
 
 Theory of operation
@@ -17,6 +17,9 @@ there are workers, a task counts its part alone: it stays with a block of its ow
 
 *Room*: among several workers that hold inputs, one that is short of memory is passed over. What it would gain on the network it
 would lose on its disk.
+
+*Roots to come*: where it is all the same, the worker is taken for which the fewest planned tasks wait: what it is given now delays
+them. In a scan or a tree of small results, it is those roots that the others wait for in the end.
 
 Only workers that hold an input are looked at, and of inputs with many replicas only if there is nothing else to go by:
 a broadcast that is everywhere says nothing, and walking all its holders is what makes a scheduler slow.
@@ -39,6 +42,7 @@ __all__ = [
     "STAY_PUT",
     "UNKNOWN_S",
     "accepts",
+    "alike",
     "best_holders",
     "choose",
     "holdings",
@@ -68,6 +72,8 @@ MOVE_LATENCY_S = 0.05
 #: What a task of unknown duration adds to a wait. Little: moving inputs for a wait that nobody has seen yet is what
 #: takes apart the first tasks of each kind, and with them all that follows. Long tasks soon become known.
 UNKNOWN_S = 0.001
+#: A move that takes no longer is not worth a thought: a tenth of the shortest task.
+NOTHING_S = UNKNOWN_S / 10
 #: How much later a planned task may start than where its inputs are, each: a plan is not left for next to nothing.
 SLACK_S = 0.01
 
@@ -169,6 +175,19 @@ def choose(candidates: Sequence[Candidate]) -> Choice:
 
     best = min(candidates, key=cost_s)
     return Choice(best.worker, "most-bytes" if best.missing_nbytes == fewest else "earlier-elsewhere")
+
+
+def alike(candidates: Sequence[Candidate]) -> bool:
+    """Say whether it is all the same to the task itself where it runs: everywhere as much is missing, and next to nothing.
+
+    Examples
+    --------
+    >>> here, there = Candidate("here", 1000, 0.0, 1e-6), Candidate("there", 1000, 0.0, 1e-6)
+    >>> alike([here, there]), alike([here, there._replace(missing_nbytes=0)]), alike([here, there._replace(move_s=0.01)])
+    (True, False, False)
+    """
+    missing = candidates[0].missing_nbytes
+    return all(c.missing_nbytes == missing and c.move_s <= NOTHING_S for c in candidates)
 
 
 def prices_s(candidates: Sequence[Candidate]) -> list[float]:

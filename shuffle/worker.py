@@ -7,6 +7,7 @@ See also: :mod:`dask_gpurt.shuffle.scheduler`, where it is decided which data pl
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -21,6 +22,7 @@ from dask_gpurt.config import ShuffleSettings
 from dask_gpurt.handlers import weak
 from dask_gpurt.memory.blocks import BlockPool
 from dask_gpurt.memory.store import BufferStore, DictBufferStore
+from dask_gpurt.seams import ShuffleClosedError
 from dask_gpurt.secret import Secret
 from dask_gpurt.shuffle import hashing
 from dask_gpurt.shuffle.account import Account
@@ -167,7 +169,9 @@ class ShuffleWorker:
         self.store = DictBufferStore()
         self.device_store = DictBufferStore()
         for run in list(self._runs.values()):
-            await run.move()
+            # One that is closed meanwhile gives its data to nobody.
+            with contextlib.suppress(ShuffleClosedError):
+                await run.move()
         self._stopped = True
         if not self._runs:
             await self._leave()

@@ -19,6 +19,7 @@ from distributed import Client, Event, LocalCluster, Worker
 
 from dask_gpurt.config import ShuffleSettings
 from dask_gpurt.memory.store import DictBufferStore
+from dask_gpurt.seams import ShuffleClosedError
 from dask_gpurt.shuffle import merging
 from dask_gpurt.shuffle.dataframe import FrameRun
 from dask_gpurt.shuffle.merging import inner_merge
@@ -519,6 +520,54 @@ def test_stop_leaves_no_trace() -> None:
             data = frame()
             pd.testing.assert_frame_equal((await cluster.client.compute(shuffled(data))).sort_index(), data)
             assert all(cluster.part(worker).runs == 0 for worker in cluster.workers)
+
+    run(main)
+
+
+def test_stop_ends_though_a_run_is_closed_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with parts() as cluster:
+            data, begun, stopped = frame(), asyncio.Event(), asyncio.Event()
+            begin, close = FrameRun.__init__, Shelves.close
+
+            def note(self: FrameRun, *args: Any, **kwargs: Any) -> None:
+                begin(self, *args, **kwargs)
+                begun.set()
+
+            async def move(self: Shelves, *_: Any) -> None:
+                # A worker that closes ends its runs, and then us, while what they do last is in a thread.
+                await closed.offload(id, self)
+
+            async def close_late(self: Shelves) -> None:
+                await stopped.wait()
+                await close(self)
+
+            def hold(part: pd.DataFrame) -> pd.DataFrame:
+                if len(part) and part.index[0]:
+                    assert Event("closed-go-on").wait(30)
+                return part
+
+            monkeypatch.setattr(FrameRun, "__init__", note)
+            source = dd.from_pandas(data, npartitions=4, sort=False).map_partitions(hold, meta=data.iloc[:0])
+            future = cluster.client.compute(source.shuffle("key", npartitions=4, shuffle_method="p2p"))
+            await begun.wait()
+            closed = cluster.runs()[0]
+            monkeypatch.setattr(Shelves, "move", move)
+            monkeypatch.setattr(Shelves, "close", close_late)
+            closing = asyncio.create_task(closed.close())
+            await asyncio.sleep(0)
+            with pytest.raises(ShuffleClosedError):
+                await closed.move()
+            for part in cluster.equipped:
+                await part.stop()
+            assert closed in cluster.runs()
+            stopped.set()
+            await Event("closed-go-on").set()
+            await future.cancel()
+            await closing
+            for run in cluster.runs():
+                await asyncio.wait_for(run._closed_event.wait(), 10)
+            assert all("gpurt_shuffle_take" not in worker.handlers for worker in cluster.workers)
 
     run(main)
 

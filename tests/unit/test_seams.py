@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import dataclasses
 import pathlib
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from distributed import Scheduler, Worker
+from distributed.comm.core import CommClosedError
+from distributed.core import ConnectionPool
 
 import dask_gpurt
 from dask_gpurt import seams
@@ -141,3 +145,35 @@ def test_a_library_that_dask_does_not_find_is_named(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "pandas", None)
     assert seams.lacking("shuffle", "worker") == ["pandas"]
     assert Parts("worker", object(), Settings.load({})).refusal("shuffle") == "not installed: pandas"
+
+
+def test_a_worker_that_closes_is_as_good_as_gone_to_those_who_send_it_shards() -> None:
+    async def main() -> None:
+        pool = ConnectionPool()
+        await pool.start()
+
+        class Runs:
+            async def get_with_run_id(self, **_: Any) -> None:
+                # It asks the scheduler what that is for a run.
+                await pool.connect("tcp://127.0.0.1:1")
+
+        worker = SimpleNamespace(
+            address="tcp://127.0.0.1:2", rpc=pool, extensions={"shuffle": SimpleNamespace(shuffle_runs=Runs())}
+        )
+        await pool.close()
+        with pytest.raises(CommClosedError, match="is closing") as caught:
+            await seams.shuffle_run(worker, "a", 1)
+        assert isinstance(caught.value.__cause__, RuntimeError)
+
+        class Others:
+            async def get_with_run_id(self, **_: Any) -> None:
+                raise seams.P2PConsistencyError("another run")
+
+        worker.rpc = ConnectionPool()
+        await worker.rpc.start()
+        worker.extensions["shuffle"].shuffle_runs = Others()
+        with pytest.raises(seams.P2PConsistencyError, match="another run"):
+            await seams.shuffle_run(worker, "a", 1)
+        await worker.rpc.close()
+
+    asyncio.run(main())
