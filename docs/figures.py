@@ -123,10 +123,11 @@ _METRICS = {
     "peak": "peak memory",
     "between-nodes": "bytes between nodes",
     "longest_tick_s": "longest tick of the event loop",
+    "longest_working_tick_s": "the same, collections of garbage left out",
     "gb_per_s": "rate",
     "us_per_task": "time of a task",
 }
-_PEERS = {"default": "stock", "lru": "stock's store"}
+_PEERS = {"default": "stock", "lru": "stock's store", "idle": "a process with nothing to do"}
 
 
 _NO_GPU = (

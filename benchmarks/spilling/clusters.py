@@ -8,7 +8,9 @@ of what the job holds at its peak. The worker's limit lies above it by what the 
 tasks, so that neither side is paused, or spills for the sake of what is no data.
 
 Beside each worker's own work a coroutine sleeps for a moment, again and again; by how much it wakes late is how long
-something else kept the event loop, or the interpreter.
+something else kept the event loop, or the interpreter, or the processors. Full collections of Python's garbage, which take some 80 ms
+of a worker and come a few times a minute at most, wherever the job is then, are told apart. A process that does nothing else
+sleeps in the same way meanwhile: what it wakes late is the machine's doing.
 
 Covers: :class:`Limited`, :func:`beside_stock`, :func:`with_room`.
 Does not cover: the jobs (:mod:`benchmarks.spilling.workloads`).
@@ -17,11 +19,15 @@ Does not cover: the jobs (:mod:`benchmarks.spilling.workloads`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
+import gc
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
 from typing import Any
 
 import dask
@@ -38,6 +44,8 @@ __all__ = ["Limited", "Run", "beside_stock", "has_spilled", "with_room"]
 #: What a worker's process takes beside its data: code, temporaries, memory that the allocator keeps.
 PROCESS_NBYTES = 768 * 2**20
 
+#: Of Python's garbage collector. The last one is everything.
+GENERATIONS = len(gc.get_threshold())
 #: How long the watch of the event loop sleeps.
 SLEEP_S = 0.002
 
@@ -99,32 +107,87 @@ class Run:
     """What a run cost."""
 
     wall_s: float
-    #: The longest time that the event loop of a worker did not look.
+    #: The longest time that the event loop of a worker did not look, and the same without those in which all garbage was collected.
     tick_s: float
+    working_tick_s: float
+    #: The longest time that a process did not look which had nothing else to do.
+    idle_tick_s: float
+
+
+async def _ticks() -> AsyncIterator[float]:
+    """Sleep again and again; yield by how much it was too long."""
+    while True:
+        before = time.perf_counter()
+        await asyncio.sleep(SLEEP_S)
+        yield time.perf_counter() - before - SLEEP_S
 
 
 class _Watch(WorkerPlugin):
     name = _WATCH
 
     async def setup(self, worker: Worker) -> None:  # noqa: ARG002
-        self.longest_s = 0.0
+        self.longest_s = self.longest_working_s = 0.0
+        self._collections = 0
+        gc.callbacks.append(self._collects)
         self._task = asyncio.create_task(self._watch())
 
     def teardown(self, worker: Worker) -> None:  # noqa: ARG002
         self._task.cancel()
+        gc.callbacks.remove(self._collects)
+
+    def _collects(self, phase: str, info: dict[str, int]) -> None:  # noqa: ARG002
+        self._collections += info["generation"] == GENERATIONS - 1
 
     async def _watch(self) -> None:
-        while True:
-            before = time.perf_counter()
-            await asyncio.sleep(SLEEP_S)
-            self.longest_s = max(self.longest_s, time.perf_counter() - before - SLEEP_S)
+        before = self._collections
+        async for late_s in _ticks():
+            self.longest_s = max(self.longest_s, late_s)
+            if self._collections == before:
+                self.longest_working_s = max(self.longest_working_s, late_s)
+            before = self._collections
 
 
-def _take_longest(dask_worker: Worker) -> float:
+def _take_longest(dask_worker: Worker) -> tuple[float, float]:
     watch: Any = dask_worker.plugins[_WATCH]
-    longest_s: float = watch.longest_s
-    watch.longest_s = 0.0
+    longest_s: tuple[float, float] = watch.longest_s, watch.longest_working_s
+    watch.longest_s = watch.longest_working_s = 0.0
     return longest_s
+
+
+async def _idle(told: Connection) -> None:
+    longest_s = 0.0
+    told.send(longest_s)
+    async for late_s in _ticks():
+        longest_s = max(longest_s, late_s)
+        if told.poll():
+            told.send(longest_s)
+            return
+
+
+def _be_idle(told: Connection) -> None:
+    asyncio.run(_idle(told))
+
+
+@contextlib.contextmanager
+def _idle_process() -> Iterator[Callable[[], float]]:
+    """Have a process that does nothing; what is yielded ends it, and returns its longest tick."""
+    here, there = Pipe()
+    process = get_context("spawn").Process(target=_be_idle, args=(there,), daemon=True)
+    process.start()
+    there.close()
+    here.recv()
+
+    def end() -> float:
+        here.send(None)
+        longest_s: float = here.recv()
+        return longest_s
+
+    try:
+        yield end
+    finally:
+        process.kill()
+        process.join()
+        here.close()
 
 
 def beside_stock(names: Iterable[str], limited: Limited, pairs: int) -> Iterator[tuple[str, list[Run], list[Run]]]:
@@ -182,16 +245,17 @@ def with_room(names: Iterable[str], limited: Limited, rounds: int) -> dict[str, 
 
 
 def _run(client: Client, job: Callable[..., tuple[Any, list[Any]]], scale: int) -> tuple[Run, list[Any], bool]:
-    with dropping(client), client.as_current():
+    with dropping(client), client.as_current(), _idle_process() as end:
         client.run(_take_longest)
         started = time.perf_counter()
         # Blocks of as many megabytes as the scale says.
         held, answers = job(client, scale=4 * scale, blocks=BLOCKS // 4)
         wall_s = time.perf_counter() - started
-        tick_s = max(client.run(_take_longest).values())
+        ticks = client.run(_take_longest).values()
+        idle_tick_s = end()
         spilled = any(client.run(has_spilled).values())
         del held
-    return Run(wall_s, tick_s), answers, spilled
+    return Run(wall_s, max(tick for tick, _ in ticks), max(tick for _, tick in ticks), idle_tick_s), answers, spilled
 
 
 def has_spilled(dask_worker: Worker) -> bool:
