@@ -609,12 +609,12 @@ def is_to_run(worker: Any, key: Any) -> bool:
     return task is not None and task.state in ("ready", "constrained", "waiting")
 
 
-def next_tasks(worker: Any, count: int) -> list[Any]:
-    """Return the tasks that the worker starts next, as far as it knows, in order; if all wait for inputs, the first of these alone."""
+def next_task(worker: Any) -> Any:
+    """Return the task that the worker starts next, as far as it knows, or None: of those that wait for inputs, if all do."""
     state = worker.state
     if state.ready:
-        return list(state.ready.peekn(count))
-    return [min(state.waiting, key=rank)] if state.waiting else []
+        return state.ready.peek()
+    return min(state.waiting, key=rank, default=None)
 
 
 def ahead(worker: Any) -> tuple[Any, list[Any], int]:

@@ -36,7 +36,6 @@ from benchmarks.spilling.trace import Delete, End, Key, Put, Seen, Serve, Start,
 from benchmarks.spilling.views import View
 from dask_gpurt.memory import events as ev
 from dask_gpurt.memory.ledger import Ledger, Reservation, Tier
-from dask_gpurt.memory.policy import to_fetch
 from dask_gpurt.memory.spiller import Spiller
 
 __all__ = ["Moved", "replay_lru", "replay_oracle", "replay_ours"]
@@ -71,7 +70,6 @@ class _OurStore:
         self._spiller = Spiller(self._ledger, view.horizon)
         self._buffers = itertools.count()
         self._running: dict[Key, tuple[Hashable, ...]] = {}
-        self._fetched: Hashable = None
         #: Bytes of copies that were taken back.
         self._given_back: dict[Key, int] = {}
         #: The task that has just ended and what it held: for the worker it runs until its result was put.
@@ -148,27 +146,15 @@ class _OurStore:
         """Look what comes next when a task has come; one that starts right away is too late for that."""
         if event.state == "waiting" or (event.state == "ready" and self._running):
             blocks = self._spiller.blocks
-            _, inputs = self._to_fetch()
-            absent = [blocks[key] for key in inputs if key in self._spiller.absent]
+            absent = [blocks[key] for key in self._view.next_inputs() if key in self._spiller.absent]
             lacking_nbytes = sum(max(block.nbytes, block.copy_nbytes) for block in absent)
             if self._ledger.used(Tier.HOST) + lacking_nbytes <= self.capacity_nbytes:
                 self._prefetch()
 
     def _prefetch(self) -> None:
-        task, inputs = self._to_fetch()
-        if inputs:
-            self._fetched = task
+        inputs = self._view.next_inputs()
+        if self._absent(inputs):
             self._unpin(self._ensure(inputs, forceable=False) or ())
-
-    def _to_fetch(self) -> tuple[Hashable, Sequence[Hashable]]:
-        """Return the task for which something is to be fetched ahead, and what it takes."""
-        tasks, absent = self._view.next_tasks(), self._spiller.absent
-        found = to_fetch(tasks, self._fetched, absent.__contains__, self._raised_nbytes, self.capacity_nbytes)
-        return found or (None, ())
-
-    def _raised_nbytes(self, key: Hashable) -> int:
-        block = self._spiller.blocks.get(key)
-        return 0 if block is None else max(block.nbytes, block.copy_nbytes)
 
     def _absent(self, keys: Sequence[Key]) -> int:
         return sum(key in self._spiller.absent for key in keys)

@@ -14,7 +14,6 @@ No I/O, no clock.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -24,7 +23,6 @@ from benchmarks.spilling.oracle import Oracle
 from benchmarks.spilling.trace import Delete, Event, Graph, Key, Known, Priority, Put, Seen, Serve, Start, Trace
 from dask_gpurt import seams
 from dask_gpurt.memory.manager import WATCH_FRACTION, WorkerHorizon
-from dask_gpurt.memory.policy import LOOK_AHEAD
 from dask_gpurt.plugins.foresight import Foresight, Word
 
 __all__ = ["ReplayedScheduler", "ReplayedWorker", "View"]
@@ -66,9 +64,6 @@ class _Ready:
 
     def peek(self) -> _Task:
         return min(self.tasks, key=_priority)
-
-    def peekn(self, count: int) -> list[_Task]:
-        return heapq.nsmallest(count, self.tasks, key=_priority)
 
 
 def _priority(task: _Task) -> Priority:
@@ -365,7 +360,7 @@ class View:
             self._known.drop(key)
         return due
 
-    def next_tasks(self) -> list[tuple[Key, list[Key]]]:
-        """Return the tasks that the worker will start next, and what each of them takes."""
-        tasks = seams.next_tasks(self._worker, LOOK_AHEAD)
-        return [(task.key, [each.key for each in task.dependencies]) for task in tasks]
+    def next_inputs(self) -> list[Key]:
+        """Return what the task takes that the worker will start next."""
+        task = seams.next_task(self._worker)
+        return [] if task is None else [dependency.key for dependency in task.dependencies]

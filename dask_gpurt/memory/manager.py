@@ -37,7 +37,6 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Collection, Container, Hashable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from math import inf
 from time import time
 from typing import Any
 
@@ -60,7 +59,6 @@ from dask_gpurt.memory.mapping import Ruined, RuinedForClient, TieredMapping, se
 from dask_gpurt.memory.mover import Mover
 from dask_gpurt.memory.objects import ObjectFolder
 from dask_gpurt.memory.packing import Packer
-from dask_gpurt.memory.policy import LOOK_AHEAD, to_fetch
 from dask_gpurt.memory.rmm import Rescuer, RmmResource
 from dask_gpurt.memory.shards import DeviceChunkName, DeviceShardStore, ShardStore
 from dask_gpurt.memory.spare import Offers
@@ -877,30 +875,21 @@ class MemoryManager:
         return seams.reschedule_event(key, f"gpurt-lost-input-{time()}")
 
     def _prefetch(self, *, making_room: bool) -> None:
-        """Begin to fetch the inputs of the next task that lacks any."""
-        if self._mapping is None:
+        """Begin to fetch the inputs of the task that comes next; one task ahead."""
+        task = None if self._mapping is None else seams.next_task(self._worker)
+        if task is None:
             return
-        movers = self._movers()
-        found = to_fetch(
-            ((task.key, seams.input_keys(self._worker, task)) for task in seams.next_tasks(self._worker, LOOK_AHEAD)),
-            self._prefetched_for,
-            lambda key: any(key in mover.absent for mover in movers),
-            lambda key: max((mover.raised_nbytes(key) for mover in movers if key in mover), default=0),
-            min((self.ledger.limit(mover.tier) or inf for mover in movers), default=inf),
-        )
-        if found is None:
-            return
-        task, inputs = found
         under_way = self._prefetching is not None and not self._prefetching.done()
-        if under_way and self._prefetched_for == task:
+        if under_way and self._prefetched_for == task.key:
             return
-        movers = [m for m in movers if any(k in m.absent for k in inputs)]
+        inputs = seams.input_keys(self._worker, task)
+        movers = [m for m in self._movers() if any(k in m.absent for k in inputs)]
         if movers and (making_room or all(mover.has_room_for(inputs) for mover in movers)):
             if under_way and self._prefetching is not None:
                 # That one comes later now. What is being read for it arrives all the same.
                 self._prefetching.cancel()
-            self._prefetched_for = task
-            self._prefetching = asyncio.create_task(_fetch(movers, inputs), name=f"gpurt-prefetch-{task!r}")
+            self._prefetched_for = task.key
+            self._prefetching = asyncio.create_task(_fetch(movers, inputs), name=f"gpurt-prefetch-{task.key!r}")
 
     # Peers
 
@@ -1087,7 +1076,7 @@ def _begin(objects: ObjectFolder) -> None:
         logger.warning("The OBJECT tier is not there yet: %s", error)
 
 
-async def _fetch(movers: list[Mover], names: Sequence[Hashable]) -> None:
+async def _fetch(movers: list[Mover], names: list[Hashable]) -> None:
     for mover in movers:
         try:
             mover.unpin(await mover.ensure(names, forceable=False))

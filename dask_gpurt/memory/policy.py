@@ -29,12 +29,7 @@ turn on the event loop. What is smaller than :data:`SMALL_NBYTES` goes after all
 Blocks that share a buffer form one :class:`Candidate`: only when all of them go, anything is freed. What is moved is not the buffer but
 the blocks, which may be less: slices that are left of a value that nobody needs any more. They come back one by one.
 
-*Fetching ahead* goes the other way: the inputs of the next task that lacks any are read while others run (:func:`to_fetch`). One task
-ahead is not enough where a large block is read for a task between many that take a millisecond. What is fetched takes the place of
-something else meanwhile, so it is for one task at a time; and where all that is needed until then would fill a third of the tier, for
-the very next one alone, or what goes for its sake is needed sooner.
-
-Covers: the order; what is fetched ahead.
+Covers: the order.
 Does not cover: how many of them go, and what may go at all; see :mod:`dask_gpurt.memory.spiller`.
 
 Pure: no I/O, no clock, no dask.
@@ -42,19 +37,16 @@ Pure: no I/O, no clock, no dask.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 
 from dask_gpurt.memory.horizon import Kind, Use
 
-__all__ = ["LOOK_AHEAD", "SMALL_NBYTES", "Candidate", "cost_per_byte", "order", "to_fetch"]
+__all__ = ["SMALL_NBYTES", "Candidate", "cost_per_byte", "order"]
 
 
 #: A page: what a file takes at least.
 SMALL_NBYTES = 4096
-#: Tasks that are looked at to fetch something ahead, and inputs of them.
-LOOK_AHEAD = 8
-INPUTS_MAX = 256
 
 #: What an operation costs beside its bytes: 0.3 ms were measured, in which a disk of 1.5 GB/s moves so much.
 OPERATION_NBYTES = 2**19
@@ -132,56 +124,3 @@ def order(candidates: Iterable[Candidate]) -> list[Candidate]:
     ['dying', 'late', 'soon']
     """
     return sorted((c for c in candidates if c.use.kind is not Kind.RUNNING), key=_key)
-
-
-def to_fetch(
-    tasks: Iterable[tuple[Hashable, Sequence[Hashable]]],
-    fetched: Hashable,
-    absent: Callable[[Hashable], bool],
-    nbytes_of: Callable[[Hashable], int],
-    limit_nbytes: float,
-) -> tuple[Hashable, Sequence[Hashable]] | None:
-    """Say for which of the next tasks to fetch ahead: the first one that lacks an input, if that is not too far; None: for none.
-
-    Parameters
-    ----------
-    tasks
-        Name and inputs of each, in the order in which they will run.
-    fetched
-        The task for which something was fetched ahead last. Before it runs, nothing is fetched for one that comes after it.
-    absent
-        Whether an input is not in memory.
-    nbytes_of
-        The size of an input.
-    limit_nbytes
-        What the tier may hold.
-
-    Examples
-    --------
-    >>> sizes = {"a": 10, "b": 1, "c": 10}
-    >>> tasks = [("x", ["a"]), ("y", ["b"]), ("z", ["c"])]
-    >>> to_fetch(tasks, None, {"c"}.__contains__, sizes.__getitem__, 100)
-    ('z', ['c'])
-    >>> to_fetch(tasks, "y", {"c"}.__contains__, sizes.__getitem__, 100) is None
-    True
-    >>> to_fetch(tasks, None, {"c"}.__contains__, sizes.__getitem__, 30) is None
-    True
-    >>> to_fetch(tasks, "x", {"a"}.__contains__, sizes.__getitem__, 10)
-    ('x', ['a'])
-    """
-    seen: set[Hashable] = set()
-    nbytes = 0
-    for position, (task, inputs) in enumerate(tasks):
-        lacking = False
-        for name in inputs:
-            lacking = lacking or absent(name)
-            if name not in seen:
-                seen.add(name)
-                nbytes += nbytes_of(name)
-        if position and (nbytes > limit_nbytes / 3 or len(seen) > INPUTS_MAX):
-            return None
-        if lacking:
-            return task, inputs
-        if task == fetched:
-            return None
-    return None

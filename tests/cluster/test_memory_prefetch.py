@@ -126,25 +126,6 @@ async def test_nothing_goes_for_a_task_that_has_come() -> None:
 
 
 @gen_test(timeout=60)
-async def test_what_a_later_task_takes_is_fetched_while_others_run() -> None:
-    async with site() as s:
-        value, other = s.absent[:2]
-        expected = s.values.index(value), s.values.index(other)
-        await s.make_room()
-        done = await s.busy("go")
-        # Two that take nothing come before it; what comes behind it has to wait.
-        small = [s.client.submit(abs, -number, priority=2) for number in (1, 2)]
-        results = [s.client.submit(first, each, priority=1 - number) for number, each in enumerate((value, other))]
-        await poll(lambda: not s.is_absent(value))
-        assert not done.done()
-        await poll(lambda: results[1].key in s.worker.state.tasks)
-        assert s.is_absent(other)
-        await Event("go", client=s.client).set()
-        assert await s.client.gather(small) == [1, 2]
-        assert tuple(await s.client.gather(results)) == expected
-
-
-@gen_test(timeout=60)
 async def test_local_inputs_are_fetched_while_a_task_waits_for_those_of_peers() -> None:
     async with site() as s:
         client: Any = s.client
