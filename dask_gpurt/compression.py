@@ -15,7 +15,7 @@ Theory of operation
     the last sample, at most 64 KiB from all over a message, and of the last message that was compressed.
 
     *Samples* are taken of links that are slower than :data:`FAST_BANDWIDTH`, and known by :data:`KNOWN_TRANSFERS`
-    transfers: above that no codec pays for data that is not next to empty, and shared memory is far above. (A peer on the
+    transfers: above that no codec pays for data that is not next to empty, and what is within a host is far above. (A peer on the
     same host is left alone however slow it seems to be: :mod:`dask_gpurt.shuffle.ways`.) They are taken of the first message of a kind, then of every :data:`SAMPLE_MESSAGES`-th, and only while all of them together
     take no more than :data:`SAMPLE_SHARE` of the time that the link was busy.
 

@@ -215,6 +215,8 @@ def test_a_peer_that_is_killed_while_data_moves(direction: str) -> None:
             await back(own, other)
             while own.describe()["quarantined_nbytes"]:  # noqa: ASYNC110  a thread's doing, which nobody reports
                 await asyncio.sleep(0.001)
+            await own.close()
+            assert own.describe()["quarantined_nbytes"] == 0
 
     run(main)
 
