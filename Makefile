@@ -9,6 +9,8 @@ FUZZ_MINUTES ?= 10
 SEEDS ?= 500
 # Minutes of each module of `make chaos`.
 CHAOS_MINUTES ?= 20
+# Anything: `make sim` and `make chaos` on Dask without dask-gpurt, to compare.
+STOCK ?=
 
 .PHONY: setup demo test check format bench fuzz sim chaos gpu-bench gpu-test clean
 
@@ -83,11 +85,11 @@ fuzz: setup
 
 # Faults on simulated processes: seeds 0 to SEEDS, about one a second and core.
 sim: setup
-	$(BIN)/python -m benchmarks.world --seeds $(SEEDS)
+	$(BIN)/python -m benchmarks.world --seeds $(SEEDS) $(if $(STOCK),--stock)
 
 # Faults on real processes, all cases, so many minutes a module at most.
 chaos: setup
-	$(BIN)/python tests/chaos.py --minutes $(CHAOS_MINUTES)
+	$(BIN)/python tests/chaos.py --minutes $(CHAOS_MINUTES) $(if $(STOCK),--stock)
 
 clean:
 	rm -rf $(VENV) $(GPU_VENV) build dist *.egg-info

@@ -20,14 +20,13 @@ from xml.etree import ElementTree as ET
 __all__ = ["main"]
 
 #: Those that can do it to stock Dask, too.
-STOCK = ("test_machine_faults", "test_network_faults", "test_shuffle_scale")
+STOCK = ("test_machine_faults", "test_network_faults", "test_shuffle_scale", "test_shuffle_kill")
 MODULES = (
     *STOCK,
     "test_memory_faults",
     "test_shuffle_loss",
     "test_transport_faults",
     "test_hygiene",
-    "test_shuffle_kill",
 )
 
 FOLDER = Path(__file__).parent / "cluster"

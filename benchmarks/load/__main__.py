@@ -128,7 +128,14 @@ def load(
                     raise BrokenRunError(str(answer))
             injector = Injector(cluster, client, WORKERS)
             schedule = _Schedule(plan(seed), fault_every_s)
-            desks = Desks(cluster.scheduler_address, clients, seed, size, lambda: _state(client))
+            desks = Desks(
+                cluster.scheduler_address,
+                clients,
+                seed,
+                size,
+                state=lambda: _state(client),
+                progress=lambda: client.run_on_scheduler(_transitions),
+            )
             report.ledger = desks.ledger
             try:
                 for end in _epochs(minutes * 60):
@@ -244,6 +251,10 @@ def _descendants() -> list[psutil.Process]:
 def _state(client: Client) -> str:
     calls = client.call_stack()
     return str({"processing": client.processing(), "calls": {w: list(tasks) for w, tasks in calls.items()}})
+
+
+def _transitions(dask_scheduler: Any) -> int:
+    return int(dask_scheduler.transition_counter)
 
 
 def _line(report: Report) -> str:

@@ -2,10 +2,10 @@
 
 A *desk* is a thread of the process of the scheduler and the client process that it hands jobs to. A job is a random program of
 :mod:`benchmarks.soak.jobs` that compares all that it computes; it depends on nothing but its seed and number. A job that ends in an error
-is given again, for Dask gives up what was on too many workers that died. One that does not end within :data:`JOB_LIMIT_S` hangs:
-its client is killed, and another one takes its place.
+is given again, for Dask gives up what was on too many workers that died. One that does not end while nothing happens on the scheduler for
+:data:`STILL_LIMIT_S`, or within :data:`JOB_LIMIT_S`, hangs: its client is killed, and another one takes its place.
 
-Covers: :class:`Job`, :class:`Outcome`, :class:`Desks`.
+Covers: :class:`Job`, :class:`Outcome`, :class:`Desks`, :func:`hangs`.
 Does not cover: faults; what outcomes are acceptable.
 """
 
@@ -31,10 +31,15 @@ from distributed import Client
 from benchmarks.soak.jobs import MismatchError, array_program, frame_program
 from benchmarks.soak.rounds import Load
 
-__all__ = ["JOB_LIMIT_S", "Desks", "Job", "Ledger", "Outcome", "run_job"]
+__all__ = ["JOB_LIMIT_S", "STILL_LIMIT_S", "Desks", "Job", "Ledger", "Outcome", "hangs", "run_job"]
 
-#: A job that takes longer hangs. With faults all the time it takes a minute at most on two busy cores.
-JOB_LIMIT_S = 300.0
+#: A job hangs if it does not end though for so long no task has changed its state; workers stand still for 20 s at most.
+STILL_LIMIT_S = 120.0
+#: It hangs if it takes longer, whatever happens. The largest have some 35,000 tasks, which take 100 s on two cores without faults, and others wait
+#: for them.
+JOB_LIMIT_S = 1200.0
+#: How often it is asked whether anything happens.
+LOOK_S = 10.0
 #: How often a job is given that ended in an error.
 ATTEMPTS = 3
 #: A client process has imported everything and is connected by then.
@@ -117,6 +122,33 @@ class Ledger:
     given_up: list[int] = field(default_factory=list)
 
 
+def hangs(
+    poll: Callable[[float], bool], progress: Callable[[], int], clock: Callable[[], float] = time.monotonic
+) -> str:
+    """Wait for a job; say why it hangs, or nothing when it has ended.
+
+    Parameters
+    ----------
+    poll
+        Waits so many seconds for the end; says whether it has come.
+    progress
+        Returns how often tasks have changed their state, ever.
+    clock
+        In seconds.
+    """
+    begun = moved = clock()
+    count = progress()
+    while not poll(LOOK_S):
+        now, found = clock(), progress()
+        if found != count:
+            count, moved = found, now
+        if now - moved > STILL_LIMIT_S:
+            return f"nothing has happened for {now - moved:.0f} s"
+        if now - begun > JOB_LIMIT_S:
+            return f"not done after {now - begun:.0f} s"
+    return ""
+
+
 class Desks:
     """Several clients at work.
 
@@ -130,14 +162,19 @@ class Desks:
         Of the jobs.
     state
         Says what the cluster is at, for a job that hangs.
+    progress
+        Returns how often tasks have changed their state, ever.
     """
 
-    def __init__(self, address: str, count: int, seed: int, load: Load, state: Callable[[], str]) -> None:
+    def __init__(
+        self, address: str, count: int, seed: int, load: Load, *, state: Callable[[], str], progress: Callable[[], int]
+    ) -> None:
         self.ledger = Ledger()
         self._address = address
         self._count = count
         self._jobs = (Job(seed, number, load) for number in itertools.count())
         self._state = state
+        self._progress = progress
         self._lock = threading.Lock()
         self._spawn = multiprocessing.get_context("spawn")
         self._clients = [self._start() for _ in range(count)]
@@ -193,10 +230,10 @@ class Desks:
     def _ask(self, number: int, job: Job) -> Outcome:
         process, channel = self._clients[number]
         channel.send(job)
-        if channel.poll(JOB_LIMIT_S):
+        if not (why := hangs(channel.poll, self._progress)):
             outcome: Outcome = channel.recv()
             return outcome
-        outcome = Outcome("hang", story=self._state())
+        outcome = Outcome("hang", story=f"{why}: {self._state()}")
         process.kill()
         process.join()
         self._clients[number] = self._start()

@@ -1,7 +1,7 @@
 """``python -m benchmarks.world --seeds N``: the simulated world, one seed after the other.
 
 Each seed runs in a process of its own, which is forked from one that has loaded everything, so that none knows of another. ``--seed N``
-runs that one alone, and tells its story.
+runs that one alone, and tells its story. ``--stock`` does the same to Dask without dask-gpurt.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="how many run at a time")
     parser.add_argument("--plant", help="plant this bug, which is to be found; see benchmarks/world/planted.py")
     parser.add_argument("--stop", action="store_true", help="stop with the first seed that finds something")
+    parser.add_argument("--stock", action="store_true", help="Dask without dask-gpurt, to compare")
     parser.add_argument("--json", type=Path, help="write a line a seed to this file")
     return parser.parse_args()
 
@@ -134,7 +135,7 @@ def main() -> int:
     jobs = make_jobs()
 
     def run(seed: int) -> dict[str, Any]:
-        return dataclasses.asdict(simulate(seed, jobs, tell, worlds.append))
+        return dataclasses.asdict(simulate(seed, jobs, tell, worlds.append, stock=arguments.stock))
 
     def loaded(seed: int) -> list[str]:
         run(seed)
@@ -164,9 +165,17 @@ def main() -> int:
     found = []
     kinds: Counter[str] = Counter()
     counts: Counter[str] = Counter()
+    what: Counter[str] = Counter()
     lines = arguments.json.open("w") if arguments.json else None
     for seed, told in _gather(seeds, arguments.processes, run):
-        outcome = told or {"seed": seed, "broken": "the process has died", "story": [], "faults": [], "counts": {}}
+        outcome = told or {
+            "seed": seed,
+            "broken": "the process has died",
+            "kind": "hang",
+            "story": [],
+            "faults": [],
+            "counts": {},
+        }
         kinds.update(outcome["faults"])
         counts.update(outcome["counts"])
         if lines is not None:
@@ -177,11 +186,12 @@ def main() -> int:
             print(f"digest {outcome.get('digest')}, {outcome.get('virtual_s')} s, in {outcome.get('real_s')} s")
         if outcome["broken"] is not None:
             found.append(seed)
+            what[outcome["kind"]] += 1
             print(f"seed {seed}: {outcome['broken']}", flush=True)
             if arguments.stop:
                 break
     print(
-        f"{len(seeds)} seeds in {real_time() - began:.0f} s, {len(found)} broken {found[:20]}; "
+        f"{len(seeds)} seeds in {real_time() - began:.0f} s, {len(found)} broken {found[:20]} {dict(what)}; "
         f"faults {dict(sorted(kinds.items()))}; {dict(counts)}"
     )
     return 1 if found else 0

@@ -1,4 +1,4 @@
-"""A cluster in the simulated world: Dask's own scheduler, workers and client, with dask-gpurt on them.
+"""A cluster in the simulated world: Dask's own scheduler, workers and client, with dask-gpurt on them, or without.
 
 Covers: :class:`World`: beginning, ending, killing and returning of its processes.
 Does not cover: what is done on it (:mod:`benchmarks.world.jobs`), what goes wrong (:mod:`benchmarks.world.faults`).
@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import dask
 import distributed.threadpoolexecutor
 import distributed.utils
+import distributed.worker_state_machine
 from distributed import Client, Scheduler, Worker
 from distributed.core import Status
 from distributed.node import ServerNode
@@ -79,6 +80,8 @@ class World:
         For files.
     workers, memory_nbytes, gpurt
         How many workers there are, of how much memory each, and the configuration of dask-gpurt.
+    stock
+        Whether dask-gpurt is left out.
     validate
         Whether Dask's state machines check themselves with each transition.
     """
@@ -92,6 +95,7 @@ class World:
         workers: int = 3,
         memory_nbytes: int = 2**20,
         gpurt: dict[str, Any] | None = None,
+        stock: bool = False,
         validate: bool = False,
     ) -> None:
         self.loop = loop
@@ -99,6 +103,7 @@ class World:
         self.folder = folder
         self.memory_nbytes = memory_nbytes
         self.gpurt = gpurt or {}
+        self.stock = stock
         self.validate = validate
         self.network = Network(loop, random.Random(f"network-{seed}"))
         self.names = [f"w{number}" for number in range(workers)]
@@ -130,7 +135,7 @@ class World:
         return plugin.shuffle.repairs.count if plugin is not None and plugin.shuffle is not None else 0
 
     async def begin(self) -> None:
-        """Start scheduler, workers and client, and install dask-gpurt."""
+        """Start scheduler, workers and client, and install dask-gpurt, if it is to be."""
         self._host("scheduler")
         self._host("client")
         await self.on("scheduler", self._begin_scheduler())
@@ -161,7 +166,7 @@ class World:
 
     async def _begin_client(self) -> None:
         self.client = await Client(f"sim://{SCHEDULER}", asynchronous=True, set_as_default=False)
-        if self.gpurt is not None:
+        if not self.stock:
             # A client in a coroutine answers with something to wait for.
             installing: Any = dask_gpurt.install(self.client, config=self.gpurt)
             await installing
@@ -234,6 +239,9 @@ def take_servers() -> None:
     everywhere._offload_executor = PoolPerHost("offload", 1)
     everywhere = distributed.threadpoolexecutor
     everywhere.threads_lock = contextlib.nullcontext()
+    # Of a worker's tasks, which lie in sets: their order is to follow from the seed, and not from where in memory they lie.
+    everywhere = distributed.worker_state_machine.TaskState
+    everywhere.__hash__ = lambda self: hash(self.key)
     monitor.update = _no_measure
     monitor.get_process_memory = lambda self: 0
     monitor.recent = lambda self: {"time": 0.0, "cpu": 0.0, "memory": 0}

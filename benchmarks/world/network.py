@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import hashlib
+import itertools
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -105,6 +106,8 @@ class _SimComm(Comm):
         connection: _Connection,
         deserialize: bool,
     ) -> None:
+        #: Pools of connections are sets: their order is to follow from this, and not from where in memory it lies.
+        self._number = next(connection.network.comms)
         super().__init__(deserialize=deserialize)
         self._local_addr = f"sim://{local}"
         self._peer_addr = f"sim://{peer}"
@@ -112,6 +115,9 @@ class _SimComm(Comm):
         self._writing = writing
         self._connection = connection
         self._closed = False
+
+    def __hash__(self) -> int:
+        return self._number
 
     @property
     def local_address(self) -> str:
@@ -227,6 +233,8 @@ class Network:
         self._parted: set[frozenset[str]] = set()
         self._silent: set[str] = set()
         self._ports = iter(range(40_000, 10**9))
+        #: Numbers of ends of connections.
+        self.comms = itertools.count()
         #: Part of messages that TCP has to send again, and for how long that holds them up.
         self.loss = 0.0
         self.resend_s = 0.2

@@ -25,7 +25,6 @@ from benchmarks.world.faults import Fault, inject, plan
 from benchmarks.world.jobs import Job
 from benchmarks.world.machine import VirtualLoop, real_time, take_chance
 from benchmarks.world.scale import scale
-from dask_gpurt.memory import files
 
 __all__ = ["Outcome", "simulate"]
 
@@ -46,6 +45,8 @@ class Outcome:
     seed: int
     #: What was wrong; None: nothing.
     broken: str | None = None
+    #: Which of :data:`~benchmarks.world.checks.KINDS` that is.
+    kind: str | None = None
     #: What happened, with times; and a digest of all that went over the network, and when.
     story: list[str] = field(default_factory=list)
     digest: str = ""
@@ -59,7 +60,7 @@ class Outcome:
 class _Life:
     """A seed's cluster and what happens to it."""
 
-    def __init__(self, seed: int, jobs: Sequence[Job], loop: VirtualLoop, folder: Path) -> None:
+    def __init__(self, seed: int, jobs: Sequence[Job], loop: VirtualLoop, folder: Path, *, stock: bool) -> None:
         drawn = random.Random(f"life-{seed}")
         scale(drawn)
         self.loop = loop
@@ -75,9 +76,11 @@ class _Life:
                 "shuffle.send-limit": drawn.choice([2_000, 50_000, 2**20]),
                 # Drawn apart, so that the seed is what it was in all else.
                 "shuffle.keep-sent": random.Random(f"keep-{seed}").choice([None, 5_000, 2**24, 2**24]),
+                # Stock's like of it is left out of stock: where it is reached, whoever reads a spilled value gets an error.
                 "memory.disk-limit": drawn.choice([None, None, 150_000]),
                 "memory.encryption": drawn.random() < 0.1,
             },
+            stock=stock,
             validate=drawn.random() < 0.2,
         )
         self.disk = Disk(loop, random.Random(f"disk-{seed}"))
@@ -93,36 +96,36 @@ class _Life:
 
     async def live(self) -> None:
         """Live."""
+        with self.disk.taken():
+            try:
+                await self._live()
+            finally:
+                self.loop.stepped = None
+
+    async def _live(self) -> None:
         world = self.world
-        patched: Any = files
-        real_os = patched.os
-        patched.os = self.disk
-        try:
-            await world.begin()
-            world.tell(f"{len(world.names)} workers of {world.memory_nbytes} bytes, {world.gpurt}")
-            self.loop.stepped = self.step
-            faults = [asyncio.create_task(inject(world, self.disk, fault)) for fault in self.faults]
-            nurses = [asyncio.create_task(world.nurse(name)) for name in world.names]
-            ends_s = max((fault.at_s + fault.lasting_s for fault in self.faults), default=0.0)
-            work = world.on("client", self._work())
-            await self._within(work, ends_s + PATIENCE_S, nurses)
-            await asyncio.gather(*faults)
-            # What was there before the last faults has to be there after them, or there again.
-            await self._within(world.on("client", self._judge("again")), PATIENCE_S, nurses)
-            self._futures.clear()
-            # Nobody else does it here, and what was raised on the way refers to them.
-            gc.collect()
-            await self._come_to_rest()
-            for nurse in nurses:
-                nurse.cancel()
-        finally:
-            patched.os = real_os
-            self.loop.stepped = None
+        await world.begin()
+        world.tell(f"{len(world.names)} workers of {world.memory_nbytes} bytes, {world.gpurt}")
+        self.loop.stepped = self.step
+        faults = [asyncio.create_task(inject(world, self.disk, fault)) for fault in self.faults]
+        nurses = [asyncio.create_task(world.nurse(name)) for name in world.names]
+        ends_s = max((fault.at_s + fault.lasting_s for fault in self.faults), default=0.0)
+        work = world.on("client", self._work())
+        await self._within(work, ends_s + PATIENCE_S, nurses)
+        await asyncio.gather(*faults)
+        # What was there before the last faults has to be there after them, or there again.
+        await self._within(world.on("client", self._judge("again")), PATIENCE_S, nurses)
+        self._futures.clear()
+        # Nobody else does it here, and what was raised on the way refers to them.
+        gc.collect()
+        await self._come_to_rest()
+        for nurse in nurses:
+            nurse.cancel()
 
     async def _within(self, work: asyncio.Task[None], limit_s: float, nurses: list[asyncio.Task[None]]) -> None:
         done, _ = await asyncio.wait({work, *nurses}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
         if not done:
-            raise BrokenError(f"jobs have not ended {limit_s:.0f} s after they began:\n{self._state()}")
+            raise BrokenError(f"jobs have not ended {limit_s:.0f} s after they began:\n{self._state()}", "hang")
         for each in done:
             each.result()
 
@@ -139,7 +142,7 @@ class _Life:
             try:
                 job.judge(results)
             except AssertionError as error:
-                raise BrokenError(f"{job.name}, gathered {when}, is wrong: {error}") from error
+                raise BrokenError(f"{job.name}, gathered {when}, is wrong: {error}", "wrong") from error
             self.world.tell(f"{job.name} is right ({when})")
 
     async def _come_to_rest(self) -> None:
@@ -153,7 +156,7 @@ class _Life:
             if not left and not away:
                 break
             if waited_s > REST_S:
-                raise BrokenError(f"left behind after {REST_S:.0f} s: {left + away}\n{self._state()}")
+                raise BrokenError(f"left behind after {REST_S:.0f} s: {left + away}\n{self._state()}", "left")
         world.scheduler.validate_state()
         for worker in world.workers.values():
             worker.state.validate_state()
@@ -172,9 +175,14 @@ class _Life:
 
 
 def simulate(
-    seed: int, jobs: Sequence[Job], tell: Callable[[VirtualLoop | None], None], take: Callable[[VirtualLoop], None]
+    seed: int,
+    jobs: Sequence[Job],
+    tell: Callable[[VirtualLoop | None], None],
+    take: Callable[[VirtualLoop], None],
+    *,
+    stock: bool = False,
 ) -> Outcome:
-    """Run one seed. Afterwards this process is of no more use."""
+    """Run one seed, on Dask with dask-gpurt or on stock Dask. Afterwards this process is of no more use."""
     began = real_time()
     outcome = Outcome(seed)
     drawn = random.Random(f"chance-{seed}")
@@ -186,7 +194,7 @@ def simulate(
     tell(loop)
     take_chance(drawn)
     asyncio.set_event_loop(loop)
-    life = _Life(seed, jobs, loop, folder)
+    life = _Life(seed, jobs, loop, folder, stock=stock)
     try:
         loop.run_until_complete(life.live())
     except Exception as error:  # noqa: BLE001  whatever it is, it is what the seed has found
@@ -195,6 +203,7 @@ def simulate(
         while cause is not None:
             causes.append(f"{type(cause).__name__}: {cause}")
             cause = cause.__cause__ or cause.__context__
+        outcome.kind = error.kind if isinstance(error, BrokenError) else "error"
         outcome.broken = "\nbecause of ".join(causes)
         if life.world.scheduler is not None:
             erred = [ts for ts in life.world.scheduler.tasks.values() if ts.state == "erred"]

@@ -76,6 +76,28 @@ def test_hangs_and_jobs_that_were_given_up_are_objected_to() -> None:
     assert len(report.objections()) == 2
 
 
+@pytest.mark.parametrize(
+    ("ends_s", "still_from_s", "why"),
+    [
+        (1000.0, 990.0, ""),
+        (1000.0, 50.0, "nothing has happened for"),
+        (float("inf"), float("inf"), "not done after"),
+    ],
+)
+def test_a_job_hangs_that_does_not_go_on(ends_s: float, still_from_s: float, why: str) -> None:
+    now_s = 0.0
+
+    def poll(timeout_s: float) -> bool:
+        nonlocal now_s
+        now_s += timeout_s
+        return now_s >= ends_s
+
+    found = desks.hangs(poll, lambda: int(min(now_s, still_from_s)), lambda: now_s)
+    assert found.startswith(why)
+    assert bool(found) == bool(why)
+    assert now_s <= min(ends_s, still_from_s + desks.STILL_LIMIT_S, desks.JOB_LIMIT_S) + 2 * desks.LOOK_S
+
+
 def test_files_are_damaged_that_hold_data(tmp_path: Path) -> None:
     (tmp_path / "lock").touch()
     (tmp_path / "data").write_bytes(data := os.urandom(10_000))

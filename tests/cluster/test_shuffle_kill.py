@@ -4,7 +4,8 @@ A *trap* is laid in every worker: it springs once, in the first worker that come
 kills (SIGKILL) that worker, a peer of it, or both. Nannies bring them back. Every case ends with the right answer, every
 row compared, and leaves nothing behind: no run, no bytes in the books, no thread, no file.
 
-Some cases stand for the rest; all of them: ``pytest -m exhaustive tests/cluster/test_shuffle_kill.py``.
+Some cases stand for the rest; all of them: ``pytest -m exhaustive tests/cluster/test_shuffle_kill.py``. With ``--stock`` they befall
+Dask's own shuffle, in memory and on disk, by Dask's comms.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from clusters import local_cluster
+from dask.utils import parse_bytes
 from distributed import Client, wait
 
 import dask_gpurt
@@ -41,7 +43,8 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 KINDS = ["shuffle", "merge", "rechunk"]
 #: Where a trap is: before the first message; where messages are under way in both directions, none of them answered;
-#: where one is taken in and not answered; at the barrier; where the first output has its shards, and a later one.
+#: where one is taken in and not answered; at the barrier; where the first output has its shards, and a later one. ("inputs" is as
+#: "transfers", and the last input is split after it, so that the barrier has not begun.)
 PHASES = ["first-transfer", "transfers", "unanswered", "barrier", "first-unpack", "unpacks"]
 #: The worker that the trap is in, one that it has to do with at that moment, both.
 VICTIMS = ["self", "peer", "both"]
@@ -51,7 +54,7 @@ PLACES = list(itertools.product(["auto", "dask"], [None, "6 MiB"], [None, "1 GiB
 #: The very same objects wherever they are meant: then pytest keeps the cluster.
 IN_MEMORY, ON_DISK, KEPT_IN_MEMORY, KEPT_ON_DISK = PLACES[0], PLACES[6], PLACES[1], PLACES[7]
 
-WORKERS = 3
+WORKERS, LIMIT = 3, "3 GiB"
 DEADLINE_S = 60
 PARTITIONS, ROWS = 10, 45_000
 BLOCK = (100, 4000)
@@ -183,9 +186,15 @@ class Trap:
 
 def lay(trap: Trap, phase: str, dask_worker: Any) -> None:
     """Lay a trap in this worker."""
-    from dask_gpurt.shuffle.carrier import Carrier
-    from dask_gpurt.shuffle.run import Run
-    from dask_gpurt.shuffle.shelf import Shelf
+    stock = "gpurt" not in dask_worker.extensions
+    if stock:
+        from distributed.shuffle._core import ShuffleRun as Run
+        from distributed.shuffle._core import ShuffleRun as Sender
+        from distributed.shuffle._core import ShuffleRun as Shards
+    else:
+        from dask_gpurt.shuffle.carrier import Carrier as Sender  # type: ignore[assignment]
+        from dask_gpurt.shuffle.run import Run  # type: ignore[assignment]
+        from dask_gpurt.shuffle.shelf import Shelf as Shards  # type: ignore[assignment]
 
     own = dask_worker.address
     replaced: list[tuple[Any, str, Any]] = []
@@ -198,17 +207,33 @@ def lay(trap: Trap, phase: str, dask_worker: Any) -> None:
         setattr(cls, name, function)
         return stock  # type: ignore[no-any-return]
 
-    async def deliver(self: Any, run: Any, address: str, *args: Any) -> Any:
+    def add_partition(self: Any, data: Any, partition_id: Any) -> Any:
+        number = partition_id[0] if isinstance(partition_id, tuple) else partition_id
+        if phase == "inputs" and number == PARTITIONS - 1:
+            deadline_s = time.monotonic() + DEADLINE_S
+            while not trap.sprung() and time.monotonic() < deadline_s:
+                time.sleep(0.01)
+        return stock_add_partition(self, data, partition_id)
+
+    async def deliver(address: str, stock_deliver: Callable[..., Any]) -> Any:
         if phase == "first-transfer":
             trap.spring(own, address)
         unanswered[address] += 1
         try:
-            return await stock_deliver(self, run, address, *args)
+            return await stock_deliver()
         finally:
             unanswered[address] -= 1
 
+    async def deliver_message(self: Any, run: Any, address: str, *args: Any) -> Any:
+        return await deliver(address, lambda: stock_send(self, run, address, *args))
+
+    async def send(self: Any, address: str, shards: Any) -> Any:
+        if address == own:
+            return await stock_send(self, address, shards)
+        return await deliver(address, lambda: stock_send(self, address, shards))
+
     async def take(*args: Any, **kwargs: Any) -> Any:
-        if phase == "transfers":
+        if phase in ("transfers", "inputs"):
             # Held until this worker has sent something to every other, which holds it as this one does.
             while not trap.sprung() and sum(map(bool, unanswered.values())) < len(trap.pids) - 1:  # noqa: ASYNC110 - of other processes
                 await asyncio.sleep(0.01)
@@ -225,22 +250,32 @@ def lay(trap: Trap, phase: str, dask_worker: Any) -> None:
             trap.spring(own)
         await stock_inputs_done(self)
 
-    async def take_shards(self: Any, partition: Any) -> Any:
-        shards = await stock_take_shards(self, partition)
+    def unpacks() -> None:
         counts["unpacked"] += 1
         if phase in ("first-unpack", "unpacks") and counts["unpacked"] == 1 + 2 * (phase == "unpacks"):
             trap.spring(own)
+
+    async def take_shards(self: Any, partition: Any) -> Any:
+        shards = await stock_read(self, partition)
+        unpacks()
         return shards
 
-    stock_deliver = replace(Carrier, "deliver", deliver)
+    def read(self: Any, partition: Any) -> Any:
+        shards = stock_read(self, partition)
+        unpacks()
+        return shards
+
+    stock_add_partition = replace(Run, "add_partition", add_partition)
     stock_inputs_done = replace(Run, "inputs_done", inputs_done)
-    stock_take_shards = replace(Shelf, "take", take_shards)
+    stock_send = replace(Sender, "send", send) if stock else replace(Sender, "deliver", deliver_message)
+    stock_read = replace(Shards, "_read_from_disk", read) if stock else replace(Shards, "take", take_shards)
     # The handler is a bound method by now.
-    stock_take = dask_worker.handlers["gpurt_shuffle_take"]
-    dask_worker.handlers["gpurt_shuffle_take"] = take
+    handler = "shuffle_receive" if stock else "gpurt_shuffle_take"
+    stock_take = dask_worker.handlers[handler]
+    dask_worker.handlers[handler] = take
 
     def clear() -> None:
-        dask_worker.handlers["gpurt_shuffle_take"] = stock_take
+        dask_worker.handlers[handler] = stock_take
         for cls, name, stock in replaced:
             setattr(cls, name, stock)
 
@@ -272,20 +307,25 @@ def busy_threads() -> list[str]:
 
 async def left_behind(dask_worker: Any) -> dict[str, Any]:
     """Whatever is not as it was before; that may take a moment, for futures are released in the background."""
-    part = dask_worker.extensions["gpurt"].shuffle
-    memory = dask_worker.extensions["gpurt"].memory
+    extension = dask_worker.extensions.get("gpurt")
     deadline_s = time.monotonic() + 15
     while True:
         here = asyncio.current_task()
-        figures = memory.metrics()
-        found = {
-            "runs": [repr(run) for run in part._runs.values()],
+        found: dict[str, Any] = {}
+        if extension is not None:
+            part = extension.shuffle
+            found = {
+                "runs": [repr(run) for run in part._runs.values()],
+                "under way": part.window.used_nbytes,
+                "kept": part.allowance.used_nbytes,
+                "books": {
+                    name: n
+                    for name, n in extension.memory.metrics().items()
+                    if n and name.endswith(("_held_nbytes", "_reserved_nbytes"))
+                },
+            }
+        found |= {
             "stock's runs": [repr(run) for run in dask_worker.extensions["shuffle"].shuffle_runs._runs],
-            "under way": part.window.used_nbytes,
-            "kept": part.allowance.used_nbytes,
-            "books": {
-                name: n for name, n in figures.items() if n and name.endswith(("_held_nbytes", "_reserved_nbytes"))
-            },
             "threads": busy_threads(),
             "tasks": [task.get_name() for task in asyncio.all_tasks() if "gpurt" in repr(task) and task is not here],
         }
@@ -313,13 +353,15 @@ def orphans(folder: str) -> list[str]:
 class Site:
     """A cluster with everything installed, which is whole again before every case."""
 
-    def __init__(self, client: Client, folder: pathlib.Path) -> None:
+    def __init__(self, client: Client, folder: pathlib.Path, *, stock: bool) -> None:
         self.client = client
         self.folder = folder
+        self.stock = stock
 
     def whole(self) -> dict[str, int]:
         self.client.wait_for_workers(WORKERS, timeout=DEADLINE_S)
-        self.client.run_on_scheduler(all_capable)
+        if not self.stock:
+            self.client.run_on_scheduler(all_capable)
         pids: dict[str, int] = self.client.run(os.getpid)
         assert len(pids) == WORKERS
         return pids
@@ -352,17 +394,24 @@ async def all_capable(dask_scheduler: Any) -> None:
 @pytest.fixture(scope="module")
 def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     transport, limit, kept = request.param
+    stock = request.config.getoption("--stock")
+    if stock and (transport, kept) != ("dask", None):
+        pytest.skip("stock Dask has neither UCX nor repairs")
     folder = tmp_path_factory.mktemp("scratch")
     config = {"shuffle.transport": transport, "shuffle.keep-sent": kept}
     config |= {} if limit is None else {"memory.host-limit": limit}
+    # As much in memory as ours has, and on disk what ours has there.
+    stocks: dict[str, Any] = {"distributed.p2p.storage.disk": limit is not None}
+    stocks |= {} if limit is None else {"distributed.worker.memory.target": parse_bytes(limit) / parse_bytes(LIMIT)}
     with (
         # A cluster gives up a nanny whose worker was lost so long ago and, killed again, is not there at that moment.
-        dask.config.set({"distributed.deploy.lost-worker-timeout": "1 hour"}),
-        local_cluster(WORKERS, 2, memory_limit="3 GiB", local_directory=str(folder), silence_logs=False) as cluster,
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "1 hour", **(stocks if stock else {})}),
+        local_cluster(WORKERS, 2, memory_limit=LIMIT, local_directory=str(folder), silence_logs=False) as cluster,
         Client(cluster) as client,
     ):
-        dask_gpurt.install(client, config=config)
-        yield Site(client, folder)
+        if not stock:
+            dask_gpurt.install(client, config=config)
+        yield Site(client, folder, stock=stock)
 
 
 def check_kill(site: Site, folder: pathlib.Path, kind: str, phase: str, victim: str) -> None:
@@ -442,7 +491,7 @@ def transfers(dask_scheduler: Any) -> int:
 def test_a_lost_worker_costs_its_own_partitions_only(site: Site, tmp_path: pathlib.Path, kind: str) -> None:
     client = site.client
     trap = Trap(tmp_path, "self", site.whole(), signal.SIGKILL)
-    client.run(lay, trap, "transfers")
+    client.run(lay, trap, "inputs")
     client.run_on_scheduler(count_restarts)
     before = client.run_on_scheduler(transfers)
     seen = [len(client.get_events(topic)) for topic in ("all", "gpurt")]
