@@ -171,7 +171,7 @@ def main() -> int:
         outcome = told or {
             "seed": seed,
             "broken": "the process has died",
-            "kind": "hang",
+            "kind": "died",
             "story": [],
             "faults": [],
             "counts": {},

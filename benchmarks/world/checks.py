@@ -18,8 +18,9 @@ __all__ = ["KINDS", "Books", "BrokenError", "parts_of", "rest"]
 #: For so long a worker may hold more than its limit though something could leave: events are what makes it look.
 OVER_S = 5.0
 
-#: What may be found: books that do not agree, an answer that is wrong, an error for the user, no end, something that stays.
-KINDS = ("books", "wrong", "error", "hang", "left")
+#: What may be found: books that do not agree, an answer that is wrong, an error for the user, no end, something that stays, the end of the
+#: process, as by a signal.
+KINDS = ("books", "wrong", "error", "hang", "left", "died")
 
 _IN_MEMORY = (State.RESIDENT, State.WRITING, State.CLEAN)
 _BELOW = (State.CLEAN, State.SPILLED, State.READING)
