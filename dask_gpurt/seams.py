@@ -16,7 +16,7 @@ import importlib
 import importlib.util
 import inspect
 import time
-from collections.abc import Callable, Container, Hashable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Container, Hashable, Iterator, MutableMapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -728,6 +728,24 @@ def override_shuffle_spec(plugin: Any, choose: Callable[[Any], Any]) -> Callable
         return choose(stock(shuffle_id))
 
     return _override(plugin, "_retrieve_spec", retrieve)
+
+
+def override_shuffle_creation(scheduler: Any, before: Callable[[Any], Awaitable[None]]) -> Callable[[], None]:
+    """Have what a worker is told that asks for a shuffle wait for ``before`` (its id); returns how to undo it."""
+    handlers = scheduler.handlers
+    stock = handlers["shuffle_get_or_create"]
+
+    async def get_or_create(shuffle_id: Any, key: Any, worker: str) -> Any:
+        await before(shuffle_id)
+        return stock(shuffle_id=shuffle_id, key=key, worker=worker)
+
+    handlers["shuffle_get_or_create"] = get_or_create
+
+    def restore() -> None:
+        if handlers.get("shuffle_get_or_create") is get_or_create:
+            handlers["shuffle_get_or_create"] = stock
+
+    return restore
 
 
 def override_shuffle_assignment(plugin: Any, assign: Callable[[Any, dict[Any, str]], Any]) -> Callable[[], None]:

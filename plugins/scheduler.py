@@ -91,7 +91,7 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
                 self.horizon = horizon
         if parts.startable("shuffle"):
             with parts.starting("shuffle"):
-                shuffle = ShuffleScheduler(scheduler, self.settings.shuffle, self.topology)
+                shuffle = ShuffleScheduler(scheduler, self.settings.shuffle, self.topology, self.joining)
                 shuffle.start()
                 self.shuffle = shuffle
         if parts.startable("placement"):
@@ -159,6 +159,10 @@ class GpurtSchedulerPlugin(SchedulerPlugin):
         if self.prober is not None and placement is not None and placement.installed:
             self.prober.worker_ready(worker)
         return {"memory": self.horizon is not None}
+
+    def joining(self, worker: str) -> bool:
+        """Whether the parts of a worker are starting: it is told to start them when it joins, and reports when they have."""
+        return worker not in self.workers and self._scheduler is not None and NAME in self._scheduler.worker_plugins
 
     def tiers(self) -> dict[str, Mapping[str, TierReport]]:
         """Return what lies in the tiers of each worker, as its last heartbeat said; before the first one, as it was when it began."""

@@ -26,6 +26,12 @@ Theory of operation, of a barrier that ends a run which is not its own
     It is asked for without a run, too, when all transfers have ended just before their workers heard of the end of the run, and
     were asked for them again before they had noted that: Dask takes the old results for the new ones, and nobody has begun a
     run. With many inputs that does not happen, but a shuffle may have one. (Found by simulation.)
+
+Theory of operation, of a worker that is joining
+    Dask knows a worker some moments before it has our part; the larger the library of the transport, the longer. A run that begins in
+    between would be stock's, for all workers, with its shards in files without checksums. And it is then that runs begin: a worker was
+    lost, its nanny brings it back, and what it took part in is restarted. So a new run waits until each worker that will say whether it has our
+    part has said so, or has left, or has kept silent for :data:`JOINING_LIMIT_S`.
 """
 
 from __future__ import annotations
@@ -33,6 +39,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from dask_gpurt import seams
@@ -48,12 +55,15 @@ if TYPE_CHECKING:
     from distributed import Scheduler
     from distributed.shuffle import ShuffleSchedulerPlugin
 
-__all__ = ["DECLINED_LIMIT", "ShuffleScheduler", "supports"]
+__all__ = ["DECLINED_LIMIT", "JOINING_LIMIT_S", "ShuffleScheduler", "supports"]
 
 logger = logging.getLogger(__name__)
 
 #: Shuffles that are remembered as declined; an older one that is forgotten is declined once more.
 DECLINED_LIMIT = 10_000
+
+#: For so long new runs wait for a worker that is joining.
+JOINING_LIMIT_S = 30.0
 
 
 def supports(spec: object) -> bool:
@@ -72,11 +82,24 @@ class ShuffleScheduler:
         Its settings.
     topology
         Takes up what workers measure of their links; None: one of its own.
+    joining
+        Whether a worker, by its address, will say whether it has our part, and has not yet.
     """
 
-    def __init__(self, scheduler: Scheduler, settings: ShuffleSettings, topology: Topology | None = None) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        settings: ShuffleSettings,
+        topology: Topology | None = None,
+        joining: Callable[[str], bool] = lambda _: False,
+    ) -> None:
         self.scheduler = scheduler
         self.settings = settings
+        self._joining = joining
+        #: Workers that are joining, to when that was noticed.
+        self._since: dict[str, float] = {}
+        #: Set, and replaced, whenever a worker has said whether it has our part, or has left.
+        self._changed = asyncio.Event()
         self.links = LinkBoard(scheduler, Topology() if topology is None else topology)
         self.assigner = Assigner(scheduler, self.links.topology)
         self.repairs = Repairs(scheduler, self._able)
@@ -95,6 +118,7 @@ class ShuffleScheduler:
         plugin: ShuffleSchedulerPlugin = self.scheduler.plugins["shuffle"]  # type: ignore[assignment]
         self._restore = [
             seams.override_shuffle_spec(plugin, self.choose),
+            seams.override_shuffle_creation(self.scheduler, weak(self.joined)),
             seams.override_shuffle_assignment(plugin, self.assigner.assign),
             self.links.start(),
             seams.hear_ended_runs(plugin, self._ended),
@@ -109,6 +133,8 @@ class ShuffleScheduler:
             restore()
         self._restore.clear()
         self.repairs.stop()
+        self._since.clear()
+        self._change()
         self.scheduler.handlers.pop("gpurt_shuffle_decline", None)
         self.scheduler.handlers.pop("gpurt_shuffle_open", None)
         self.assigner.stop()
@@ -127,11 +153,38 @@ class ShuffleScheduler:
             self._capable.add(address)
         else:
             self._capable.discard(address)
+        self._change(address)
 
     def remove_worker(self, address: str) -> None:
         """Forget a worker that has left."""
         self._capable.discard(address)
+        self._change(address)
         self.links.remove_worker(address)
+
+    def _change(self, address: str | None = None) -> None:
+        """Have those look again who wait for workers that are joining, of which this is none any more."""
+        if address is not None:
+            self._since.pop(address, None)
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _awaited(self) -> dict[str, float]:
+        """Return the workers that are waited for, and until when."""
+        now = monotonic()
+        joining = [address for address in self.scheduler.workers if self._joining(address)]
+        until = {address: self._since.setdefault(address, now) + JOINING_LIMIT_S for address in joining}
+        return {address: end for address, end in until.items() if end > now}
+
+    async def joined(self, shuffle_id: Any) -> None:
+        """Wait, before a new run of a shuffle begins, for the workers that are joining."""
+        active = self.scheduler.plugins["shuffle"].active_shuffles  # type: ignore[attr-defined]
+        while shuffle_id not in active and (awaited := self._awaited()):
+            try:
+                async with asyncio.timeout(min(awaited.values()) - monotonic()):
+                    await self._changed.wait()
+            except TimeoutError:
+                if silent := sorted(awaited.keys() - self._awaited().keys()):
+                    logger.warning("Shuffles do not wait any longer to hear from %s", ", ".join(silent))
 
     def _able(self, workers: set[str]) -> bool:
         return self._capable.issuperset(workers)

@@ -15,12 +15,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from clusters import beat, local_cluster
-from distributed import Client, Event, LocalCluster, Worker
+from distributed import Client, Event, LocalCluster, SchedulerPlugin, Worker
 
 from dask_gpurt.config import ShuffleSettings
 from dask_gpurt.memory.store import DictBufferStore
 from dask_gpurt.seams import ShuffleClosedError
 from dask_gpurt.shuffle import merging
+from dask_gpurt.shuffle import scheduler as shuffle_scheduler
 from dask_gpurt.shuffle.dataframe import FrameRun
 from dask_gpurt.shuffle.merging import inner_merge
 from dask_gpurt.shuffle.run import Run
@@ -507,6 +508,73 @@ def test_stock_where_a_worker_lacks_our_part() -> None:
     run(main)
 
 
+@pytest.mark.parametrize("ends", ["with our part", "without it", "it leaves", "we leave"])
+def test_a_new_run_waits_for_a_worker_that_is_joining(ends: str) -> None:
+    async def main() -> None:
+        async with parts() as cluster:
+            late = cluster.workers[0].address
+            joining = {late}
+            cluster.shuffle._joining = joining.__contains__
+            cluster.shuffle._capable.discard(late)
+            data = frame()
+            future = cluster.client.compute(shuffled(data))
+            while not cluster.shuffle._since:  # noqa: ASYNC110 - that somebody waits sets no event
+                await asyncio.sleep(0.01)
+            assert not cluster.scheduler.plugins["shuffle"].active_shuffles
+            joining.clear()
+            if ends == "it leaves":
+                # Dask has forgotten it by then.
+                cluster.scheduler.add_plugin(RemovalPlugin(cluster.shuffle))
+                await cluster.workers[0].close()
+            elif ends == "we leave":
+                cluster.shuffle.stop()
+            else:
+                cluster.shuffle.set_capable(late, ends == "with our part")
+            found = await future
+            pd.testing.assert_frame_equal(found.sort_index(), data)
+            ours = ends in ("with our part", "it leaves")
+            assert [cluster.part(worker).runs for worker in cluster.workers[1:]] == [int(ours)]
+            assert not cluster.shuffle._since
+
+    run(main)
+
+
+class RemovalPlugin(SchedulerPlugin):
+    name = "removal"
+
+    def __init__(self, shuffle: ShuffleScheduler) -> None:
+        self._shuffle = shuffle
+
+    def remove_worker(self, scheduler: Any, worker: str, **kwargs: Any) -> None:
+        self._shuffle.remove_worker(worker)
+
+
+def test_a_worker_that_keeps_silent_is_not_waited_for_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(shuffle_scheduler, "JOINING_LIMIT_S", 0.2)
+
+    async def main() -> None:
+        async with parts() as cluster:
+            late = cluster.workers[0].address
+            cluster.shuffle._joining = late.__eq__
+            cluster.shuffle._capable.discard(late)
+            data = frame()
+            for outputs in (6, 3):
+                found = await cluster.client.compute(shuffled(data, outputs=outputs))
+                pd.testing.assert_frame_equal(found.sort_index(), data)
+            assert all(cluster.part(worker).runs == 0 for worker in cluster.workers)
+            told = [record.getMessage() for record in caplog.records if "hear from" in record.getMessage()]
+            # Each task that asked has waited; the second shuffle's have not.
+            assert told
+            assert all(late in line for line in told)
+            began = asyncio.get_running_loop().time()
+            await cluster.shuffle.joined("another")
+            assert asyncio.get_running_loop().time() - began < 0.1
+
+    run(main)
+
+
 def test_stop_leaves_no_trace() -> None:
     async def main() -> None:
         async with parts() as cluster:
@@ -517,6 +585,7 @@ def test_stop_leaves_no_trace() -> None:
             cluster.shuffle.stop()
             assert "_retrieve_spec" not in vars(plugin)
             assert "gpurt_shuffle_decline" not in cluster.scheduler.handlers
+            assert cluster.scheduler.handlers["shuffle_get_or_create"] == plugin.get_or_create
             data = frame()
             pd.testing.assert_frame_equal((await cluster.client.compute(shuffled(data))).sort_index(), data)
             assert all(cluster.part(worker).runs == 0 for worker in cluster.workers)
