@@ -21,7 +21,8 @@ roots go decides where everything after them goes, since later tasks stay with t
    at a time, and memory low.
 3. A meeting that also takes results that are in memory already draws its family to the worker that holds
    most of them. All other families are dealt in order of priority to the worker with the least so far for its
-   threads, a few in a row where their meetings meet soon in turn, so that the next level of a reduction is local, too.
+   threads, a few in a row where their meetings meet soon in turn, so that the next level of a reduction is local, too, or
+   where blocks lie in a row and each meets the next (differences along an axis).
    Each collection is dealt by itself: blocks of one collection cost much the same, and those of two may differ a
    hundredfold, so three blocks of a large table on one worker are not made up for by three of a small one on the other.
    Only who begins with a collection is decided over all of them, by the seconds that the roots dealt so far will take.
@@ -262,7 +263,9 @@ def by_meeting(
                 undealt.append(_Group(family, meeting, counts if whole else _count(family.keys), costs))
     fair = max(1, -(-len(roots) // max(len(shares), 1)))
     by_collection: defaultdict[Any, list[_Group]] = defaultdict(list)
-    for group in _neighbourhoods(undealt, meets, fair_of, min(fair, NEIGHBOURHOOD)):
+    groups_of_neighbours = _neighbourhoods(undealt, meets, fair_of, min(fair, NEIGHBOURHOOD))
+    # As many members that each worker gets as many rows.
+    for group in _rows(groups_of_neighbours, roots, fair_of, ceil(fair / ceil(fair / NEIGHBOURHOOD))):
         # A group of several collections is dealt as a part of the largest of them; of equals, the last by name, so that
         # all such groups agree.
         counts = group.counts
@@ -426,6 +429,57 @@ def _neighbourhoods(
             break
         groups = wider
     return groups
+
+
+def _rows(groups: list[_Group], roots: Sequence[Node], fair_of: Mapping[Any, int], limit: int) -> list[_Group]:
+    """Put groups of neighbours together where blocks lie in a row, and each meets the next.
+
+    A group has no more than ``limit`` members then, and no more than a fair share of any collection.
+    """
+    # Number of axes to the first index and the number of each group with a block of so many.
+    places: defaultdict[int, list[tuple[tuple[int, ...], int]]] = defaultdict(list)
+    for number, group in enumerate(groups):
+        if 2 * group.size <= limit:
+            indices = [at[1] for family, _ in group.parts for key in family.keys if (at := index_of(key)) is not None]
+            if indices:
+                first = min(indices)
+                places[len(first)].append((first, number))
+    # Blocks of a grid have neighbours in all directions: rows of it would be as far apart as they were.
+    rows = [
+        row
+        for row in places.values()
+        if sum(len(set(axis)) > 1 for axis in zip(*(at for at, _ in row), strict=True)) == 1
+    ]
+    if not rows:
+        return groups
+    nodes = {root.key: root for root in roots}
+    gone: set[int] = set()
+    for row in rows:
+        # Where results meet others, to the group that was the last to reach there.
+        reached: dict[Any, int] = {}
+        for _, number in sorted(row):
+            ways = _ways(nodes[key] for family, _ in groups[number].parts for key in family.keys)
+            to = number
+            for neighbour in sorted({reached[way] for way in ways if way in reached}, reverse=True):
+                if groups[neighbour].absorb(groups[number], fair_of, limit):
+                    to = neighbour
+                    gone.add(number)
+                    break
+            reached.update(dict.fromkeys(ways, to))
+    return [group for number, group in enumerate(groups) if number not in gone]
+
+
+def _ways(roots: Iterable[Node]) -> set[Any]:
+    """Return the keys of the tasks in which results of ``roots`` first meet others, on each way that they go."""
+    met: set[Any] = set()
+    todo = list(roots)
+    while todo:
+        for dependent in todo.pop().dependents:
+            if len(dependent.dependencies) > 1:
+                met.add(dependent.key)
+            else:
+                todo.append(dependent)
+    return met
 
 
 class _Dealer:

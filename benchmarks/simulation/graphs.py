@@ -314,6 +314,11 @@ def _inference(user: Recorder) -> None:
     user.compute(*[delayed(np.argmax)(score, axis=1) for score in scores])
 
 
+def _staged_shuffle(user: Recorder) -> None:
+    # By two digits of the output's number, one after the other; that of _task_shuffle has one stage, in which all meet all.
+    user.compute(_table(64).shuffle("key", shuffle_method="tasks", max_branch=8))
+
+
 TUNED: Mapping[str, Callable[[Recorder], None]] = {
     "matmul": _matmul,
     "matmul-persisted": _matmul_persisted,
@@ -348,6 +353,7 @@ ASIDE: Mapping[str, Callable[[Recorder], None]] = {
     "chains": _chains,
     "table-join": _table_join,
     "inference": _inference,
+    "staged-shuffle": _staged_shuffle,
 }
 GRAPHS: Mapping[str, Callable[[Recorder], None]] = {**TUNED, **ASIDE}
 

@@ -263,6 +263,65 @@ def test_families_are_dealt_by_threads() -> None:
     assert homes.count("b") == 2 * homes.count("a")
 
 
+def row(nblocks: int, *, pieces: bool = False) -> Graph:
+    """Blocks in a row, each of which meets the next; in the order of Dask, which is that of the digits; with ``pieces``, of two collections."""
+    graph = Graph()
+    for i in sorted(range(nblocks), key=str):
+        for name in "xy" if pieces else "x":
+            graph.add((name, i))
+            graph.add((name + "-first", i), (name, i))
+            graph.add((name + "-last", i), (name, i))
+    for i in sorted(range(nblocks - 1), key=str):
+        steps = [
+            graph.add((name + "-step", i), (name + "-last", i), (name + "-first", i + 1)).key
+            for name in "xy"[: 1 + pieces]
+        ]
+        if pieces:
+            graph.add(("both", i), *steps)
+    return graph
+
+
+def borders(home_of: dict[Any, Any], name: str) -> int:
+    """Count the blocks of which the next is elsewhere."""
+    count = sum(key[0] == name for key in home_of)
+    return sum(home_of[name, i] != home_of[name, i + 1] for i in range(count - 1))
+
+
+def test_blocks_in_a_row_that_meet_the_next_are_dealt_in_a_row() -> None:
+    for pieces in (False, True):
+        home_of = homes(row(24, pieces=pieces).deal(WORKERS))
+        assert len(home_of) == 24 * (1 + pieces)
+        assert sorted(map(list(home_of.values()).count, "abc")) == [8 * (1 + pieces)] * 3
+        for name in "xy"[: 1 + pieces]:
+            assert borders(home_of, name) <= 4
+        if pieces:
+            assert sum(home_of["x", i] != home_of["y", i] for i in range(24)) <= 2
+
+
+def test_rows_are_of_neighbours_only() -> None:
+    # Each meets the one that is twelve away: what is next to it by its index is no neighbour.
+    graph = Graph()
+    for i in range(24):
+        graph.add(("x", i))
+    for i in range(12):
+        graph.add(("far", i), ("x", i), ("x", i + 12))
+    home_of = homes(graph.deal(WORKERS))
+    assert all(home_of["x", i] == home_of["x", i + 12] for i in range(12))
+    assert [home_of["x", i] for i in range(6)] == ["a", "b", "c"] * 2
+
+
+def test_a_grid_is_not_dealt_in_rows() -> None:
+    graph = Graph()
+    for i, j in itertools.product(range(6), range(6)):
+        graph.add(("x", i, j))
+    for i, j in itertools.product(range(6), range(5)):
+        graph.add(("step", i, j), ("x", i, j), ("x", i, j + 1))
+    for i, j in itertools.product(range(5), range(6)):
+        graph.add(("down", i, j), ("x", i, j), ("x", i + 1, j))
+    runs = [len(list(run)) for _, run in itertools.groupby(graph.deal(WORKERS), key=lambda family: family.home)]
+    assert max(runs) == 1
+
+
 def pairs(npairs: int, *, several_ways: bool) -> Graph:
     """Pairs of neighbours that meet; and with ``several_ways``, what is made of one alone, too."""
     graph = Graph()
