@@ -655,6 +655,20 @@ class Placement:
             busy_s += count * (_duration_s(prefixes[name]) or policy.UNKNOWN_S)
         return busy_s / ws.nthreads + seams.incoming_nbytes(ws) * self.prices.typical_s
 
+    def _begins_s(self, ts: TaskState, ws: WorkerState) -> float:
+        """Estimate when ``ws`` begins a task that it was given; 0 if nobody knows how long that takes.
+
+        What goes before it is like the others that the worker was given; of unknown duration, these are like the task itself.
+        """
+        own_s = _duration_s(ts.prefix)
+        prefixes = self.scheduler.task_prefixes
+        given, busy_s = 0, 0.0
+        for name, count in ws.task_prefix_count.items():
+            given += count
+            busy_s += count * (_duration_s(prefixes[name]) or own_s)
+        other_s = (busy_s - own_s) / (given - 1) if given > 1 else own_s
+        return max(given - ws.nthreads, 1) * other_s / ws.nthreads if own_s else 0.0
+
     def _decided(
         self,
         ts: TaskState,
@@ -920,8 +934,7 @@ class Placement:
             nbytes = sum(d.get_nbytes() for d in ts.dependencies if thief not in (d.who_has or ()))
         else:
             return thief
-        ahead = len(victim.processing) - len(victim.long_running) - victim.nthreads
-        wait_s = max(ahead, 1) * _duration_s(ts.prefix) / victim.nthreads
+        wait_s = self._begins_s(ts, victim)
         pays = stealing.pays(wait_s, nbytes, self.prices.bandwidth)
         if not pays:
             self._counts[REFUSED] += 1

@@ -259,6 +259,29 @@ def test_stealing_respects_a_plan_until_leaving_it_pays() -> None:
     run(test, 2, {"distributed.scheduler.worker-saturation": float("inf")})
 
 
+def test_what_waits_behind_a_long_task_is_taken_however_short_it_is() -> None:
+    async def test(built: House) -> None:
+        built.silence()
+        busy, _ = built.workers
+        tasks = built.scheduler.tasks
+        stealing = built.scheduler.extensions["stealing"]
+        there = await built.client.scatter(1, workers=[busy.address])
+        long = built.client.submit(leaf, 0, workers=[busy.address])
+        short = built.client.submit(operator.add, there, 1, workers=[busy.address], allow_other_workers=True)
+        await built.until(lambda: all(getattr(tasks.get(f.key), "state", "") == "processing" for f in (long, short)))
+        tasks[short.key].prefix.add_duration("compute", 0.0, 0.01)
+        stealing.balance()
+        assert not stealing.in_flight  # nobody knows yet how long the first one takes
+        tasks[long.key].prefix.add_exec_time(60)
+        stealing.balance()
+        assert await asyncio.wait_for(short, 20) == 2
+        assert not long.done()
+        built.gate.set()
+        assert await long == 0
+
+    run(test, 2)
+
+
 #: Side of two matrices of numbers, and how many are multiplied for each number of the product.
 SIDE, DEPTH = 6, 2
 #: Name of the worker whose products wait for the gate.
