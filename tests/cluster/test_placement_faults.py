@@ -380,6 +380,7 @@ def test_an_error_while_an_idle_worker_is_helped_leaves_the_tasks_where_they_are
         monkeypatch.setattr(stealing, "shared_out", fail)
         await built.add_worker(name=HELD_UP)
         idle = await built.add_worker()
+        built.silence()  # or Dask's own stealing takes what has waited for long
         future = built.client.compute(product(), optimize_graph=False)
 
         async def failed() -> None:
