@@ -66,11 +66,11 @@ def test_nothing_is_lost_nor_wrong_nor_left_behind(pytestconfig: pytest.Config) 
 
 
 def test_a_seed_replays_exactly() -> None:
-    _, together = world("--seeds", 8, "--first", 11, "--processes", 2)
-    _, alone = world("--seeds", 8, "--first", 11, "--processes", 1)
+    _, together = world("--seeds", 5, "--first", 11, "--processes", 2)
+    _, alone = world("--seeds", 5, "--first", 11, "--processes", 1)
     told = {outcome["seed"]: (outcome["digest"], outcome["story"]) for outcome in together}
     assert {outcome["seed"]: (outcome["digest"], outcome["story"]) for outcome in alone} == told
-    assert len({digest for digest, _ in told.values()}) == 8
+    assert len({digest for digest, _ in told.values()}) == 5
     _, single = world("--seed", 12)
     assert (single[0]["digest"], single[0]["story"]) == told[12]
 
