@@ -732,20 +732,13 @@ def override_shuffle_spec(plugin: Any, choose: Callable[[Any], Any]) -> Callable
 
 def override_shuffle_creation(scheduler: Any, before: Callable[[Any], Awaitable[None]]) -> Callable[[], None]:
     """Have what a worker is told that asks for a shuffle wait for ``before`` (its id); returns how to undo it."""
-    handlers = scheduler.handlers
-    stock = handlers["shuffle_get_or_create"]
+    stock = scheduler.handlers["shuffle_get_or_create"]
 
     async def get_or_create(shuffle_id: Any, key: Any, worker: str) -> Any:
         await before(shuffle_id)
         return stock(shuffle_id=shuffle_id, key=key, worker=worker)
 
-    handlers["shuffle_get_or_create"] = get_or_create
-
-    def restore() -> None:
-        if handlers.get("shuffle_get_or_create") is get_or_create:
-            handlers["shuffle_get_or_create"] = stock
-
-    return restore
+    return _override_handler(scheduler, "shuffle_get_or_create", get_or_create)
 
 
 def override_shuffle_assignment(plugin: Any, assign: Callable[[Any, dict[Any, str]], Any]) -> Callable[[], None]:
@@ -772,6 +765,19 @@ def _override(owner: Any, name: str, function: Callable[..., Any]) -> Callable[[
             setattr(owner, name, before)
 
     setattr(owner, name, function)
+    return restore
+
+
+def _override_handler(server: Any, name: str, function: Callable[..., Any]) -> Callable[[], None]:
+    """Put ``function`` before a handler that is there; returns how to undo it, unless somebody else stands before it by then."""
+    handlers = server.handlers
+    before = handlers[name]
+    handlers[name] = function
+
+    def restore() -> None:
+        if handlers.get(name) is function:
+            handlers[name] = before
+
     return restore
 
 
@@ -984,19 +990,12 @@ def override_shuffle_loss(plugin: Any, lose: Callable[[str, str, Callable[[], No
 
 def override_shuffle_barrier(scheduler: Any, answer: Callable[..., Any]) -> Callable[[], None]:
     """Let ``answer`` (stock's answer, id, run_id, consistent) answer when a barrier is reached; returns how to undo it."""
-    handlers = scheduler.handlers
-    stock = handlers["shuffle_barrier"]
+    stock = scheduler.handlers["shuffle_barrier"]
 
     async def shuffle_barrier(id: Any, run_id: int, consistent: bool) -> Any:  # noqa: A002  the worker's message
         return await answer(stock, id, run_id, consistent)
 
-    handlers["shuffle_barrier"] = shuffle_barrier
-
-    def restore() -> None:
-        if handlers.get("shuffle_barrier") is shuffle_barrier:
-            handlers["shuffle_barrier"] = stock
-
-    return restore
+    return _override_handler(scheduler, "shuffle_barrier", shuffle_barrier)
 
 
 def amend_shuffle_run(state: Any, spec: Any, worker_for: dict[Any, str]) -> None:

@@ -649,11 +649,7 @@ class Placement:
 
     def _wait_s(self, ws: WorkerState) -> float:
         """Estimate when a thread of ``ws`` is free; tasks of unknown duration count for little, see the policy."""
-        prefixes = self.scheduler.task_prefixes
-        busy_s = 0.0
-        for name, count in ws.task_prefix_count.items():
-            busy_s += count * (_duration_s(prefixes[name]) or policy.UNKNOWN_S)
-        return busy_s / ws.nthreads + seams.incoming_nbytes(ws) * self.prices.typical_s
+        return self._busy_s(ws, policy.UNKNOWN_S) / ws.nthreads + seams.incoming_nbytes(ws) * self.prices.typical_s
 
     def _begins_s(self, ts: TaskState, ws: WorkerState) -> float:
         """Estimate when ``ws`` begins a task that it was given; 0 if nobody knows how long that takes.
@@ -661,13 +657,19 @@ class Placement:
         What goes before it is like the others that the worker was given; of unknown duration, these are like the task itself.
         """
         own_s = _duration_s(ts.prefix)
+        if not own_s:
+            return 0.0
+        given = sum(ws.task_prefix_count.values())
+        other_s = (self._busy_s(ws, own_s) - own_s) / (given - 1) if given > 1 else own_s
+        return max(given - ws.nthreads, 1) * other_s / ws.nthreads
+
+    def _busy_s(self, ws: WorkerState, unknown_s: float) -> float:
+        """Sum the durations of what ``ws`` was given, but for long-running tasks; those that nobody knows take ``unknown_s``."""
         prefixes = self.scheduler.task_prefixes
-        given, busy_s = 0, 0.0
+        busy_s = 0.0
         for name, count in ws.task_prefix_count.items():
-            given += count
-            busy_s += count * (_duration_s(prefixes[name]) or own_s)
-        other_s = (busy_s - own_s) / (given - 1) if given > 1 else own_s
-        return max(given - ws.nthreads, 1) * other_s / ws.nthreads if own_s else 0.0
+            busy_s += count * (_duration_s(prefixes[name]) or unknown_s)
+        return busy_s
 
     def _decided(
         self,

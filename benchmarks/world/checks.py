@@ -13,14 +13,10 @@ from benchmarks.world.cluster import World
 from dask_gpurt.memory.ledger import Tier
 from dask_gpurt.memory.spiller import State
 
-__all__ = ["KINDS", "Books", "BrokenError", "parts_of", "rest"]
+__all__ = ["Books", "BrokenError", "parts_of", "rest"]
 
 #: For so long a worker may hold more than its limit though something could leave: events are what makes it look.
 OVER_S = 5.0
-
-#: What may be found: books that do not agree, an answer that is wrong, an error for the user, no end, something that stays, the end of the
-#: process, as by a signal.
-KINDS = ("books", "wrong", "error", "hang", "left", "died")
 
 _IN_MEMORY = (State.RESIDENT, State.WRITING, State.CLEAN)
 _BELOW = (State.CLEAN, State.SPILLED, State.READING)
@@ -34,7 +30,7 @@ class BrokenError(AssertionError):
     message
         What, and where.
     kind
-        One of :data:`KINDS`.
+        ``books`` that do not agree, an answer that is ``wrong``, a ``hang``, or something that is ``left`` behind.
     """
 
     def __init__(self, message: str, kind: str = "books") -> None:

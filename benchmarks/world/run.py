@@ -45,7 +45,7 @@ class Outcome:
     seed: int
     #: What was wrong; None: nothing.
     broken: str | None = None
-    #: Which of :data:`~benchmarks.world.checks.KINDS` that is.
+    #: The kind of a :class:`~benchmarks.world.checks.BrokenError`; ``error``: one that the user gets; ``died``: the process has.
     kind: str | None = None
     #: What happened, with times; and a digest of all that went over the network, and when.
     story: list[str] = field(default_factory=list)
